@@ -1,0 +1,1 @@
+"""One decoder for every architecture, and its checkpoints in and out."""

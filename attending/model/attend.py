@@ -1,0 +1,218 @@
+"""Who sees whom: `Packed` for whole sequences, `Paged` for a cache that grows.
+
+Both answer the decoder's two questions (which raw K and V came before; what does attention give)
+and own all that differs between training, chunked prefill and decode. Baichuan-M1's raw K and V
+are part of the cache: one row per layer and page, the last one written, so that a continuation
+from any whole page (a shared prefix) or from the end is right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812  (the field's name for it)
+
+from attending.model.architecture import Architecture, LayerSpec
+
+PAGE_TOKENS = 64
+
+
+class Packed:
+    """Whole sequences side by side in one row; none sees another. Nothing is kept."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """`lengths`: tokens of each sequence; they sum to the row's T."""
+        self.lengths = list(lengths)
+        self.positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])
+        self._is_first = (self.positions == 0)[:, None, None]
+
+    def previous(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows one earlier; zero at every sequence's start."""
+        return (
+            k.roll(1, dims=0).masked_fill(self._is_first, 0),
+            v.roll(1, dims=0).masked_fill(self._is_first, 0),
+        )
+
+    def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention by segment; segments of one length go as one batch."""
+        if len(set(self.lengths)) == 1:
+            parts = (x.reshape(-1, self.lengths[0], *x.shape[1:]) for x in (q, k, v))
+            return self._segments(spec, *parts).flatten(0, 1)
+        rows = zip(*(torch.split(x, self.lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([self._segments(spec, *(x[None] for x in row))[0] for row in rows])
+
+    def _segments(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[1]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = spec.num_heads != spec.num_kv_heads
+        if spec.window is None or spec.window >= length:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            at = torch.arange(length, device=q.device)
+            mask = _visible(at, at, spec.window)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        return out.transpose(1, 2)
+
+
+class PagePool:
+    """Keys and values of every layer, in pages of 64 tokens: [pages, K, 64, H] each.
+
+    M1 adds one raw K and one raw V row [pages, K, H] per page and layer.
+    """
+
+    def __init__(
+        self, arch: Architecture, num_pages: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
+        """Allocate `num_pages` pages for all layers."""
+        self.num_pages = num_pages
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.raw_keys: list[Tensor] = []
+        self.raw_values: list[Tensor] = []
+        for spec in arch.layers:
+            shape = (num_pages, spec.num_kv_heads, PAGE_TOKENS, spec.head_dim)
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+            if arch.is_m1:
+                raw = (num_pages, spec.num_kv_heads, spec.head_dim)
+                self.raw_keys.append(torch.zeros(raw, dtype=dtype, device=device))
+                self.raw_values.append(torch.zeros(raw, dtype=dtype, device=device))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The new tokens of one sequence in a step, appended to what is cached.
+
+    Row i goes to cache slot `cached + i`. In a plain step its position is its slot and its parent
+    the row before; in a draft tree, siblings share a position and `parents` says whom they follow.
+    """
+
+    cached: int
+    """Tokens already in the cache."""
+    pages: Tensor
+    """[P] int64, page numbers that hold slots 0 .. cached + count - 1, in order."""
+    count: int
+    depths: tuple[int, ...] | None = None
+    """Draft tree: position of each row minus `cached`."""
+    parents: tuple[int, ...] | None = None
+    """Draft tree: row that each row follows; -1 for the last cached token."""
+
+
+class Paged:
+    """A step over several sequences whose past lies in a `PagePool`; writes the new K and V."""
+
+    def __init__(self, pool: PagePool, rows: Sequence[Rows]) -> None:
+        """The rows of each sequence lie side by side in the flat row, in the order given.
+
+        Raises:
+            ValueError: A page list is too short for its sequence.
+        """
+        self._pool = pool
+        self._rows = list(rows)
+        self._ends = list(accumulate(row.count for row in rows))
+        device = pool.keys[0].device
+        self._row_positions = [_positions(row).to(device) for row in rows]
+        self.positions = torch.cat(self._row_positions)
+        slots = [torch.arange(row.cached, row.cached + row.count) for row in rows]
+        for row, slot in zip(rows, slots, strict=True):
+            if int(slot[-1]) >= len(row.pages) * PAGE_TOKENS:
+                raise ValueError(f"{len(row.pages)} pages cannot hold slot {int(slot[-1])}")
+        pages = [row.pages[slot // PAGE_TOKENS] for row, slot in zip(rows, slots, strict=True)]
+        self._pages = torch.cat(pages).to(device)
+        self._offsets = (torch.cat(slots) % PAGE_TOKENS).to(device)
+        if pool.raw_keys:
+            self._prepare_raw(slots)
+
+    def previous(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's parent: in this step, in the cache, or none; then keep the new last rows."""
+        raw_k, raw_v = self._pool.raw_keys[spec.index], self._pool.raw_values[spec.index]
+        before = []
+        for raw, new in ((raw_k, k), (raw_v, v)):
+            from_cache = raw[self._parent_pages].masked_fill(self._is_first, 0)
+            from_step = new[self._parent_rows]
+            before.append(torch.where(self._parent_in_cache, from_cache, from_step))
+            raw[self._pages[self._kept_rows]] = new[self._kept_rows]
+        return before[0], before[1]
+
+    def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v to their pages, then attend sequence by sequence."""
+        keys, values = self._pool.keys[spec.index], self._pool.values[spec.index]
+        keys[self._pages, :, self._offsets] = k
+        values[self._pages, :, self._offsets] = v
+        out = []
+        for index, row in enumerate(self._rows):
+            end = self._ends[index]
+            out.append(self._one(spec, row, self._row_positions[index], q[end - row.count : end]))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _one(self, spec: LayerSpec, row: Rows, positions: Tensor, q: Tensor) -> Tensor:
+        total = row.cached + row.count
+        # Pages wholly before every row's window are not read; a row's depth is at least 0.
+        first = 0 if spec.window is None else max(0, row.cached + 1 - spec.window) // PAGE_TOKENS
+        pages = row.pages[first : -(-total // PAGE_TOKENS)]
+        start = first * PAGE_TOKENS
+        keys = _contiguous(self._pool.keys[spec.index], pages)[:, : total - start]
+        values = _contiguous(self._pool.values[spec.index], pages)[:, : total - start]
+        mask = None
+        if row.count > 1 or spec.window is not None:
+            past = torch.arange(start, row.cached, device=q.device)
+            mask = _visible(positions, torch.cat((past, positions)), spec.window)
+            if row.parents is not None:
+                mask[:, row.cached - start :] &= _ancestors(row.parents).to(q.device)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            enable_gqa=spec.num_heads != spec.num_kv_heads,
+        )
+        return out[0].transpose(0, 1)
+
+    def _prepare_raw(self, slots: list[Tensor]) -> None:
+        """Where each row's parent is, and which rows end a page or a sequence."""
+        parent_rows, parent_pages, in_cache, is_first, kept = [], [], [], [], []
+        for row, slot, end in zip(self._rows, slots, self._ends, strict=True):
+            base = end - row.count
+            parents = row.parents or tuple(range(-1, row.count - 1))
+            last_page = int(row.pages[max(row.cached - 1, 0) // PAGE_TOKENS])
+            for index, parent in enumerate(parents):
+                parent_rows.append(base + max(parent, 0))
+                parent_pages.append(last_page)
+                in_cache.append(parent < 0)
+                is_first.append(parent < 0 and row.cached == 0)
+                if int(slot[index]) % PAGE_TOKENS == PAGE_TOKENS - 1 or index == row.count - 1:
+                    kept.append(base + index)
+        device = self.positions.device
+        self._parent_rows = torch.tensor(parent_rows, device=device)
+        self._parent_pages = torch.tensor(parent_pages, device=device)
+        self._parent_in_cache = torch.tensor(in_cache, device=device)[:, None, None]
+        self._is_first = torch.tensor(is_first, device=device)[:, None, None]
+        self._kept_rows = torch.tensor(kept, device=device)
+
+
+def _positions(row: Rows) -> Tensor:
+    depths = range(row.count) if row.depths is None else row.depths
+    return torch.tensor([row.cached + depth for depth in depths])
+
+
+def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[queries, keys] bool by position: not the future, and not past the window."""
+    gap = queries[:, None] - keys[None, :]
+    seen = gap >= 0
+    return seen if window is None else seen & (gap < window)
+
+
+def _ancestors(parents: Sequence[int]) -> Tensor:
+    """[rows, rows] bool: a row sees itself and the rows it descends from."""
+    seen = torch.eye(len(parents), dtype=torch.bool)
+    for index, parent in enumerate(parents):
+        if parent >= 0:
+            seen[index] |= seen[parent]
+    return seen
+
+
+def _contiguous(pool: Tensor, pages: Tensor) -> Tensor:
+    """[pages, K, 64, H] of some pages -> [K, tokens, H]."""
+    return pool[pages.to(pool.device)].transpose(0, 1).flatten(1, 2)
