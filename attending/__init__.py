@@ -1,1 +1,24 @@
-"""attending."""
+"""attending: the open medical language model, end to end.
+
+`attending.load(SOURCE)` gives a model in this process. Importing this package imports neither
+torch nor a room.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from attending.errors import UsageError
+
+if TYPE_CHECKING:
+    from attending.engine.local import Model
+
+__version__ = "0.1.0"
+
+
+def load(source: str, *, dtype: str | None = None, device: str = "cpu") -> "Model":
+    """Load a model that is on this machine; see `attending.engine.local.load`."""
+    if find_spec("torch") is None:
+        raise UsageError("this needs torch, which is not installed: pip install 'attending[train]'")
+    from attending.engine import local
+
+    return local.load(source, dtype=dtype, device=device)

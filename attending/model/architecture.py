@@ -15,6 +15,9 @@ from attending.errors import CheckpointError
 Family = Literal["llama", "qwen2", "qwen3", "baichuan_m1"]
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
+PAGE_TOKENS = 64
+"""Tokens of a cache page, in every runner."""
+
 CLASS_NAMES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",

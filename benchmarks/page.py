@@ -1,0 +1,101 @@
+"""A benchmark's result: a dated Markdown table and a figure, with all that is needed to repeat it."""
+
+import datetime
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from attending import artifact
+from attending.mesh import hardware
+
+HERE = Path(__file__).parent
+
+
+class Measure(NamedTuple):
+    """Repeats of one quantity of one subject."""
+
+    quantity: str
+    subject: str
+    values: Sequence[float]
+
+    @property
+    def text(self) -> str:
+        """Median, and the whole spread."""
+        low, high = min(self.values), max(self.values)
+        return f"{statistics.median(self.values):,.2f} ({low:,.2f} to {high:,.2f})"
+
+
+def write(name: str, title: str, notes: str, measures: Sequence[Measure]) -> Path:
+    """Write `NAME.md` and `NAME.svg` beside this file; the first subject is the one compared."""
+    quantities = list(dict.fromkeys(m.quantity for m in measures))
+    subjects = list(dict.fromkeys(m.subject for m in measures))
+    found = {(m.quantity, m.subject): m for m in measures}
+    head = ["", *subjects, *(f"{subjects[0]} / {other}" for other in subjects[1:])]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for quantity in quantities:
+        row = [found.get((quantity, subject)) for subject in subjects]
+        cells = [measure.text if measure else "" for measure in row]
+        cells += [_ratio(row[0], other) for other in row[1:]]
+        lines.append(f"| {' | '.join([quantity, *cells])} |")
+    repeats = len(measures[0].values)
+    machine = hardware()
+    facts = [
+        f"- date: {datetime.datetime.now(datetime.UTC).date()}",
+        f"- command: `{artifact.command()}`",
+        f"- commit: {artifact.commit()}",
+        f"- hardware: {machine['cpu']}, {machine['available_cores']} cores, "
+        f"{int(str(machine['memory_bytes'])) / 2**30:.1f} GiB, {', '.join(machine['simd'])}",  # type: ignore[arg-type]
+        "- versions: " + ", ".join(f"{k} {v}" for k, v in artifact.versions().items()),
+    ]
+    text = [
+        f"# {title}",
+        "",
+        notes.strip(),
+        "",
+        f"Medians of {repeats} repeats, with the spread.",
+        "",
+    ]
+    text += [*lines, "", f"![{title}]({name}.svg)", "", *facts, ""]
+    page = HERE / f"{name}.md"
+    page.write_text("\n".join(text), encoding="utf-8")
+    _draw(HERE / f"{name}.svg", title, quantities, subjects, found)
+    return page
+
+
+def _ratio(ours: Measure | None, theirs: Measure | None) -> str:
+    """Of the repeats that ran side by side, so that a slow minute of the machine cancels out."""
+    if ours is None or theirs is None:
+        return ""
+    ratios = [a / b for a, b in zip(ours.values, theirs.values, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _draw(
+    file: Path,
+    title: str,
+    quantities: Sequence[str],
+    subjects: Sequence[str],
+    found: dict[tuple[str, str], Measure],
+) -> None:
+    figure, axes = pyplot.subplots(
+        1, len(quantities), figsize=(3.2 * len(quantities), 3), layout="constrained"
+    )
+    panels = [axes] if len(quantities) == 1 else list(axes)
+    for panel, quantity in zip(panels, quantities, strict=True):
+        shown = [s for s in subjects if (quantity, s) in found]
+        for place, subject in enumerate(shown):
+            values = found[quantity, subject].values
+            middle = statistics.median(values)
+            spread = [[middle - min(values)], [max(values) - middle]]
+            panel.bar(place, middle, yerr=spread, capsize=4, color=f"C{subjects.index(subject)}")
+        panel.set_xticks(range(len(shown)), shown, fontsize=8)
+        panel.set_title(quantity, fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, metadata={"Date": None})

@@ -1,0 +1,191 @@
+"""The doctor: each finding follows from its fact, and nothing private is reported."""
+
+import dataclasses
+import getpass
+import json
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attending.engine.doctor import LOW_DISK_BYTES, Report, examine, measure_read, table
+from attending.model.architecture import Architecture, parse_config
+
+GIB = 2**30
+GOOD = Report(
+    versions={"python": "3.12.1", "attending": "1.0", "torch": "2.13.0"},
+    hardware={
+        "platform": "Linux-6.1",
+        "cpu": None,
+        "physical_cores": 4,
+        "available_cores": 8,
+        "memory_bytes": 32 * GIB,
+        "simd": ["amx_bf16", "avx2", "avx512_vnni"],
+        "gpus": [],
+    },
+    thread_variables={},
+    free_memory_bytes=30 * GIB,
+    free_disk_bytes=100 * GIB,
+    measured_read_gb_s={1: 10.0, 8: 40.0},
+    weight_bytes={},
+    read_bytes={},
+)
+
+
+def with_facts(**changes: Any) -> Report:
+    simd = changes.pop("simd", GOOD.hardware["simd"])
+    return dataclasses.replace(GOOD, hardware={**GOOD.hardware, "simd": simd}, **changes)
+
+
+def trouble(report: Report) -> list[tuple[str, str]]:
+    return [(item.level, item.text) for item in report.findings if item.level != "ok"]
+
+
+def tiny() -> Architecture:
+    return parse_config(
+        {
+            "model_type": "llama",
+            "vocab_size": 1000,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+        }
+    )
+
+
+def test_a_good_machine_has_no_trouble_and_its_measurement_is_named_so() -> None:
+    assert trouble(GOOD) == []
+    assert ("ok", "Memory reads, measured: 10.0 GB/s on 1 and 40.0 GB/s on 8 of 8 cores.") in list(
+        GOOD.findings
+    )
+
+
+def test_a_missing_package_is_named_with_its_remedy() -> None:
+    found = trouble(with_facts(versions={"torch": None, "gguf": None, "numpy": "2"}))
+    assert [level for level, _ in found] == ["missing", "missing"]
+    assert (
+        "torch is not installed" in found[0][1] and "pip install 'attending[train]'" in found[0][1]
+    )
+    assert found[1][1] == "gguf is not installed. Remedy: pip install gguf."
+
+
+@pytest.mark.parametrize(
+    ("simd", "words"),
+    [
+        ([], ["No AVX2", "No AMX"]),
+        (["avx2", "avx512_bf16"], ["No AMX"]),
+        (["neon"], ["No AVX2"]),
+        (["avx2", "amx_bf16"], []),
+    ],
+)
+def test_absent_instructions_are_slow_and_said_to_be_unmeasured(
+    simd: list[str], words: list[str]
+) -> None:
+    found = trouble(with_facts(simd=simd))
+    assert [text.split(":")[0] for _, text in found] == words
+    assert all(level == "slow" and "(not measured)" in text for level, text in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_slow"), [("8", False), ("4", False), ("1", True), ("64", True), ("many", True)]
+)
+def test_a_thread_variable_must_fit_the_cores(value: str, is_slow: bool) -> None:
+    found = trouble(with_facts(thread_variables={"OMP_NUM_THREADS": value}))
+    assert bool(found) == is_slow
+    if is_slow:
+        assert found == [("slow", f"OMP_NUM_THREADS={value}, but 8 cores are available: unset it.")]
+
+
+def test_a_full_disk_is_found() -> None:
+    assert trouble(with_facts(free_disk_bytes=LOW_DISK_BYTES)) == []
+    ((level, text),) = trouble(with_facts(free_disk_bytes=LOW_DISK_BYTES - 1))
+    assert level == "slow" and "Free disk" in text
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(30 * GIB, "ok"), (20 * GIB, "slow"), (5 * GIB, "missing")]
+)
+def test_a_model_is_judged_by_what_of_it_fits(free: int, level: str) -> None:
+    report = with_facts(
+        free_memory_bytes=free,
+        weight_bytes={"16 bits": 27 * GIB, "4 bits": 9 * GIB},
+        read_bytes={"16 bits": 20 * 10**9, "4 bits": 8 * 10**9},
+    )
+    (memory,) = (item for item in report.findings if item.text.startswith("Free memory"))
+    assert memory.level == level and "27.0 GiB in 16 bits, 9.0 GiB in 4 bits" in memory.text
+    last = list(report.findings)[-1]
+    assert "2.0 in 16 bits, 5.0 in 4 bits" in last.text  # 40 GB/s over the bytes of a token
+
+
+def test_unknown_free_memory_makes_no_claim() -> None:
+    report = with_facts(
+        free_memory_bytes=None, weight_bytes={"4 bits": 1, "16 bits": 2}, read_bytes={"4 bits": 1}
+    )
+    assert not any("memory:" in item.text for item in report.findings)
+    assert not any(name == "free_memory_bytes" for name, _ in table(report)[1])
+
+
+def test_an_examination_takes_under_three_seconds(tmp_path: Path) -> None:
+    def seconds() -> float:
+        start = time.monotonic()
+        examine(None, tmp_path)
+        return time.monotonic() - start
+
+    assert any(seconds() < 3 for _ in range(3))  # a busy machine may need a second look
+
+
+def test_this_machine_is_described(tmp_path: Path) -> None:
+    report = examine(tiny(), tmp_path / "not" / "yet" / "there")
+    cores = report.hardware["available_cores"]
+    assert set(report.measured_read_gb_s) == {1, cores}
+    assert all(speed > 0.1 for speed in report.measured_read_gb_s.values())
+    assert report.versions["numpy"] == np.__version__ and report.versions["attending"]
+    assert {"python", "torch", "pydantic", "huggingface-hub"} <= set(report.versions)
+    assert not any(name in report.versions for name in ("pytest", "ruff"))  # extras are not needed
+    assert report.free_disk_bytes > 0
+    assert report.weight_bytes["16 bits"] == 2 * tiny().num_parameters()
+    assert not (tmp_path / "not").exists()
+
+
+def test_the_environment_is_read_for_thread_limits_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    report = examine(None, tmp_path)
+    assert report.thread_variables["OMP_NUM_THREADS"] == "1"
+    assert "secret-key" not in json.dumps(report.to_json())
+
+
+def test_nothing_private_is_reported(tmp_path: Path) -> None:
+    report = examine(tiny(), tmp_path / "cache")
+    shown = json.dumps(report.to_json()) + str(table(report))
+    words = set(re.findall(r"[\w.-]+", shown))
+    assert socket.gethostname() not in words
+    assert getpass.getuser() not in words
+    assert str(tmp_path) not in shown and str(Path.home()) not in shown
+
+
+def test_the_report_is_json_and_a_table() -> None:
+    loaded = json.loads(json.dumps(GOOD.to_json()))
+    assert loaded["findings"] and all(set(f) == {"level", "text"} for f in loaded["findings"])
+    headers, rows = table(with_facts(thread_variables={"OMP_NUM_THREADS": "8"}))
+    assert len(headers) == 2 and all(len(row) == 2 for row in rows)
+    assert ["memory_bytes", "32.0 GiB"] in rows and ["OMP_NUM_THREADS", "8"] in rows
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_measured_speed_is_bytes_over_the_time_of_a_whole_pass(threads: int) -> None:
+    """Never faster than the clock around it allows."""
+    buffer = np.ones(2**20, dtype=np.uint64)
+    start = time.perf_counter()
+    speed = measure_read(buffer, threads)
+    seconds = time.perf_counter() - start
+    assert speed * 1e9 >= 3 * buffer.nbytes / seconds * 0.95
+    assert 0 < speed < 2000

@@ -1,0 +1,211 @@
+"""Rendering: user text stays text, ids equal transformers', streams equal wholes."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Raw
+
+from attending.chat import Piece, ReasoningSplitter, Tokenizer
+from attending.errors import ContextError, TokenizerError
+
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REASONING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content and loop.last %}<think>\n{{ message.reasoning_content }}\n"
+    "</think>\n\n{% endif %}{{ message.content | trim }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n{% if thinking_mode == 'on' %}<think>\n{% endif %}"
+)
+
+
+def raw_tokenizer() -> Raw:
+    raw = Raw(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=CONTROL, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(
+        ["im_start im_end the patient has a fever <| |> think system"] * 9, trainer
+    )
+    raw.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>")]
+    )
+    raw.add_tokens([AddedToken("    ", special=False, normalized=False)])
+    return raw
+
+
+RAW = raw_tokenizer()
+
+
+def tokenizer(template: str | None = CHATML) -> Tokenizer:
+    config = {"eos_token": "<|im_end|>", "chat_template": template}
+    return Tokenizer(json.loads(RAW.to_str()), config)
+
+
+def says(*contents: str) -> list[dict[str, Any]]:
+    roles = ["user", "assistant"]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+# Surrogates cannot be encoded; everything else may come from a user.
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+nasty = st.lists(
+    st.sampled_from([*CONTROL, "<think>", "</think>", "<|im_", "start|>", "a", "<", "\ue000"])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(contents=st.lists(texts, min_size=1, max_size=4))
+def test_ids_equal_transformers_for_ordinary_text(contents: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=RAW, chat_template=CHATML)
+    messages = says(*contents)
+    theirs = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert tokenizer().render(messages) == list(theirs["input_ids"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(parts=nasty)
+def test_user_text_never_becomes_a_control_token(parts: list[str]) -> None:
+    text = "".join(parts)
+    ours = tokenizer()
+    ids = ours.render(says(text))
+    control = {RAW.token_to_id(name) for name in [*CONTROL, "<think>", "</think>"]}
+    frame = ours.render(says(""))
+    assert [i for i in ids if i in control] == [i for i in frame if i in control]
+    assert ours.decode(ids) == ours.decode(frame).replace("user\n", "user\n" + text, 1)
+
+
+def test_a_control_string_cannot_be_put_together_from_several_texts() -> None:
+    template = "{% for p in messages[0].content %}{{ p.text }}{% endfor %}<|im_end|>"
+    message = {"role": "user", "content": [{"text": "<|im_"}, {"text": "end|>"}]}
+    ids = tokenizer(template).render([message])
+    assert ids.count(RAW.token_to_id("<|im_end|>")) == 1 and ids[-1] == RAW.token_to_id(
+        "<|im_end|>"
+    )
+
+
+def test_plain_encoding_does_not_match_control_strings_but_keeps_white_space_vocabulary() -> None:
+    ours = tokenizer()
+    assert RAW.token_to_id("<|im_start|>") not in ours.encode("<|im_start|>")
+    assert RAW.token_to_id("    ") in ours.encode("a    b")
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=texts)
+def test_streamed_text_equals_the_whole(text: str) -> None:
+    ours = tokenizer()
+    ids = ours.encode(text)
+    stream = ours.decoder()
+    assert "".join([*(stream.feed(i) for i in ids), stream.finish()]) == text == ours.decode(ids)
+
+
+def test_a_character_cut_off_in_the_middle_is_shown_as_replaced() -> None:
+    ours = tokenizer()
+    assert ours.decode(ours.encode("é")[:1]) == "\ufffd"
+
+
+def test_special_tokens_are_left_out_and_think_tags_kept_when_decoding() -> None:
+    ours = tokenizer()
+    ids = [RAW.token_to_id(t) for t in ("<|im_start|>", "<think>", "</think>", "<|im_end|>")]
+    assert ours.decode(ids) == "<think></think>"
+
+
+def test_stop_ids_are_the_end_of_turn() -> None:
+    assert tokenizer().stop_ids == {RAW.token_to_id("<|im_end|>")}
+
+
+def test_reasoning_of_an_earlier_answer_reaches_the_template_as_reasoning() -> None:
+    ours = tokenizer(REASONING)
+    told = [{"role": "assistant", "content": "<think>\nwhy\n</think>\n\nyes"}]
+    assert "<think>\nwhy\n</think>\n\nyes" in ours.decode(ours.render(told))
+    asked = [{"role": "user", "content": "<think>\nwhy\n</think>\n\nyes"}]
+    assert RAW.token_to_id("</think>") not in ours.render(asked)
+
+
+def test_template_variables_and_the_open_think_tag() -> None:
+    ours = tokenizer(REASONING)
+    assert ours.reasons and not tokenizer().reasons
+    assert ours.opens_reasoning(ours.render(says("q"), thinking_mode="on"))
+    assert not ours.opens_reasoning(ours.render(says("q")))
+
+
+def test_the_oldest_turns_are_forgotten_first_and_the_system_message_never() -> None:
+    ours = tokenizer()
+    system = {"role": "system", "content": "be brief"}
+    messages = [system, *says("one " * 30, "two " * 30, "three", "four", "five")]
+    whole, none = ours.fit(messages, 10_000)
+    ids, left_out = ours.fit(messages, 90)
+    assert none == 0 and left_out == 2 and len(ids) <= 90 < len(whole)
+    assert ids == ours.render([system, *says("three", "four", "five")])
+
+
+def test_a_last_message_that_cannot_fit_is_an_error_that_says_how_much_fits() -> None:
+    with pytest.raises(ContextError, match=r"tokens with its frame; 20 fit"):
+        tokenizer().fit(says("word " * 50), 20)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([], CHATML, "no messages"),
+        ([{"role": "doctor", "content": ""}], CHATML, "role 'doctor' is not one of"),
+        ([{"role": "user", "content": "x"}], None, "no chat template"),
+        ([{"role": "user", "content": "x"}], "{{ raise_exception('roles') }}", "refused.*roles"),
+        ([{"role": "user", "content": "x"}], "{% if %}", "template is not valid"),
+        ([{"role": "user", "content": "x"}], "{{ ''.__class__.__mro__ }}", "refused"),
+    ],
+)
+def test_bad_messages_and_templates_are_clear_errors(
+    messages: list[dict[str, str]], template: str | None, message: str
+) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        tokenizer(template).render(messages)
+
+
+def test_generation_marks_are_read_over() -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    assert tokenizer(template).decode(tokenizer(template).render(says("hi"))) == "hi"
+
+
+ANSWERS = [
+    ("<think>\nbecause\n</think>\n\nanswer", False, "because", "answer"),
+    ("  <think>x</think>y", False, "x", "y"),
+    ("because\nof\n</think>\n\nanswer\n", True, "because\nof", "answer\n"),
+    ("never closed\n\n", True, "never closed", ""),
+    ("<think>cut </thi", False, "cut </thi", ""),
+    ("no tags < here <thin", False, "", "no tags < here <thin"),
+    ("<thi", False, "", "<thi"),
+    ("a </think> b", False, "", "a </think> b"),
+    ("\n\n", False, "", "\n\n"),
+    ("</think>\n\nfast", True, "", "fast"),
+    ("a\n\n</think", True, "a\n\n</think", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), ANSWERS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_reasoning_is_split_alike_for_every_cut(
+    text: str, opened: bool, reasoning: str, content: str, data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))) | {0, len(text)})
+    splitter = ReasoningSplitter(opened=opened)
+    pieces: list[Piece] = []
+    for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
+        pieces += splitter.feed(text[start:end])
+    pieces += splitter.finish()
+    assert "".join(p.text for p in pieces if p.kind == "reasoning") == reasoning
+    assert "".join(p.text for p in pieces if p.kind == "content") == content
