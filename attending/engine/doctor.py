@@ -71,7 +71,7 @@ class Report:
             yield Finding("missing", f"{name} is not installed. Remedy: pip install {wanted}.")
         simd, cores = cast(list[str], self.hardware["simd"]), max(self.measured_read_gb_s)
         if "avx2" not in simd and "neon" not in simd:
-            yield Finding("slow", "No AVX2: expect slow, portable native kernels (not measured).")
+            yield Finding("slow", "No AVX2 or NEON: expect slow arithmetic (not measured).")
         if "neon" not in simd and "amx_bf16" not in simd:
             yield Finding("slow", "No AMX: expect slow bfloat16 (not measured); use float32.")
         # A thread a core is as good, where a core counts as two.

@@ -24,8 +24,6 @@ from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
 from attending.model.checkpoint import load_decoder, open_checkpoint, save_weights
-from attending.model.files import gguf_in
-from attending.model.gguf_file import open_gguf
 from attending.sources import Resolved, resolve
 
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -70,14 +68,15 @@ class Model:
     def __init__(self, origin: Resolved, dtype: torch.dtype | None, device: str) -> None:
         """See `load`."""
         self.origin = origin
-        self.decoder = load_decoder(open_checkpoint(origin.path), dtype, device)
+        self._checkpoint = open_checkpoint(origin.path)
+        self.decoder = load_decoder(self._checkpoint, dtype, device)
         self.arch = self.decoder.arch
         self._context_tokens = self.arch.context
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer and chat template."""
-        return read_tokenizer(self.origin.path)
+        return self._checkpoint.tokenizer()
 
     @cached_property
     def generator(self) -> Generator:
@@ -228,12 +227,3 @@ class Stream:
             self._reason = "length"
         cut = stops.feed(decoder.finish())
         yield cut.text if cut.ended else cut.text + stops.finish()
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model folder or of a GGUF file."""
-    gguf = gguf_in(path)
-    if gguf is None:
-        return Tokenizer.from_folder(path)
-    file = open_gguf(gguf)
-    return Tokenizer(file.hf_tokenizer(), file.hf_tokenizer_config())

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attending.chat import Tokenizer
 from attending.errors import CheckpointError
 from attending.model.architecture import Architecture, parse_config
 from attending.model.decoder import Decoder
 from attending.model.files import INDEX, SINGLE, first, gguf_in, read_config, weight_files
 from attending.model.gguf_file import open_gguf
+from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
 
 # Tables that old exports stored although they follow from the configuration.
 DERIVED = (".rotary_emb.inv_freq",)
@@ -33,6 +35,8 @@ class Checkpoint:
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     """Name -> tensor on the CPU, in the dtype stored (GGUF: dequantised to float32)."""
+    tokenizer: Callable[[], Tokenizer]
+    """Reads the tokenizer; not before it is called, since weights do not need one."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -43,9 +47,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     gguf = gguf_in(path)
     if gguf is not None:
-        file = open_gguf(gguf)
-        arch = parse_config(file.hf_config())
-        checkpoint = Checkpoint(arch, file.shapes, lambda name: torch.from_numpy(file.read(name)))
+        checkpoint = _open_gguf(gguf)
     else:
         checkpoint = _open_safetensors(path, read_config(path))
     _require_exact(checkpoint, path.name)
@@ -103,6 +105,18 @@ def save_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _open_gguf(path: Path) -> Checkpoint:
+    file = open_gguf(path)
+
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(file.read(name))
+
+    def tokenizer() -> Tokenizer:
+        return Tokenizer(tokenizer_json(file.metadata), tokenizer_config(file.metadata))
+
+    return Checkpoint(parse_config(file.hf_config()), file.shapes, read, tokenizer)
+
+
 def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
     where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -133,7 +147,7 @@ def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
         and torch.equal(read(head), read(embedding))
     ):
         del kept[head]
-    return Checkpoint(arch, kept, read)
+    return Checkpoint(arch, kept, read, lambda: Tokenizer.from_folder(folder))
 
 
 def _require_exact(checkpoint: Checkpoint, name: str) -> None:

@@ -31,6 +31,20 @@ class Attend(Protocol):
         """Causal attention: q [T, N, H], k and v [T, K, H] -> [T, N, H]."""
 
 
+class Linear(nn.Linear):
+    """Left uninitialised: weights come from a checkpoint or from `Decoder.init_weights`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Left uninitialised, too; torch's own way takes a second even without storage."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Decoder(nn.Module):
     """Token ids in, logits out. Build under `torch.device("meta")` and load, or `init_weights`."""
 
@@ -40,7 +54,7 @@ class Decoder(nn.Module):
         self.arch = arch
         self.model = Backbone(arch)
         if not arch.tied:
-            head = NormHead if arch.is_m1 else nn.Linear
+            head = NormHead if arch.is_m1 else Linear
             self.lm_head = head(arch.hidden_size, arch.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, attend: Attend) -> Tensor:
@@ -80,7 +94,7 @@ class Backbone(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.rope = arch.rope
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList(Block(arch, spec) for spec in arch.layers)
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         sizes = {spec.head_dim for spec in arch.layers}
@@ -123,13 +137,13 @@ class Attention(nn.Module):
         self.spec = spec
         self.rows = spec.num_heads * spec.head_dim
         self.kv_rows = spec.num_kv_heads * spec.head_dim
-        self.o_proj = nn.Linear(self.rows, arch.hidden_size, bias=arch.out_bias)
+        self.o_proj = Linear(self.rows, arch.hidden_size, bias=arch.out_bias)
         self.build_projections(arch)
 
     def build_projections(self, arch: Architecture) -> None:
-        self.q_proj = nn.Linear(arch.hidden_size, self.rows, bias=arch.qkv_bias)
-        self.k_proj = nn.Linear(arch.hidden_size, self.kv_rows, bias=arch.qkv_bias)
-        self.v_proj = nn.Linear(arch.hidden_size, self.kv_rows, bias=arch.qkv_bias)
+        self.q_proj = Linear(arch.hidden_size, self.rows, bias=arch.qkv_bias)
+        self.k_proj = Linear(arch.hidden_size, self.kv_rows, bias=arch.qkv_bias)
+        self.v_proj = Linear(arch.hidden_size, self.kv_rows, bias=arch.qkv_bias)
         if arch.qk_norm:
             self.q_norm = RMSNorm(self.spec.head_dim, arch.norm_eps)
             self.k_norm = RMSNorm(self.spec.head_dim, arch.norm_eps)
@@ -162,7 +176,7 @@ class M1Attention(Attention):
 
     def build_projections(self, arch: Architecture) -> None:
         spec = self.spec
-        self.W_pack = nn.Linear(arch.hidden_size, self.rows + 2 * self.kv_rows, bias=False)
+        self.W_pack = Linear(arch.hidden_size, self.rows + 2 * self.kv_rows, bias=False)
         self.conv_k = nn.Parameter(torch.empty(1, 1, spec.num_kv_heads, 1, 2))
         self.conv_v = nn.Parameter(torch.empty(1, 1, spec.num_kv_heads, 1, 2))
 
@@ -179,9 +193,9 @@ class MLP(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         hidden, inner, bias = arch.hidden_size, arch.intermediate_size, arch.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, inner, bias=bias)
+        self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -203,7 +217,7 @@ class RMSNorm(nn.Module):
         return out
 
 
-class NormHead(nn.Linear):
+class NormHead(Linear):
     """M1's output head: every vocabulary row at unit length, no scale and no bias.
 
     The stored rows are not normalised. Dividing each logit by its row's norm is the same product,

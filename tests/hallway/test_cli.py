@@ -70,7 +70,7 @@ def test_a_question_that_does_not_fit_does_not_end_the_conversation(model: str) 
         (("chat", "hi", "-m", "MODEL", "--context", "9999"), 2, "takes 1 to 256"),
         (("chat", "hi", "-m", "MODEL", "--temprature", "1"), 2, "--temperature"),
         (("plan", "MODEL", "--card", "rtx409"), 2, "rtx4090"),
-        (("report", "MODEL"), 2, "metrics.jsonl"),
+        (("report", "MODEL"), 1, "metrics.jsonl"),
         (("nonsense",), 2, "nonsense"),
     ],
 )
