@@ -287,6 +287,9 @@ def _progress() -> Iterator["Progress"]:
         tasks: dict[str, Any] = {}
 
         def show(done: int, total: int | None, what: str) -> None:
+            if not done and total is None:
+                bar.console.print(f"[dim]{_escape(what)}[/]")
+                return
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done, total=total)

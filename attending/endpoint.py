@@ -132,7 +132,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?|unix:/.+", url):
             raise UsageError(  # what precedes an @ may be a password
                 f"{url.rpartition('@')[2]!r} is no http(s)://HOST[:PORT][/v1] or unix:/PATH.sock. "
-                "A local model cannot be opened yet: pass the URL of a running OpenAI-compatible server."
+                "A local model cannot be opened yet: pass the URL of a running OpenAI-compatible one."
             )
         self._options = options = options or EndpointOptions()
         socket = url.removeprefix("unix:") if url.startswith("unix:") else None

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -91,8 +91,7 @@ def pull(source: str, *, progress: Progress | None = None) -> Resolved:
     try:
         slot.parent.mkdir(parents=True, exist_ok=True)
         with slot.with_name(f"{slot.name}.lock").open("w") as lock:
-            logger.info("pulling %s; this waits while another process pulls it", entry.uri)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, entry.uri)
             if not _cached(entry):
                 staging = slot.with_name(f"{slot.name}.tmp")
                 _publish(staging, slot, fetch(entry, staging, progress or (lambda *_: None)))
@@ -145,6 +144,14 @@ def _cached(entry: Entry) -> Resolved | None:
     if not path.exists() or entry.sha256 not in ("", known["sha256"]):
         return None
     return Resolved(path, entry.uri, entry.title, *pins, entry.note, entry.licence)
+
+
+def _lock(lock: IO[str], uri: str) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process that pulls %s", uri)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _publish(staging: Path, slot: Path, made: Resolved) -> None:

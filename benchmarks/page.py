@@ -1,4 +1,4 @@
-"""A benchmark's result: a dated Markdown table and a figure, with all that is needed to repeat it."""
+"""A benchmark's result: a dated Markdown table and a figure, with what it takes to repeat it."""
 
 import datetime
 import statistics

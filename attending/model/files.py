@@ -1,4 +1,4 @@
-"""Which files make a model, and what its configuration says. No torch here: planning reads these."""
+"""Which files make a model, and what its configuration says; without torch, for planning."""
 
 import json
 from pathlib import Path

@@ -1,10 +1,9 @@
-"""A GGUF file read as if it were a Hugging Face model folder: configuration, tensors, tokenizer.
+"""A GGUF file read as if it were a Hugging Face model folder: configuration and tensors.
 
 The `gguf` package dequantises. The header is parsed here, because its reader takes seconds for a
 vocabulary, and because no length in a damaged file may be believed before it has met a bound.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from attending.config import suggest
 from attending.errors import CheckpointError
@@ -56,16 +54,8 @@ class GGUFFile:
         """The contents of `config.json`."""
         return dict(self.config)
 
-    def hf_tokenizer(self) -> Tokenizer:
-        """The tokenizer; for its errors, and for `tokenizer.json`, see `tokenizer_json`."""
-        return Tokenizer.from_str(json.dumps(gguf_tokenizer.tokenizer_json(self.metadata)))
-
-    def hf_tokenizer_config(self) -> Json:
-        """The contents of `tokenizer_config.json`, with the chat template."""
-        return gguf_tokenizer.tokenizer_config(self.metadata)
-
     def read(self, name: str) -> NDArray[np.float32]:
-        """One tensor, dequantised into a new array.
+        """One tensor, dequantised into a new array; rows that GGUF permutes are put back in order.
 
         Raises:
             CheckpointError: There is no such tensor, or its type cannot be dequantised.
@@ -182,9 +172,7 @@ def _read_parts(path: Path) -> tuple[Metadata, dict[str, Tensor]]:
     if match and (count := int(match[3])):
         paths = [path.with_name(f"{match[1]}{n:05d}{match[2]}") for n in range(1, count + 1)]
     if missing := [part.name for part in paths if not part.is_file()]:
-        raise CheckpointError(
-            f"{len(missing)} of {len(paths)} files are missing: {missing[:9]}; add them."
-        )
+        raise CheckpointError(f"{len(missing)} of {len(paths)} files are missing: {missing[:9]}.")
     parts = []
     for part in paths:
         try:

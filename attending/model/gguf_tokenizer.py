@@ -135,9 +135,7 @@ def _sentencepiece(metadata: Metadata, vocabulary: Vocabulary, family: Json) -> 
     pieces, kinds, special, _ = vocabulary
     scores, has_bytes = get(metadata, KEY + "scores", tuple), BYTES.issubset(pieces)
     if len(scores) != len(pieces) or not (has_bytes or "unk" in special):
-        raise CheckpointError(
-            f"{len(scores)} scores for {len(pieces)} tokens, or no unknown token."
-        )
+        raise CheckpointError(f"{len(pieces)} tokens, {len(scores)} scores, or no unknown token.")
     scored = zip(pieces, scores, kinds, strict=True)
     normal = {piece: score for piece, score, kind in scored if kind == TokenType.NORMAL}
     merges = [

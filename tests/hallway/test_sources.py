@@ -293,9 +293,11 @@ def test_pulls_at_once_download_once_and_say_that_they_wait(
 ) -> None:
     served.seconds_per_chunk = 0.01
     processes = [run_pull(), run_pull()]
+    while not slot().with_name("1.0.tmp").exists():
+        assert None in [process.poll() for process in processes], "both ended without a draft"
     with caplog.at_level(logging.INFO):
         sources.pull(URI)
-    assert "waits while another" in caplog.text and str(sources.cache_dir()) not in caplog.text
+    assert "waiting for another" in caplog.text and str(sources.cache_dir()) not in caplog.text
     for process in processes:
         stderr = process.communicate(timeout=20)[1]
         assert process.returncode == 0, stderr

@@ -1,5 +1,6 @@
 """GGUF files written by the `gguf` package, read as Hugging Face model folders."""
 
+import json
 import random
 import resource
 import struct
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from tokenizers import Tokenizer
 
 from attending.errors import CheckpointError, TokenizerError
 from attending.model.gguf_file import GGUFFile, open_gguf
+from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
 
 HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 256, 4, 2, 512, 32
 SIZES = {
@@ -43,6 +46,12 @@ SHAPES = {
 KINDS = [kind for kind, (block, _) in gguf.GGML_QUANT_SIZES.items() if block > 1]
 KINDS += [GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.F64]
 ATTENTION = "model.layers.0.self_attn"
+
+
+def tokenizer_of(file: GGUFFile) -> Tokenizer:
+    return Tokenizer.from_str(json.dumps(tokenizer_json(file.metadata)))
+
+
 Values = dict[str, Any]
 
 
@@ -426,5 +435,5 @@ def test_damage_anywhere_is_an_error_or_harmless(tmp_path: Path) -> None:
 
 def use(file: GGUFFile) -> None:
     file.read(f"{ATTENTION}.q_proj.weight")
-    file.hf_tokenizer().encode("ab <tool>cab")
-    file.hf_tokenizer_config()
+    tokenizer_of(file).encode("ab <tool>cab")
+    tokenizer_config(file.metadata)

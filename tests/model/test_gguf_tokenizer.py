@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from attending.errors import CheckpointError, TokenizerError
 from attending.model.gguf_file import open_gguf
-from attending.model.gguf_tokenizer import tokenizer_json
-from tests.model.test_gguf import Values, write
+from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
+from tests.model.test_gguf import Values, tokenizer_of, write
 
 TEXT = (
     "The patient reports 3 days of fever, 39.5 °C, and a dry cough; no chest pain.\n\n"
@@ -84,7 +84,7 @@ def random_texts(count: int) -> Iterator[str]:
 def test_ids_equal_sentencepiece(tmp_path: Path, options: Values) -> None:
     reference = train_sentencepiece(**options)
     keys = sentencepiece_keys(reference, add_space_prefix=options.get("add_dummy_prefix", True))
-    tokenizer = open_gguf(write(tmp_path / "m.gguf", None, keys)).hf_tokenizer()
+    tokenizer = tokenizer_of(open_gguf(write(tmp_path / "m.gguf", None, keys)))
     for text in ["", " ", "  leading", "trailing  ", TEXT, *random_texts(800)]:
         ids = tokenizer.encode(text).ids
         assert ids == [reference.bos_id(), *reference.encode(text)], repr(text)
@@ -96,7 +96,7 @@ def test_control_and_user_defined_pieces(tmp_path: Path) -> None:
     reference = train_sentencepiece(user_defined_symbols=["<tool>", "<tool_end>"], vocab_size=430)
     keys = sentencepiece_keys(reference, add_bos_token=False, add_eos_token=True)
     file = open_gguf(write(tmp_path / "m.gguf", None, keys))
-    tokenizer, eos = file.hf_tokenizer(), reference.eos_id()
+    tokenizer, eos = tokenizer_of(file), reference.eos_id()
     for text in ("a <tool><tool_end>", "fever<tool_end>"):
         assert tokenizer.encode(text).ids == [*reference.encode(text), eos]
     # Behind an added token a text is as if alone, which SentencePiece has no word for.
@@ -107,7 +107,7 @@ def test_control_and_user_defined_pieces(tmp_path: Path) -> None:
     tokenizer.encode_special_tokens = True  # as for text from users
     assert eos not in tokenizer.encode("a</s>", add_special_tokens=False).ids
     assert file.hf_config()["eos_token_id"] == [eos]
-    config = file.hf_tokenizer_config()
+    config = tokenizer_config(file.metadata)
     assert (config["add_bos_token"], config["add_eos_token"]) == (False, True)
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == (
         "<s>",
@@ -166,12 +166,12 @@ def test_ids_equal_the_family_tokenizer(tmp_path: Path, name: str) -> None:
     reference = train_byte_level(name)
     keys = byte_level_keys(name, reference) | {"tokenizer.chat_template": "{{ messages }}"}
     file = open_gguf(write(tmp_path / "m.gguf", None, keys))
-    tokenizer, bos = file.hf_tokenizer(), [0] if name == "llama-bpe" else []
+    tokenizer, bos = tokenizer_of(file), [0] if name == "llama-bpe" else []
     for text in ["", "123456 7  89", "I'LL e\u0301 ſ", "a<|im_end|>\n", *random_texts(300)]:
         expected = reference.encode(text).ids
         assert tokenizer.encode(text).ids == bos + expected, repr(text)
         assert tokenizer.decode(expected) == reference.decode(expected)
-    assert file.hf_tokenizer_config() == {
+    assert tokenizer_config(file.metadata) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": bool(bos),
@@ -189,7 +189,7 @@ def test_a_whole_word_needs_no_merges_where_the_family_ignores_them(tmp_path: Pa
         keys = byte_level_keys(name, trained, add_bos_token=False)
         keys["tokenizer.ggml.tokens"] += ["zq"]
         keys["tokenizer.ggml.token_type"] += [TokenType.NORMAL]
-        tokenizer = open_gguf(write(tmp_path / "m.gguf", None, keys)).hf_tokenizer()
+        tokenizer = tokenizer_of(open_gguf(write(tmp_path / "m.gguf", None, keys)))
         assert len(tokenizer.encode("zq").ids) == count
 
 
@@ -220,7 +220,7 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
             write(tmp_path / "m.gguf", None, byte_level_keys("gpt-2", trained, **changes))
         )
         with pytest.raises((CheckpointError, TokenizerError), match=message):
-            file.hf_tokenizer()
+            tokenizer_of(file)
     for changes in ({"bos_token_id": 400}, {"tokens": ["a"] * 400}, {"token_type": [1] * 399}):
         with pytest.raises(CheckpointError, match="400 tokens"):
             open_gguf(
