@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_json
 
 from attending.errors import ConfigError
 
@@ -39,7 +40,7 @@ class Config(BaseModel):
         try:
             # JSON mode is what lets a list become a tuple and a string an enum, while strict
             # still refuses "3" for 3.
-            return cls.model_validate_json(_to_json(values))
+            return cls.model_validate_json(to_json(values))
         except ValidationError as error:
             head = f"{where or cls.__name__} is not valid:"
             lines = [_explain(cls, dict(item)) for item in error.errors(include_url=False)]
@@ -134,12 +135,6 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
         merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _to_json(values: Mapping[str, Any]) -> bytes:
-    import pydantic_core
-
-    return pydantic_core.to_json(values)
 
 
 def _explain(cls: type[BaseModel], item: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ class Derived(NamedTuple):
 @asynccontextmanager
 async def open(model: str, *, model_id: str = "", **how: Any) -> AsyncIterator["Endpoint"]:
     """The endpoint at the address MODEL, of the one model served there or the one named."""
-    async with connect(model, model_id, **how) as endpoint:
+    async with Endpoint(model, model_id, **how) as endpoint:
         served = [model_id] if model_id else await endpoint.models()
         if len(served) != 1:
             raise UsageError(f"{endpoint.host} serves {served}: name one of them as the model id.")
@@ -128,11 +128,11 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         api_key: str | None = None,
         wire: Callable[[httpx.AsyncBaseTransport], httpx.AsyncBaseTransport] | None = None,
     ) -> None:
-        """Of http(s)://HOST[:PORT][/v1] or unix:/PATH.sock; `wire` may wrap the transport."""
-        if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?|unix:/.+", url):
+        """At http(s)://HOST[:PORT][/v1] or unix:/PATH.sock; `wire` may wrap the transport."""
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^\s@?#]*)?|unix:/.+", url):
             raise UsageError(  # what precedes an @ may be a password
                 f"{url.rpartition('@')[2]!r} is no http(s)://HOST[:PORT][/v1] or unix:/PATH.sock. "
-                "A local model cannot be opened yet: pass the URL of a running OpenAI-compatible one."
+                "Local models cannot be opened yet: pass a running OpenAI-compatible server's URL."
             )
         self._options = options = options or EndpointOptions()
         socket = url.removeprefix("unix:") if url.startswith("unix:") else None
@@ -142,7 +142,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         if api_key is None and options.api_key_variable:
             api_key = os.environ.get(options.api_key_variable, "")
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise UsageError(f"{options.api_key_variable or 'api_key'} holds no plain ASCII key.")
+            raise UsageError(f"{options.api_key_variable or 'api_key'} must hold an ASCII key.")
         is_near = re.fullmatch(r"localhost|127\.[\d.]+|::1", address.host)
         if api_key and address.scheme == "http" and not is_near:
             log.warning("the API key travels to %s in clear: use https", self.host)
@@ -222,7 +222,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         return Derived(json.loads(text), False, reply)
 
     async def _ask(self, path: str, stream: bool | None, /, **own: Any) -> Replies:
-        """Try until something comes; from then on, nothing is tried again."""
+        """Try until something comes, then never again; `stream` None is a GET, of "/models"."""
         options, totals, where = self._options, self.totals, f"{self.model} at {self.host}"
         body = dict(**own, model=self.model, stream=stream)  # a second `stream` is a TypeError
         json.dumps(body, allow_nan=False)  # what is no JSON raises here, as the caller's fault
@@ -262,8 +262,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
             raise ReplyError(f"{what}: check that the address ends in its path, as /v1.") from None
 
     async def _try(self, path: str, body: dict[str, Any], tries: int) -> AsyncGenerator[Any, None]:
-        client, totals, prices = self._client, self.totals, self._options.price_per_million
-        start, finish = time.monotonic(), None
+        client, totals, start, finish = self._client, self.totals, time.monotonic(), None
         totals.tries += 1
         try:
             if body["stream"] is None:
@@ -289,7 +288,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
             totals.cached_tokens += reply.cached_tokens or 0
             if reply.input_tokens is None or reply.output_tokens is None:
                 totals.cost = None
-            elif prices and totals.cost is not None:
+            elif (prices := self._options.price_per_million) and totals.cost is not None:
                 spent = reply.input_tokens * prices[0] + reply.output_tokens * prices[1]
                 totals.cost += spent / 1e6
         finally:
@@ -306,9 +305,6 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         self._gate = max(self._gate, time.monotonic() + wait)
 
 
-connect = Endpoint
-
-
 def parse_seconds(text: str) -> float:
     """The seconds in `1.5`, `1s`, `6m0s` or `250ms`, or left until an HTTP date; else 0."""
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[dhms]?)", text)
@@ -316,7 +312,7 @@ def parse_seconds(text: str) -> float:
         return sum(float(number) * UNITS[unit] for number, unit in parts)
     try:
         return parsedate_to_datetime(text).timestamp() - time.time()
-    except ValueError:
+    except (OverflowError, ValueError):
         return 0.0
 
 

@@ -24,8 +24,6 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
-import httpx
-
 from attending.config import suggest
 from attending.errors import SourceError
 
@@ -234,6 +232,8 @@ def _fetch(url: str, target: Path, *, sha256: str, progress: Progress, token: st
     """Download what is missing of a file, and return its sha256: the given one, if not empty."""
     if target.exists() and _sha256(target) == sha256:
         return sha256
+    import httpx  # a tenth of a second that only a pull should pay
+
     part = target.with_name(f"{target.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(4):  # a connection may break now and then
@@ -257,6 +257,8 @@ def _fetch(url: str, target: Path, *, sha256: str, progress: Progress, token: st
 
 
 def _append(url: str, part: Path, token: str, progress: Progress) -> None:
+    import httpx
+
     if url.startswith("file:"):
         shutil.copyfile(httpx.URL(url).path, part)
         return
