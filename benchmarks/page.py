@@ -28,6 +28,8 @@ class Measure(NamedTuple):
     def text(self) -> str:
         """Median, and the whole spread."""
         low, high = min(self.values), max(self.values)
+        if len(self.values) == 1:
+            return f"{low:,.2f}"
         return f"{statistics.median(self.values):,.2f} ({low:,.2f} to {high:,.2f})"
 
 
@@ -47,20 +49,14 @@ def write(name: str, title: str, notes: str, measures: Sequence[Measure]) -> Pat
     machine = hardware()
     facts = [
         f"- date: {datetime.datetime.now(datetime.UTC).date()}",
-        f"- command: `{artifact.command()}`",
+        f"- command: `python benchmarks/{artifact.command()}`",
         f"- commit: {artifact.commit()}",
         f"- hardware: {machine['cpu']}, {machine['available_cores']} cores, "
         f"{int(str(machine['memory_bytes'])) / 2**30:.1f} GiB, {', '.join(machine['simd'])}",  # type: ignore[arg-type]
         "- versions: " + ", ".join(f"{k} {v}" for k, v in artifact.versions().items()),
     ]
-    text = [
-        f"# {title}",
-        "",
-        notes.strip(),
-        "",
-        f"Medians of {repeats} repeats, with the spread.",
-        "",
-    ]
+    how = f"Medians of {repeats} repeats, with the spread." if repeats > 1 else "One run."
+    text = [f"# {title}", "", notes.strip(), "", how, ""]
     text += [*lines, "", f"![{title}]({name}.svg)", "", *facts, ""]
     page = HERE / f"{name}.md"
     page.write_text("\n".join(text), encoding="utf-8")
@@ -93,7 +89,9 @@ def _draw(
             values = found[quantity, subject].values
             middle = statistics.median(values)
             spread = [[middle - min(values)], [max(values) - middle]]
-            panel.bar(place, middle, yerr=spread, capsize=4, color=f"C{subjects.index(subject)}")
+            color = f"C{subjects.index(subject)}"
+            panel.bar(place, middle, 0.7, yerr=spread, capsize=4, color=color)
+        panel.set_xlim(-0.8, max(len(shown), 2) - 0.2)
         panel.set_xticks(range(len(shown)), shown, fontsize=8)
         panel.set_title(quantity, fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
