@@ -79,7 +79,10 @@ def chat(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: repeat less.")] = None,
     seed: Annotated[int | None, typer.Option(help="For the same answer again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of an answer: 1024, or all for one that reasons."),
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Room for fewer tokens in all.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
@@ -113,6 +116,8 @@ def chat(
     assistant = load(model, dtype=dtype, device=device)
     if context is not None:
         assistant.limit_context(context)
+    if not assistant.tokenizer.reasons:  # thoughts that are cut off leave no answer
+        sampling.setdefault("max_tokens", 1024)
     err.print(
         f"[dim]{_escape(assistant.origin.name)}: {_escape(assistant.origin.note or CAUTION)}[/]"
     )
