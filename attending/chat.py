@@ -19,12 +19,12 @@ from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import DecodeStream
 
 from attending.errors import ContextError, TokenizerError
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool", "developer")
+REPLACEMENT = "\ufffd"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
@@ -235,33 +235,40 @@ class Tokenizer:
 
 
 class TextStream:
-    """Ids in one by one, text out as soon as it is whole characters."""
+    """Ids in one by one, text out as soon as it is whole characters.
+
+    Each text is what an id adds to the ids shown just before, since some decoders look back (a
+    leading space is dropped at the very beginning only).
+    """
 
     def __init__(self, plain: tokenizers.Tokenizer, control: Mapping[int, Any]) -> None:
         self._plain, self._control = plain, control
-        self._pending: list[int] = []
-        self._stream = DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._shown = 0
 
     def feed(self, token: int) -> str:
         """The text that this id completes; empty while a character is still in pieces."""
         control = self._control.get(token)
         if control is not None:
             return self.finish() + ("" if control["special"] else str(control["content"]))
-        self._pending.append(token)
-        text: str | None = self._stream.step(self._plain, token)
-        if text is None:
+        self._ids.append(token)
+        text = self._new_text()
+        if text.endswith(REPLACEMENT):  # perhaps the first bytes of a character
             return ""
-        self._pending.clear()
+        del self._ids[: self._shown]
+        self._shown = len(self._ids)
         return text
 
     def finish(self) -> str:
         """What is left; bytes that never became a character show as replacement characters."""
-        if not self._pending:
-            return ""
-        text: str = self._plain.decode(self._pending, skip_special_tokens=False)
-        self._pending.clear()
-        self._stream = DecodeStream(skip_special_tokens=False)
+        text = self._new_text()
+        if text:
+            self._ids, self._shown = [], 0
         return text
+
+    def _new_text(self) -> str:
+        before, now = (self._plain.decode(ids) for ids in (self._ids[: self._shown], self._ids))
+        return str(now)[len(before) :]
 
 
 class Piece(NamedTuple):

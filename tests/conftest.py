@@ -1,5 +1,6 @@
 """Every test: a home of its own, no network but loopback, reproducible examples in CI."""
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -25,6 +26,14 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("ATTENDING_CACHE", str(home / "cache"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def unlogged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `logs.setup` does to the package's logger in one test ends with it."""
+    package = logging.getLogger("attending")
+    for name, value in (("propagate", True), ("level", logging.NOTSET), ("handlers", [])):
+        monkeypatch.setattr(package, name, value)
 
 
 @pytest.fixture(autouse=True)

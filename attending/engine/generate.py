@@ -25,6 +25,7 @@ class Generator:
         """The runner's pages are all this generator's."""
         self._runner = runner
         self._cached: list[int] = []
+        self._turn = object()
         self._pages = np.arange(runner.num_pages, dtype=np.int64)
         self.context = min(runner.arch.context, runner.num_pages * PAGE_TOKENS)
         """Most tokens of prompt and answer together."""
@@ -43,6 +44,7 @@ class Generator:
         rng = np.random.default_rng(sampling.seed)
         text = list(prompt)
         limit = min(self.context, len(text) + (sampling.max_tokens or self.context))
+        self._turn = turn = object()
         logits = self._prefill(text)
         while True:
             token = draw(probabilities(logits, sampling, text), rng)
@@ -50,7 +52,10 @@ class Generator:
             yield token
             if len(text) >= limit:
                 return
-            logits = self._step(text[-1:], wants_logits=True)
+            # Another answer may have used the cache since; then what it overwrote comes again.
+            is_mine = self._turn is turn
+            self._turn = turn
+            logits = self._step(text[-1:], wants_logits=True) if is_mine else self._prefill(text)
 
     def _prefill(self, prompt: list[int]) -> np.ndarray:
         shared = 0

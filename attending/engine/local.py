@@ -3,7 +3,6 @@
 Built for trying, testing and scripting; many users at once are the server's business.
 """
 
-import json
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
 from attending.model.checkpoint import load_decoder, open_checkpoint, save_weights
+from attending.model.files import read_json
 from attending.sources import Resolved, resolve
 
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -96,13 +96,13 @@ class Model:
         own = {name: v for name, v in self._settings.items() if name in SETTINGS and v is not None}
         if self._settings.get("do_sample") is False:
             own["temperature"] = 0.0
-        return Sampling.build({"seed": secrets.randbits(31), **own, **given})
+        options = Sampling.build({**own, **given})
+        return options if options.seed is not None else options.replace(seed=secrets.randbits(31))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
         file = self.origin.path / "generation_config.json"
-        settings: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {}
-        return settings
+        return read_json(file) if file.is_file() else {}
 
     def limit_context(self, tokens: int) -> None:
         """Keep room for fewer tokens than the model allows; before the first answer.
@@ -159,7 +159,7 @@ class Model:
             if self.tokenizer.template:
                 template = draft / "chat_template.jinja"
                 template.write_text(self.tokenizer.template, encoding="utf-8")
-            generation = {"eos_token_id": sorted(self.stop_ids)}
+            generation = {**self._settings, "eos_token_id": sorted(self.stop_ids)}
             artifact.write_json(draft / "generation_config.json", generation)
             save_weights(self.decoder.state_dict(), draft, max_shard_bytes)
             artifact.finish(draft, record, title=target.name, note=self.origin.note)
@@ -180,7 +180,8 @@ class Stream:
         self.messages_left_out = left_out
 
     def __iter__(self) -> Iterator[Piece]:
-        """Write the answer."""
+        """Write the answer; iterated again, it is written again."""
+        self._pieces, self._reason, self._count = [], "cancelled", 0
         tokenizer = self._model.tokenizer
         opened = tokenizer.reasons and tokenizer.opens_reasoning(self._ids)
         splitter = ReasoningSplitter(opened=opened)

@@ -118,14 +118,15 @@ class Architecture:
 
     def to_config(self) -> dict[str, Any]:
         """The `config.json` to write: the one read, under names every reader knows."""
-        rope = self.source.get("rope_parameters") or self.source.get("rope_scaling")
+        scaling = _rope_values(self.source) | {"rope_type": self.rope.kind}
+        scaling.pop("rope_theta", None)
         plain = {k: v for k, v in self.source.items() if k not in ("rope_parameters", "dtype")}
         return {
             **plain,
             "architectures": [CLASS_NAMES[self.family]],
             "model_type": self.family,
             "rope_theta": self.rope.theta,
-            "rope_scaling": _scaling(rope) if self.rope.kind != "default" else None,
+            "rope_scaling": scaling if self.rope.kind != "default" else None,
             "torch_dtype": self.dtype,
         }
 
@@ -292,8 +293,8 @@ def _windows(
 
 def _rope(config: Mapping[str, Any], context: int) -> Rope:
     """RoPE of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
-    values = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = values.get("rope_theta", config.get("rope_theta", 10_000.0))
+    values = _rope_values(config)
+    theta = values.pop("rope_theta", config.get("rope_theta", 10_000.0))
     kind: Any = values.get("rope_type", values.get("type", "default"))
     if kind not in get_args(RopeKind):
         raise CheckpointError(
@@ -333,8 +334,8 @@ def _attention_factor(values: Mapping[str, Any], factor: float) -> float:
     return scale(top) / scale(bottom) if top and bottom else scale(1.0)
 
 
-def _scaling(rope: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {k: v for k, v in (rope or {}).items() if k != "rope_theta"}
+def _rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
 
 
 def _dtype(config: Mapping[str, Any], default: str) -> str:

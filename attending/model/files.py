@@ -24,14 +24,14 @@ def read_config(path: Path) -> Architecture:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise CheckpointError(f"{path.name} has no config.json; {_found(path)}")
-    return parse_config(_read_json(file))
+    return parse_config(read_json(file))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, by its index if it has one."""
     index = folder / INDEX
     if index.is_file():
-        named = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        named = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [name for name in named if not (folder / name).is_file()]
         if missing or not named:
             raise CheckpointError(
@@ -62,7 +62,8 @@ def gguf_in(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; a CheckpointError if it is anything else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -98,6 +98,31 @@ def test_leaving_an_answer_in_the_middle_does_not_disturb_the_next() -> None:
     assert list(generator.tokens(prompt, GREEDY)) == greedy_without_cache(model, prompt, 20)
 
 
+def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attending.engine.generate.CHUNK_TOKENS", 30)
+    model = decoder("baichuan_m1")
+    prompt = np.random.default_rng(3).integers(50, size=100).tolist()
+    said = list(Generator(TorchRunner(model, num_pages=8)).tokens(prompt, GREEDY))
+    assert said == greedy_without_cache(model, prompt, 20)
+
+
+def test_answers_written_in_turns_do_not_disturb_each_other() -> None:
+    model = decoder("qwen2")
+    generator = Generator(TorchRunner(model, num_pages=8))
+    prompts = [list(range(10)), list(range(30, 45))]
+    both = zip(*(generator.tokens(prompt, GREEDY) for prompt in prompts), strict=True)
+    for said, prompt in zip(zip(*both, strict=True), prompts, strict=True):
+        assert list(said) == greedy_without_cache(model, prompt, 20)
+
+
+def test_the_repetition_penalty_sees_prompt_and_answer() -> None:
+    generator = Generator(TorchRunner(decoder("llama"), num_pages=8))
+    prompt = list(range(25))
+    harsh = Sampling(temperature=0.0, repetition_penalty=10.0, max_tokens=20)
+    logits_positive = list(generator.tokens(prompt, harsh))
+    assert len({*prompt, *logits_positive}) == 45  # 50 in all: nothing said twice
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_stop_texts_end_alike_for_every_cut(data: st.DataObject) -> None:

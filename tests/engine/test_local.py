@@ -1,5 +1,6 @@
 """`attending.load()`: logits, chat, stream, settings, saving."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 import attending
-from attending.errors import ConfigError, ContextError, SourceError, TokenizerError, UsageError
+from attending.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    SourceError,
+    TokenizerError,
+    UsageError,
+)
 from tests.engine.folders import write_model
 from tests.hallway.test_chat import REASONING, says
 
@@ -68,11 +76,53 @@ def test_an_end_of_turn_id_ends_the_answer_and_is_not_shown(tmp_path: Path) -> N
     assert cut.text == model.tokenizer.decode(ids[:first]) != whole.text
 
 
+def test_an_end_id_of_the_configuration_alone_ends_the_answer(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    model = attending.load(str(folder))
+    ids = list(model.generator.tokens(model.tokenizer.render(says("x")), model.sampling(**GREEDY)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": ids[2]}))
+    assert attending.load(str(folder)).chat(says("x"), **GREEDY).finish_reason == "stop"
+
+
+def test_two_streams_at_once_and_one_stream_twice_say_the_same(model: "attending.Model") -> None:
+    whole = [model.chat(says(text), seed=1, **GREEDY) for text in ("fever?", "a cough and a cold?")]
+    streams = [model.stream(says(t), seed=1, **GREEDY) for t in ("fever?", "a cough and a cold?")]
+    for _ in itertools.zip_longest(*streams):
+        pass
+    assert [stream.answer for stream in streams] == whole
+    assert list(streams[0]) and streams[0].answer == whole[0]
+
+
+def test_the_answer_gets_its_room_before_the_history(model: "attending.Model") -> None:
+    history = says(*["the patient has a fever"] * 21)
+    short = model.chat(history, temperature=0.0, max_tokens=5)
+    long = model.chat(history, temperature=0.0, max_tokens=100)
+    assert short.messages_left_out < long.messages_left_out
+    assert long.prompt_tokens <= 156 < short.prompt_tokens <= 251
+
+
+def test_generation_settings_that_are_not_json_are_a_clear_error(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is not valid JSON"):
+        attending.load(str(folder)).chat(says("x"))
+
+
+def test_saving_keeps_the_models_own_settings(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "top_k": 3}))
+    saved = attending.load(str(folder)).save(tmp_path / "s")
+    assert attending.load(str(saved)).sampling().top_k == 3
+
+
 def test_an_answer_can_be_repeated_by_its_seed(model: "attending.Model") -> None:
     first = model.chat(says("fever?"), temperature=1.5, max_tokens=20)
     again = model.chat(says("fever?"), temperature=1.5, max_tokens=20, seed=first.seed)
     assert again == first
     assert model.chat(says("fever?"), temperature=1.5, max_tokens=20).seed != first.seed
+    drawn = model.chat(says("fever?"), temperature=1.5, max_tokens=20, seed=None)
+    assert model.chat(says("fever?"), temperature=1.5, max_tokens=20, seed=drawn.seed) == drawn
 
 
 def test_the_models_own_settings_hold_unless_overridden(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Raw
 
 from attending.chat import Piece, ReasoningSplitter, Tokenizer
@@ -113,6 +113,84 @@ def test_streamed_text_equals_the_whole(text: str) -> None:
 def test_a_character_cut_off_in_the_middle_is_shown_as_replaced() -> None:
     ours = tokenizer()
     assert ours.decode(ours.encode("é")[:1]) == "\ufffd"
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_ids_stream_as_they_decode_whole(data: st.DataObject) -> None:
+    """A model may write bytes that are no characters; that must neither crash nor change others."""
+    ours = tokenizer()
+    ids = data.draw(st.lists(st.integers(0, RAW.get_vocab_size() - 1), max_size=12))
+    stream = ours.decoder()
+    text = "".join([*(stream.feed(i) for i in ids), stream.finish()])
+    control = set(ours._by_id)
+    if not control & set(ids):
+        assert text == RAW.decode(ids, skip_special_tokens=False)
+    else:
+        assert text == ours.decode(ids)
+
+
+def test_every_way_into_a_template_is_closed_to_control_strings() -> None:
+    template = (
+        "{{ tools | tojson }}{{ note }}{{ messages[0].reasoning_content }}"
+        "{{ messages[0].tool_calls[0].arguments | tojson }}{{ messages[0].role }}<|im_end|>"
+    )
+    bad = "<|im_end|>"
+    message = {
+        "role": "assistant",
+        "content": bad,
+        "reasoning_content": bad,
+        "tool_calls": [{"arguments": {bad: [bad]}}],
+    }
+    ours = tokenizer(template)
+    ids = ours.render([message], tools=[{"name": bad}], note=bad)
+    assert ids.count(RAW.token_to_id(bad)) == 1 and ours.decode(ids).count(bad) == 5
+
+
+def test_control_strings_of_letters_are_escaped_and_other_words_left_alone() -> None:
+    definition = json.loads(RAW.to_str())
+    extra = {"content": "stop", "special": True, "id": RAW.get_vocab_size()}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    definition["added_tokens"].append(flags | extra)
+    template = "{% if messages[0].kind == 'some' %}{{ messages[0].content }}{% endif %}stop"
+    ours = Tokenizer(definition, {"chat_template": template})
+    ids = ours.render([{"role": "user", "kind": "some", "content": "please stop now"}])
+    assert ids.count(extra["id"]) == 1 and ids[-1] == extra["id"]
+    assert ours.decode(ids) == "please stop now"
+
+
+def test_a_control_token_may_swallow_the_white_space_around_it() -> None:
+    definition = json.loads(RAW.to_str())
+    for token in definition["added_tokens"]:
+        token["lstrip"] = token["rstrip"] = token["content"] == "<|im_end|>"
+    ours = Tokenizer(definition, {"chat_template": "a \n<|im_end|>\n b"})
+    end = RAW.token_to_id("<|im_end|>")
+    assert ours.render(says("")) == [*RAW.encode("a").ids, end, *RAW.encode("b").ids]
+
+
+def test_text_begins_with_the_tokenizers_own_mark_and_is_never_truncated() -> None:
+    raw = Raw.from_str(RAW.to_str())
+    begin = ("<|endoftext|>", raw.token_to_id("<|endoftext|>"))
+    frame = f"{begin[0]} $A"
+    raw.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[begin])
+    raw.enable_truncation(4)
+    ours = Tokenizer(json.loads(raw.to_str()), {"eos_token": "<|im_end|>", "bos_token": begin[0]})
+    text = "the patient has a fever " * 9
+    assert ours.encode(text) == [begin[1], *RAW.encode(text).ids]
+
+
+def test_templates_know_the_special_strings() -> None:
+    config = {"bos_token": {"content": "<|im_start|>"}, "chat_template": "{{ bos_token }}x"}
+    ours = Tokenizer(json.loads(RAW.to_str()), config)
+    assert ours.render(says(""))[0] == RAW.token_to_id("<|im_start|>")
+
+
+def test_only_the_very_beginning_gets_sentencepieces_space() -> None:
+    raw = Raw(models.BPE({"<s>": 0, "▁": 1, "a": 2, "▁a": 3}, [("▁", "a")]))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.add_special_tokens(["<s>"])
+    ours = Tokenizer(json.loads(raw.to_str()), {"chat_template": "a<s>a"})
+    assert ours.render(says("")) == raw.encode("a<s>a").ids == [3, 0, 2]
 
 
 def test_special_tokens_are_left_out_and_think_tags_kept_when_decoding() -> None:
