@@ -6,8 +6,10 @@ own strings still match, and the marks are taken out before the pieces between a
 """
 
 import datetime
+import itertools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +102,7 @@ class Tokenizer:
                 "this model has no chat template; it can only complete plain text."
             )
         _check(messages)
-        messages = [_split_reasoning(message) for message in messages]
+        messages = [_plain_message(message) for message in messages]
         mark = _unused_character([messages, variables])
         escaped = [
             {key: value if key == "role" else self._escape(value, mark) for key, value in m.items()}
@@ -111,7 +113,7 @@ class Tokenizer:
             text = self._template.render(
                 messages=escaped, add_generation_prompt=True, **self._special_strings, **variables
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             reason = str(error).replace(mark, "")
             raise TokenizerError(f"the chat template refused the messages: {reason}") from None
         return list(self._encode_pieces(text, mark))
@@ -127,20 +129,22 @@ class Tokenizer:
         Raises:
             ContextError: The last message alone does not fit.
         """
-        system = [m for m in messages[:1] if m.get("role") == "system"]
-        turns = list(messages[len(system) :])
-        total = len(turns)
-        while True:
-            ids = self.render([*system, *turns], **variables)
-            if len(ids) <= room_tokens:
-                return ids, total - len(turns)
-            later = [i for i, m in enumerate(turns) if i and m.get("role") == "user"]
-            if not later:
-                raise ContextError(
-                    f"the message is {len(ids):,} tokens with its frame; {room_tokens:,} fit. "
-                    "Shorten it, or use a model with a longer context."
-                )
-            turns = turns[later[0] :]
+        system = [m for m in messages[:1] if m.get("role") in ("system", "developer")]
+        turns = messages[len(system) :]
+
+        def fits(start: int) -> bool:
+            return len(self.render([*system, *turns[start:]], **variables)) <= room_tokens
+
+        # Dropping more turns never makes a conversation longer, so halving finds the first fit.
+        starts = [i for i, m in enumerate(turns) if i == 0 or m.get("role") == "user"]
+        start = 0 if fits(0) else starts[min(bisect_left(starts, True, key=fits), len(starts) - 1)]
+        ids = self.render([*system, *turns[start:]], **variables)
+        if len(ids) > room_tokens:
+            raise ContextError(
+                f"the message is {len(ids):,} tokens with its frame; {room_tokens:,} fit. "
+                "Shorten it, or use a model with a longer context."
+            )
+        return ids, start
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -213,12 +217,14 @@ class Tokenizer:
     def _encode_pieces(self, text: str, mark: str) -> Iterator[int]:
         for index, piece in enumerate(self._control_pattern.split(text)):
             if index % 2:
-                yield self._control[piece.strip()]["id"]
+                yield (self._control.get(piece) or self._control[piece.strip()])["id"]
             elif piece:
                 yield from self._encode_text(piece.replace(mark, ""), is_first=index == 0)
 
     def _encode_text(self, text: str, *, is_first: bool) -> list[int]:
         """Text without control strings; added runs of white space are matched here."""
+        if re.search("[\ud800-\udfff]", text):
+            raise TokenizerError("the text holds half a character (a lone surrogate).")
         ids: list[int] = []
         for index, piece in enumerate(self._space_pattern.split(text)):
             if index % 2:
@@ -226,6 +232,10 @@ class Tokenizer:
             elif piece:
                 encoder = self._plain if is_first and not ids else self._later
                 ids += encoder.encode(piece, add_special_tokens=False).ids
+        unknown = self._control.get(self._special_strings.get("unk_token", ""), {}).get("id")
+        spelled = {token["id"] for token in self._control.values()} - {unknown}
+        if not spelled.isdisjoint(ids):  # no vocabulary of a supported model spells its own
+            raise TokenizerError("this vocabulary spells a control token; the text is refused.")
         return ids
 
     @cached_property
@@ -364,20 +374,27 @@ def _check(messages: Sequence[Message]) -> None:
             raise TokenizerError(f"role {message.get('role')!r} is not one of {', '.join(ROLES)}.")
 
 
-def _split_reasoning(message: Message) -> Message:
-    """Move a model's own think block out of the text, where escaping would hide it."""
+def _plain_message(message: Message) -> Message:
+    """Content as one text, and a model's own think block apart, where escaping would hide it."""
     content = message.get("content")
-    if message["role"] != "assistant" or not isinstance(content, str) or THINK_CLOSE not in content:
-        return message
-    thought, _, answer = content.rpartition(THINK_CLOSE)
-    thought = thought.rpartition(THINK_OPEN)[2].strip("\n")
-    return {"reasoning_content": thought, **message, "content": answer.lstrip("\n")}
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    message = {**message, "content": "" if content is None else content}
+    if message.get("reasoning"):
+        message.setdefault("reasoning_content", message["reasoning"])
+    if message["role"] == "assistant" and THINK_CLOSE in message["content"]:
+        thought, _, answer = message["content"].rpartition(THINK_CLOSE)
+        message["content"] = answer.lstrip("\n")
+        if not message.get("reasoning_content"):
+            message["reasoning_content"] = thought.rpartition(THINK_OPEN)[2].strip("\n")
+    return message
 
 
 def _unused_character(values: Any) -> str:
     """A private-use character that occurs nowhere in the values."""
     used = set(json.dumps(values, ensure_ascii=False, default=str))
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
+    codes = itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
+    return next(chr(code) for code in codes if chr(code) not in used)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

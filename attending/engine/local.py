@@ -4,7 +4,7 @@ Built for trying, testing and scripting; many users at once are the server's bus
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +96,7 @@ class Model:
         own = {name: v for name, v in self._settings.items() if name in SETTINGS and v is not None}
         if self._settings.get("do_sample") is False:
             own["temperature"] = 0.0
+        given = {name: value for name, value in given.items() if value is not None}
         options = Sampling.build({**own, **given})
         return options if options.seed is not None else options.replace(seed=secrets.randbits(31))
 
@@ -120,24 +121,42 @@ class Model:
         batch = torch.as_tensor(ids, dtype=torch.int64).to(self.decoder.model.norm.weight.device)
         if batch.dim() != 2 or not batch.numel():
             raise UsageError(f"ids must be [batch, tokens]; got shape {list(batch.shape)}.")
+        if int(batch.min()) < 0 or int(batch.max()) >= self.arch.vocab_size:
+            raise UsageError(f"ids must be 0 to {self.arch.vocab_size - 1}; got others.")
         count, length = batch.shape
         hidden = self.decoder(batch.flatten(), Packed([length] * count, batch.device))
         return self.decoder.logits(hidden).float().reshape(count, length, -1)
 
-    def chat(self, messages: Sequence[Message], **sampling: Any) -> Answer:
-        """Answer a conversation; keywords are the fields of `Sampling`."""
-        stream = self.stream(messages, **sampling)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Answer a conversation.
+
+        Args:
+            messages: As in the OpenAI API.
+            template: Variables of the chat template, e.g. `{"thinking_mode": "off"}`.
+            sampling: The fields of `Sampling`; None is as if not given.
+        """
+        stream = self.stream(messages, template, **sampling)
         for _ in stream:
             pass
         return stream.answer
 
-    def stream(self, messages: Sequence[Message], **sampling: Any) -> "Stream":
+    def stream(
+        self,
+        messages: Sequence[Message],
+        template: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> "Stream":
         """The same, piece by piece as it is written."""
         options = self.sampling(**sampling)
         context = self.generator.context
         # The answer gets what it may need, but never more than half of the context.
         reserve = min(options.max_tokens or context // 4, context // 2)
-        ids, left_out = self.tokenizer.fit(messages, context - reserve)
+        ids, left_out = self.tokenizer.fit(messages, context - reserve, **(template or {}))
         return Stream(self, ids, options, left_out)
 
     def complete(self, text: str, **sampling: Any) -> "Stream":

@@ -220,8 +220,8 @@ class _Keys:
 
 
 def _refuse_unimplemented(config: Mapping[str, Any], family: Family) -> None:
-    act = config.get("hidden_act", "silu")
-    if act != "silu":
+    act = config.get("hidden_act") or "silu"
+    if act not in ("silu", "swish"):
         raise CheckpointError(f"config.json: hidden_act is {act!r}; only 'silu' is implemented.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -229,7 +229,7 @@ def _refuse_unimplemented(config: Mapping[str, Any], family: Family) -> None:
             f"this checkpoint is quantised ({method}); only unquantised safetensors and GGUF are "
             "read. Use the unquantised model or a GGUF file of it."
         )
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
+    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not implemented.")
     if family == "baichuan_m1":
         for key, value in (("conv_window", 2), ("tie_word_embeddings", False)):
@@ -281,7 +281,7 @@ def _windows(
     window = read.integer("sliding_window", 4096)
     kinds = config.get("layer_types")
     if kinds is None:
-        first = config.get("max_window_layers", 28)
+        first = 28 if config.get("max_window_layers") is None else config["max_window_layers"]
         return [window if i >= first else None for i in range(count)]
     names = {"full_attention": None, "sliding_attention": window}
     if len(kinds) != count or any(kind not in names for kind in kinds):
@@ -294,14 +294,14 @@ def _windows(
 def _rope(config: Mapping[str, Any], context: int) -> Rope:
     """RoPE of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
     values = _rope_values(config)
-    theta = values.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    theta = values.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
     kind: Any = values.get("rope_type", values.get("type", "default"))
     if kind not in get_args(RopeKind):
         raise CheckpointError(
             f"RoPE kind {kind!r} is not implemented.{suggest(str(kind), get_args(RopeKind))}"
         )
     read = _Keys(values)
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
+    if (values.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not implemented.")
     if kind == "default":
         return Rope(theta=float(theta))

@@ -35,6 +35,8 @@ def test_logits_are_batch_by_tokens_by_vocabulary_in_float32(model: "attending.M
     torch.testing.assert_close(logits[1:], model.logits([[4, 3, 2, 1]]))
     with pytest.raises(UsageError, match=r"ids must be \[batch, tokens\]; got shape \[4\]"):
         model.logits([1, 2, 3, 4])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="ids must be 0 to"):
+        model.logits([[1, 10_000]])
 
 
 def test_logits_need_no_tokenizer(tmp_path: Path) -> None:
@@ -150,8 +152,7 @@ def test_long_histories_are_cut_and_counted_and_long_messages_refused(
 
 def test_reasoning_comes_apart_from_the_answer(tmp_path: Path) -> None:
     model = attending.load(str(write_model(tmp_path / "m", REASONING)))
-    stream = model.stream(says("fever?"), **GREEDY)
-    stream._ids = model.tokenizer.render(says("fever?"), thinking_mode="on")
+    stream = model.stream(says("fever?"), {"thinking_mode": "on"}, stop=None, **GREEDY)
     kinds = {piece.kind for piece in stream}
     assert kinds == {"reasoning"} and stream.answer.text == "" and stream.answer.reasoning
 

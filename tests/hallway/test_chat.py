@@ -228,6 +228,43 @@ def test_the_oldest_turns_are_forgotten_first_and_the_system_message_never() -> 
     assert ids == ours.render([system, *says("three", "four", "five")])
 
 
+def test_a_very_long_history_is_cut_without_reading_it_a_thousand_times() -> None:
+    ours = tokenizer()
+    messages = says(*["the patient has a fever"] * 2001)
+    renders: list[int] = []
+    render = ours.render
+    ours.render = lambda m, **v: renders.append(len(m)) or render(m, **v)  # type: ignore[method-assign,func-returns-value]
+    ids, left_out = ours.fit(messages, 200)
+    assert len(renders) < 20 and left_out % 2 == 0
+    assert len(ids) <= 200 < len(render(messages[left_out - 2 :]))
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
+        ({"content": None, "reasoning": "why"}, "why|"),
+        ({"content": "<think>\nold\n</think>\n\nyes", "reasoning_content": None}, "old|yes"),
+    ],
+)
+def test_the_forms_that_clients_send_mean_the_same(given: dict[str, Any], plain: str) -> None:
+    template = "{% set m = messages[0] %}{% if m.reasoning_content %}{{ m.reasoning_content }}|"
+    template += "{% endif %}{{ m.content }}"
+    ours = tokenizer(template)
+    assert ours.decode(ours.render([{"role": "assistant", **given}])) == plain
+
+
+def test_text_that_a_vocabulary_spells_as_control_is_refused() -> None:
+    raw = Raw(models.WordLevel({"<s>": 0, "a": 1, "[unk]": 2}, unk_token="[unk]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens(["<s>", "[unk]"])
+    config = {"chat_template": "{{ messages[0].content }}", "unk_token": "[unk]"}
+    ours = Tokenizer(json.loads(raw.to_str()), config)
+    assert ours.render(says("a b")) == [1, 2]
+    with pytest.raises(TokenizerError, match="spells a control token"):
+        ours.render(says("a <s>"))
+
+
 def test_a_last_message_that_cannot_fit_is_an_error_that_says_how_much_fits() -> None:
     with pytest.raises(ContextError, match=r"tokens with its frame; 20 fit"):
         tokenizer().fit(says("word " * 50), 20)
@@ -239,6 +276,7 @@ def test_a_last_message_that_cannot_fit_is_an_error_that_says_how_much_fits() ->
         ([], CHATML, "no messages"),
         ([{"role": "doctor", "content": ""}], CHATML, "role 'doctor' is not one of"),
         ([{"role": "user", "content": "x"}], None, "no chat template"),
+        ([{"role": "user", "content": "\ud800"}], CHATML, "half a character"),
         ([{"role": "user", "content": "x"}], "{{ raise_exception('roles') }}", "refused.*roles"),
         ([{"role": "user", "content": "x"}], "{% if %}", "template is not valid"),
         ([{"role": "user", "content": "x"}], "{{ ''.__class__.__mro__ }}", "refused"),

@@ -23,7 +23,7 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    HALLWAY: Room(0, 1_800),
+    HALLWAY: Room(0, 1_850),
     "phi": Room(1, 900),
     "tokenizer": Room(1, 250),
     "model": Room(1, 1_700),
@@ -39,7 +39,7 @@ ROOMS = {
     "rl": Room(4, 1_200),
     "quantize": Room(4, 1_100),
     "draft": Room(4, 700),
-    "gateway": Room(5, 2_000),
+    "gateway": Room(5, 1_950),
 }
 DATA = {"recipes", "configs"}  # folders without code
 FRONT = {"attending/cli.py", "attending/__init__.py"}  # import every room, lazily
