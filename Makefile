@@ -11,7 +11,7 @@ export Q
 ask: .venv/use.stamp
 	@test -n "$$Q" || { echo 'usage: make ask Q="What is hypertension?"' >&2; exit 2; }
 	@$(BIN)/attending pull default >/dev/null
-	@$(BIN)/attending chat "$$Q"
+	@$(BIN)/attending chat -- "$$Q"
 
 test: check
 	@$(BIN)/attending pull default >/dev/null || echo "not pulled: the tests that need it will skip" >&2

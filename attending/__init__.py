@@ -5,6 +5,7 @@ torch nor a room.
 """
 
 from importlib.util import find_spec
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from attending.errors import UsageError
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(source: str, *, dtype: str | None = None, device: str = "cpu") -> "Model":
+def load(source: str | PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> "Model":
     """Load a model that is on this machine; see `attending.engine.local.load`."""
     if find_spec("torch") is None:
         raise UsageError("this needs torch, which is not installed: pip install 'attending[train]'")
     from attending.engine import local
 
-    return local.load(source, dtype=dtype, device=device)
+    return local.load(str(source), dtype=dtype, device=device)

@@ -147,7 +147,8 @@ def pull(
     if as_json:
         _print_json({**dataclasses.asdict(found), "path": str(found.path)})
         return
-    err.print(f"{_escape(found.name)} is ready. {_escape(found.note)}")
+    licence = f"Licence: {found.licence}. " if found.licence else ""
+    err.print(f"{_escape(found.name)} is ready. {_escape(licence + found.note)}")
     out.print(str(found.path), markup=False)
 
 
