@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jinja2
 import tokenizers
@@ -153,6 +153,15 @@ class Tokenizer:
         names += [name for name in ("<|im_end|>", "<|eot_id|>") if name in (self.template or "")]
         return frozenset(self._control[name]["id"] for name in names if name in self._control)
 
+    def control_id(self, name: str) -> int | None:
+        """The id of an added token such as `<think>`, if the vocabulary has it."""
+        return self._control[name]["id"] if name in self._control else None
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return bool(re.search(r"\btools\b", self.template or ""))
+
     @property
     def reasons(self) -> bool:
         """Whether this model's answers may begin with reasoning between think tags."""
@@ -279,76 +288,6 @@ class TextStream:
     def _new_text(self) -> str:
         before, now = (self._plain.decode(ids) for ids in (self._ids[: self._shown], self._ids))
         return str(now)[len(before) :]
-
-
-class Piece(NamedTuple):
-    """A part of an answer's text."""
-
-    kind: Literal["reasoning", "content"]
-    text: str
-
-
-class ReasoningSplitter:
-    """Splits a stream of answer text at the think tags, the same for every way it is cut.
-
-    Reasoning that is never closed stays reasoning: cut-off thoughts are not an answer.
-    """
-
-    def __init__(self, *, opened: bool) -> None:
-        """`opened`: the prompt already ended with the opening tag."""
-        self._state: Literal["start", "reasoning", "between", "content"]
-        self._state = "reasoning" if opened else "start"
-        self._held = ""
-        self._trim = opened
-
-    def feed(self, text: str) -> list[Piece]:
-        """Pieces that are certain by now."""
-        self._held += text
-        return [piece for piece in self._advance(final=False) if piece.text]
-
-    def finish(self) -> list[Piece]:
-        """Pieces that were held back in case a tag came."""
-        return [piece for piece in self._advance(final=True) if piece.text]
-
-    def _advance(self, *, final: bool) -> Iterator[Piece]:
-        if self._state == "start":
-            body = self._held.lstrip()
-            if THINK_OPEN.startswith(body[: len(THINK_OPEN)]) and len(body) < len(THINK_OPEN):
-                if not final:
-                    return
-            elif body.startswith(THINK_OPEN):
-                self._held = body.removeprefix(THINK_OPEN)
-                self._state, self._trim = "reasoning", True
-            if self._state == "start":
-                self._state = "content"
-        if self._state == "reasoning":
-            yield from self._reasoning(final=final)
-        if self._state == "between":
-            self._held = self._held.lstrip("\n")
-            self._state = "content" if self._held else "between"
-        if self._state == "content":
-            text, self._held = self._held, ""
-            yield Piece("content", text)
-
-    def _reasoning(self, *, final: bool) -> Iterator[Piece]:
-        if self._trim:
-            self._held = self._held.lstrip("\n")
-            self._trim = not self._held
-        thought, closed, rest = self._held.partition(THINK_CLOSE)
-        if closed:
-            self._state, self._held = "between", rest
-            yield Piece("reasoning", thought.rstrip("\n"))
-            return
-        keep = 0 if final else _held_back(self._held)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        yield Piece("reasoning", text.rstrip("\n") if final else text)
-
-
-def _held_back(text: str) -> int:
-    """Length of the tail that may be trailing newlines or the beginning of the closing tag."""
-    tail = re.search(r"\n*(<(/(t(h(i(n(k)?)?)?)?)?)?)?\Z", text)
-    return len(tail[0]) if tail else 0
 
 
 def _without_added_tokens(definition: Mapping[str, Any]) -> tokenizers.Tokenizer:

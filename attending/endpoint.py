@@ -12,12 +12,14 @@ import os
 import random
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -25,6 +27,7 @@ import httpx
 import openai
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
+from attending import errors
 from attending.config import Config
 from attending.errors import EndpointError, ReplyError, UsageError
 
@@ -103,14 +106,92 @@ class Derived(NamedTuple):
 
 
 @asynccontextmanager
-async def open(model: str, *, model_id: str = "", **how: Any) -> AsyncIterator["Endpoint"]:
-    """The endpoint at the address MODEL, of the one model served there or the one named."""
-    async with Endpoint(model, model_id, **how) as endpoint:
+async def open(
+    model: str, *, model_id: str = "", engine: Mapping[str, Any] | None = None, **how: Any
+) -> AsyncIterator["Endpoint"]:
+    """The endpoint at an address, of the one model served there or the one named, or of a source.
+
+    Args:
+        model: http(s)://HOST[:PORT][/v1], unix:/PATH.sock, or a model on this machine: then its
+            engine runs as a child process until the block ends.
+        model_id: One of several models at an address.
+        engine: Of a model on this machine: what `attending.engine.server` takes.
+        how: As `Endpoint` takes it.
+    """
+    async with AsyncExitStack() as stack:
+        url = model
+        if not re.match(r"(https?://|unix:)", model):
+            child = EngineProcess(model, engine)
+            stack.push_async_callback(child.stop)
+            await child.start()
+            url = child.url
+        endpoint = await stack.enter_async_context(Endpoint(url, model_id, **how))
         served = [model_id] if model_id else await endpoint.models()
         if len(served) != 1:
             raise UsageError(f"{endpoint.host} serves {served}: name one of them as the model id.")
         endpoint.model = served[0]
         yield endpoint
+
+
+class EngineProcess:
+    """A local model's engine: a child process that speaks the API on a socket of our own.
+
+    It ends with this process, however this one ends: the child reads its standard input, a pipe.
+    """
+
+    def __init__(self, model: str, options: Mapping[str, Any] | None = None) -> None:
+        """`options`: the fields of `attending.engine.server.EngineOptions`."""
+        self._model, self._options = model, json.dumps(dict(options or {}))
+        self._folder: TemporaryDirectory[str] | None = None
+        self._child: asyncio.subprocess.Process | None = None
+        self.url = ""
+        """Where it answers, once `start` has returned."""
+
+    async def start(self) -> None:
+        """Load the model and begin to answer; after the child has ended, once more.
+
+        Raises:
+            AttendingError: Of the class that loading it here would raise.
+        """
+        self._folder = self._folder or TemporaryDirectory(prefix="attending-")  # of this user only
+        socket = Path(self._folder.name) / "engine.sock"
+        socket.unlink(missing_ok=True)
+        self._child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "attending.engine.server"),
+            *(str(socket), self._model, self._options),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is this process' to handle
+        )
+        assert self._child.stdout is not None
+        try:
+            told = json.loads(await self._child.stdout.readline() or "{}")
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+        if not told.get("ready"):
+            code = await self._child.wait()
+            kind = getattr(errors, told.get("kind", ""), EndpointError)
+            raise kind(told.get("error") or f"the engine ended with code {code} while it started.")
+        self.url = f"unix:{socket}"
+
+    async def wait(self) -> int:
+        """The exit code, once the child has ended."""
+        assert self._child is not None
+        return await self._child.wait()
+
+    async def stop(self) -> None:
+        """End the child and remove its socket."""
+        if self._child is not None and self._child.returncode is None:
+            self._child.terminate()
+            try:
+                await asyncio.wait_for(self._child.wait(), 10)
+            except TimeoutError:
+                self._child.kill()
+                await self._child.wait()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 class Endpoint(AbstractAsyncContextManager["Endpoint"]):
@@ -132,7 +213,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^\s@?#]*)?|unix:/.+", url):
             raise UsageError(  # what precedes an @ may be a password
                 f"{url.rpartition('@')[2]!r} is no http(s)://HOST[:PORT][/v1] or unix:/PATH.sock. "
-                "Local models cannot be opened yet: pass a running OpenAI-compatible server's URL."
+                "A model on this machine is opened with endpoint.open."
             )
         self._options = options = options or EndpointOptions()
         socket = url.removeprefix("unix:") if url.startswith("unix:") else None

@@ -4,7 +4,9 @@ Built for trying, testing and scripting; many users at once are the server's bus
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +17,11 @@ import torch
 from torch import Tensor
 
 from attending import artifact
-from attending.chat import Message, Piece, ReasoningSplitter, Tokenizer
-from attending.engine.generate import FinishReason, Generator, StopTexts
+from attending.chat import Message, Tokenizer
+from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
 from attending.engine.runner import TorchRunner
 from attending.engine.sampler import Sampling
+from attending.engine.scheduler import Output, Request, Scheduler
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
@@ -72,6 +75,8 @@ class Model:
         self.decoder = load_decoder(self._checkpoint, dtype, device)
         self.arch = self.decoder.arch
         self._context_tokens = self.arch.context
+        self._cache_tokens = 0
+        self._inbox: dict[int, deque[Output]] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -79,10 +84,11 @@ class Model:
         return self._checkpoint.tokenizer()
 
     @cached_property
-    def generator(self) -> Generator:
-        """The generate loop, with pages for `limit_context` tokens."""
-        num_pages = -(-self._context_tokens // PAGE_TOKENS)
-        return Generator(TorchRunner(self.decoder, num_pages))
+    def scheduler(self) -> Scheduler:
+        """What runs the answers, with room for one whole context or for `reserve_cache`."""
+        tokens = self._cache_tokens or self._context_tokens
+        runner = TorchRunner(self.decoder, num_pages=-(-tokens // PAGE_TOKENS))
+        return Scheduler(runner, context=self._context_tokens)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -114,6 +120,36 @@ class Model:
         if not 0 < tokens <= self.arch.context:
             raise UsageError(f"context {tokens:,}: this model takes 1 to {self.arch.context:,}.")
         self._context_tokens = tokens
+
+    def reserve_cache(self, tokens: int) -> None:
+        """Keep room for so many tokens of all answers together; before the first answer.
+
+        With less than a whole context, that is the longest answer there can be.
+        """
+        self._cache_tokens = tokens
+
+    def outputs(self, ids: Sequence[int], sampling: Sampling) -> Generator[Output]:
+        """What the scheduler writes for one prompt; other answers under way advance as well.
+
+        Raises:
+            ContextError: The prompt is empty or leaves no room for an answer.
+        """
+        handle = self.scheduler.submit(Request(tuple(ids), sampling, self.stop_ids))
+        mine = self._inbox[handle] = deque()
+        try:
+            while True:
+                while not mine:
+                    for output in self.scheduler.step():
+                        self._inbox[output.handle].append(output)
+                output = mine.popleft()
+                if output.error:
+                    raise output.error
+                yield output
+                if output.finish:
+                    return
+        finally:
+            self.scheduler.cancel(handle)
+            del self._inbox[handle]
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
@@ -153,15 +189,16 @@ class Model:
     ) -> "Stream":
         """The same, piece by piece as it is written."""
         options = self.sampling(**sampling)
-        context = self.generator.context
+        context = self.scheduler.context
         # The answer gets what it may need, but never more than half of the context.
         reserve = min(options.max_tokens or context // 4, context // 2)
         ids, left_out = self.tokenizer.fit(messages, context - reserve, **(template or {}))
-        return Stream(self, ids, options, left_out)
+        return Stream(self, ids, options, left_out, is_chat=True)
 
     def complete(self, text: str, **sampling: Any) -> "Stream":
         """Continue plain text, without a template."""
-        return Stream(self, self.tokenizer.encode(text), self.sampling(**sampling), 0)
+        ids = self.tokenizer.encode(text)
+        return Stream(self, ids, self.sampling(**sampling), 0, is_chat=False)
 
     def save(self, folder: Path | str, max_shard_bytes: int = 5_000_000_000) -> Path:
         """Write a Hugging Face model folder with its `run.json`; refuses to overwrite."""
@@ -191,26 +228,31 @@ class Stream:
     Leaving the loop early cancels the answer; what was written so far remains.
     """
 
-    def __init__(self, model: Model, ids: list[int], sampling: Sampling, left_out: int) -> None:
-        self._model, self._ids, self._sampling = model, ids, sampling
+    def __init__(
+        self, model: Model, ids: list[int], sampling: Sampling, left_out: int, *, is_chat: bool
+    ) -> None:
+        self._model, self._ids, self._sampling, self._is_chat = model, ids, sampling, is_chat
         self._pieces: list[Piece] = []
-        self._reason: FinishReason = "cancelled"
-        self._count = 0
+        self._writer = self._new_writer()
         self.messages_left_out = left_out
 
     def __iter__(self) -> Iterator[Piece]:
         """Write the answer; iterated again, it is written again."""
-        self._pieces, self._reason, self._count = [], "cancelled", 0
-        tokenizer = self._model.tokenizer
-        opened = tokenizer.reasons and tokenizer.opens_reasoning(self._ids)
-        splitter = ReasoningSplitter(opened=opened)
-        for text in self._texts():
-            for piece in splitter.feed(text) if tokenizer.reasons else [Piece("content", text)]:
-                self._pieces.append(piece)
-                yield piece
-        for piece in splitter.finish():
-            self._pieces.append(piece)
-            yield piece
+        self._pieces, self._writer = [], self._new_writer()
+        with closing(self._model.outputs(self._ids, self._sampling)) as outputs:
+            for output in outputs:
+                for piece in self._writer.feed(output.token, output.finish):
+                    if isinstance(piece, Piece):  # always: no tools were offered
+                        self._pieces.append(piece)
+                        yield piece
+                if self._writer.finish_reason:  # a stop text, which the scheduler cannot see
+                    return
+
+    def _new_writer(self) -> AnswerWriter:
+        model, stops = self._model, self._sampling.stop
+        if self._is_chat:
+            return AnswerWriter.of_chat(model.tokenizer, self._ids, model.stop_ids, stops)
+        return AnswerWriter(model.tokenizer, AnswerParser(stops=stops), model.stop_ids)
 
     @property
     def answer(self) -> Answer:
@@ -222,28 +264,9 @@ class Stream:
         return Answer(
             text=kinds["content"],
             reasoning=kinds["reasoning"],
-            finish_reason=self._reason,
+            finish_reason=self._writer.finish_reason or "cancelled",
             prompt_tokens=len(self._ids),
-            output_tokens=self._count,
+            output_tokens=len(self._writer.token_ids),
             messages_left_out=self.messages_left_out,
             seed=self._sampling.seed or 0,
         )
-
-    def _texts(self) -> Iterator[str]:
-        decoder = self._model.tokenizer.decoder()
-        stops = StopTexts(self._sampling.stop)
-        for token in self._model.generator.tokens(self._ids, self._sampling):
-            self._count += 1
-            if token in self._model.stop_ids:
-                self._reason = "stop"
-                break
-            cut = stops.feed(decoder.feed(token))
-            if cut.text:
-                yield cut.text
-            if cut.ended:
-                self._reason = "stop"
-                return
-        else:
-            self._reason = "length"
-        cut = stops.feed(decoder.finish())
-        yield cut.text if cut.ended else cut.text + stops.finish()

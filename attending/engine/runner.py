@@ -1,4 +1,4 @@
-"""A Runner computes one step of a batch; schedulers talk to nothing else.
+"""A Runner computes one step of a batch; the scheduler talks to nothing else.
 
 `TorchRunner` is the decoder over a page pool: any architecture, any device, the reference.
 """
@@ -28,8 +28,8 @@ class Span:
     """Tokens of this sequence that are in the cache already."""
     pages: Ids
     """[P] pages that hold slots 0 .. cached + n - 1, in order."""
-    wants_logits: bool = True
-    """Whether the last token's logits are needed; not before a prompt's last chunk."""
+    num_logits: int = 1
+    """How many of the last tokens need logits: 0 before a prompt's end, n to score a prompt."""
 
 
 class Runner(Protocol):
@@ -39,7 +39,7 @@ class Runner(Protocol):
     num_pages: int
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        """Run a step: [spans that want logits, V], in their order."""
+        """Run a step: [all spans' num_logits, V], in their order."""
 
 
 class TorchRunner:
@@ -60,8 +60,12 @@ class TorchRunner:
         rows = [Rows(s.cached, torch.from_numpy(s.pages), len(s.ids)) for s in spans]
         ids = torch.from_numpy(np.concatenate([span.ids for span in spans]))
         hidden = self._decoder(ids.to(self._device), Paged(self._pool, rows))
-        ends = np.cumsum([len(span.ids) for span in spans]) - 1
-        wanted = [int(end) for end, span in zip(ends, spans, strict=True) if span.wants_logits]
+        ends = np.cumsum([len(span.ids) for span in spans])
+        wanted = [
+            row
+            for end, span in zip(ends, spans, strict=True)
+            for row in range(end - span.num_logits, end)
+        ]
         logits = self._decoder.logits(hidden[wanted])
         result: NDArray[np.float32] = logits.to("cpu", torch.float32).numpy()
         return result

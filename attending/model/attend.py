@@ -79,6 +79,12 @@ class PagePool:
                 self.raw_values.append(torch.zeros(raw, dtype=dtype, device=device))
 
 
+def page_bytes(arch: Architecture, value_bytes: int) -> int:
+    """Memory of one page over all layers, raw rows included."""
+    rows = PAGE_TOKENS + arch.is_m1
+    return sum(2 * s.num_kv_heads * s.head_dim * rows * value_bytes for s in arch.layers)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The new tokens of one sequence in a step, appended to what is cached.
@@ -110,6 +116,8 @@ class Paged:
         self._pool = pool
         self._rows = list(rows)
         self._ends = list(accumulate(row.count for row in rows))
+        self._singles = [i for i, row in enumerate(rows) if row.count == 1 and not row.parents]
+        self._pasts: dict[int | None, tuple[Tensor, Tensor]] = {}
         device = pool.keys[0].device
         self._row_positions = [_positions(row).to(device) for row in rows]
         self.positions = torch.cat(self._row_positions)
@@ -135,15 +143,55 @@ class Paged:
         return before[0], before[1]
 
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v to their pages, then attend sequence by sequence."""
+        """Write k and v to their pages, then attend: single rows as one batch, others alone."""
         keys, values = self._pool.keys[spec.index], self._pool.values[spec.index]
         keys[self._pages, :, self._offsets] = k
         values[self._pages, :, self._offsets] = v
-        out = []
+        out = torch.empty_like(q)
+        if self._singles:
+            at = [self._ends[index] - 1 for index in self._singles]
+            out[at] = self._batch(spec, q[at])
         for index, row in enumerate(self._rows):
-            end = self._ends[index]
-            out.append(self._one(spec, row, self._row_positions[index], q[end - row.count : end]))
-        return torch.cat(out) if len(out) > 1 else out[0]
+            if index not in self._singles:
+                mine = slice(self._ends[index] - row.count, self._ends[index])
+                out[mine] = self._one(spec, row, self._row_positions[index], q[mine])
+        return out
+
+    def _batch(self, spec: LayerSpec, q: Tensor) -> Tensor:
+        """[B, N, H]: one new row of each of B sequences, their pasts padded to the longest.
+
+        The query heads that share a K/V head go as rows of one small product.
+        """
+        pages, mask = self._past(spec.window)
+        batch, kv_heads = q.shape[0], spec.num_kv_heads
+        heads = torch.arange(kv_heads, device=q.device)[:, None]
+        blocks = pages[:, None, :] * kv_heads + heads  # [B, K, P] of the pool seen as [P * K]
+        keys, values = (
+            pool[spec.index].flatten(0, 1)[blocks].flatten(2, 3)
+            for pool in (self._pool.keys, self._pool.values)
+        )
+        grouped = q.reshape(batch, kv_heads, -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        return out.reshape(q.shape)
+
+    def _past(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Of the single rows: pages [B, P] and which of their slots are seen [B, 1, 1, P * 64]."""
+        if window not in self._pasts:
+            rows = [self._rows[index] for index in self._singles]
+            firsts = [0 if window is None else max(0, r.cached + 1 - window) for r in rows]
+            starts = [first // PAGE_TOKENS for first in firsts]
+            used = [
+                row.pages[start : row.cached // PAGE_TOKENS + 1]
+                for row, start in zip(rows, starts, strict=True)
+            ]
+            pages = torch.nn.utils.rnn.pad_sequence(used, batch_first=True)
+            slots = torch.arange(pages.shape[1] * PAGE_TOKENS)
+            offset = torch.tensor(starts)[:, None] * PAGE_TOKENS
+            low, high = torch.tensor(firsts)[:, None], torch.tensor([[r.cached] for r in rows])
+            seen = (slots >= low - offset) & (slots <= high - offset)
+            device = self.positions.device
+            self._pasts[window] = pages.to(device), seen[:, None, None].to(device)
+        return self._pasts[window]
 
     def _one(self, spec: LayerSpec, row: Rows, positions: Tensor, q: Tensor) -> Tensor:
         total = row.cached + row.count

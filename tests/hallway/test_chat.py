@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Raw
 
-from attending.chat import Piece, ReasoningSplitter, Tokenizer
+from attending.chat import Tokenizer
 from attending.errors import ContextError, TokenizerError
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -294,34 +294,3 @@ def test_generation_marks_are_read_over() -> None:
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     assert tokenizer(template).decode(tokenizer(template).render(says("hi"))) == "hi"
-
-
-ANSWERS = [
-    ("<think>\nbecause\n</think>\n\nanswer", False, "because", "answer"),
-    ("  <think>x</think>y", False, "x", "y"),
-    ("because\nof\n</think>\n\nanswer\n", True, "because\nof", "answer\n"),
-    ("never closed\n\n", True, "never closed", ""),
-    ("<think>cut </thi", False, "cut </thi", ""),
-    ("no tags < here <thin", False, "", "no tags < here <thin"),
-    ("<thi", False, "", "<thi"),
-    ("a </think> b", False, "", "a </think> b"),
-    ("\n\n", False, "", "\n\n"),
-    ("</think>\n\nfast", True, "", "fast"),
-    ("a\n\n</think", True, "a\n\n</think", ""),
-]
-
-
-@pytest.mark.parametrize(("text", "opened", "reasoning", "content"), ANSWERS)
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_reasoning_is_split_alike_for_every_cut(
-    text: str, opened: bool, reasoning: str, content: str, data: st.DataObject
-) -> None:
-    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))) | {0, len(text)})
-    splitter = ReasoningSplitter(opened=opened)
-    pieces: list[Piece] = []
-    for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True):
-        pieces += splitter.feed(text[start:end])
-    pieces += splitter.finish()
-    assert "".join(p.text for p in pieces if p.kind == "reasoning") == reasoning
-    assert "".join(p.text for p in pieces if p.kind == "content") == content

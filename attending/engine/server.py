@@ -1,0 +1,323 @@
+"""The engine as a child process: one model, OpenAI's API, a Unix socket, nothing else.
+
+`python -m attending.engine.server SOCKET MODEL` is started by `endpoint.EngineProcess`. It writes
+one line of JSON to standard output when it can answer or why it cannot, and ends when standard
+input does, so that no engine outlives the process that wanted it.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, cast
+
+import torch
+import uvicorn
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    generate_latest,
+)
+from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from attending import logs, mesh
+from attending.config import Config
+from attending.engine.api import ChatRequest, CompletionRequest, RequestError, parse
+from attending.engine.jobs import Job, Jobs
+from attending.engine.local import Model, load
+from attending.engine.replying import Replying
+from attending.engine.scheduler import Output
+from attending.engine.wire import ClientGone, unless_gone
+from attending.engine.worker import Overloaded, Ticket, Worker
+from attending.errors import AttendingError, ContextError, TokenizerError, UsageError
+from attending.model.architecture import PAGE_TOKENS
+from attending.model.attend import page_bytes
+
+GONE = 499  # what nginx logs for a client that went away; nobody is there to read it
+
+
+class EngineOptions(Config):
+    """How much a server may take on."""
+
+    dtype: str | None = None
+    """Of the weights: float32, bfloat16 or float16; None is float32 on a CPU, else as stored."""
+    device: str = "cpu"
+    """As torch names it."""
+    context: int | None = None
+    """Most tokens of prompt and answer; None is the model's own limit."""
+    cache_tokens: int | None = None
+    """Room for keys and values of all answers and shared beginnings; None sizes it by memory."""
+    max_running: int = 32
+    """Answers written at the same time."""
+    max_waiting: int = 128
+    """Requests that may wait behind them; more are told to come again."""
+    threads: int | None = None
+    """Of torch; None takes every core."""
+
+
+class Service:
+    """One model's routes."""
+
+    def __init__(self, model: Model, options: EngineOptions) -> None:
+        """`model`: loaded, with its cache reserved."""
+        self._model, self._options = model, options
+        self._jobs = Jobs(model)
+        self._created = int(time.time())
+        self._worker: Worker | None = None
+        self._failed: asyncio.Future[None] | None = None
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/models", self._models),
+            Route("/metrics", self._metrics),
+        ]
+        handlers: dict[Any, Any] = {
+            RequestError: _refuse,
+            AttendingError: _refuse,
+            ClientGone: lambda *_: Response(status_code=GONE),
+        }
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        self._failed = loop.create_future()
+        self._worker = Worker(
+            self._model.scheduler,
+            max_open=self._options.max_running + self._options.max_waiting,
+            post=loop.call_soon_threadsafe,
+            failed=self._failed.set_exception,
+        )
+        try:
+            yield
+        finally:
+            self._worker.close()
+
+    async def failure(self) -> None:
+        """Raises what ended the engine's thread, should it ever end."""
+        while self._failed is None:
+            await asyncio.sleep(0.05)
+        await self._failed
+
+    async def _chat(self, request: HttpRequest) -> Response:
+        asked = parse(ChatRequest, await request.body())
+        return await self._answer(request, self._jobs.chat, asked)
+
+    async def _complete(self, request: HttpRequest) -> Response:
+        asked = parse(CompletionRequest, await request.body())
+        return await self._answer(request, self._jobs.complete, asked)
+
+    async def _answer(
+        self, request: HttpRequest, make: Callable[[Any], Job], asked: Any
+    ) -> Response:
+        if asked.model != self._model.origin.name:
+            raise RequestError(
+                f"this server has {self._model.origin.name!r} and no other model.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        job = await asyncio.to_thread(make, asked)  # long texts take a while to encode
+        assert self._worker is not None
+        running = _Running(job, Replying(job, self._model.tokenizer, asked.model), self._worker)
+        if asked.stream:
+            return _Stream(running)
+        try:
+            return JSONResponse(await unless_gone(request, running.whole()))
+        finally:
+            running.cancel()
+
+    async def _models(self, request: HttpRequest) -> Response:
+        origin = self._model.origin
+        card = {
+            "id": origin.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "attending",
+            "max_model_len": self._model.scheduler.context,
+            "source": origin.uri,
+            "licence": origin.licence,
+            "note": origin.note,
+            "reasons": self._model.tokenizer.reasons,
+        }
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def _metrics(self, request: HttpRequest) -> Response:
+        """The scheduler's numbers in Prometheus' text form."""
+        scheduler = self._model.scheduler
+        registry = CollectorRegistry()
+        for name, value in dataclasses.asdict(scheduler.counters).items():
+            Counter(f"attending_engine_{name}", name.replace("_", " "), registry=registry).inc(
+                value
+            )
+        gauges = {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "pages": scheduler.pages.num_pages,
+            "pages_available": scheduler.pages.num_available,
+        }
+        for name, value in gauges.items():
+            Gauge(f"attending_engine_{name}", name.replace("_", " "), registry=registry).set(value)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Running:
+    """A job in the worker's hands."""
+
+    def __init__(self, job: Job, replying: Replying, worker: Worker) -> None:
+        self._replying, self._worker = replying, worker
+        self._queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        receivers = [
+            lambda output, index=index: self._queue.put_nowait((index, output))
+            for index in range(len(job.requests))
+        ]
+        self._tickets: list[Ticket] = worker.submit(job.requests, receivers)
+
+    def cancel(self) -> None:
+        """Stop what is still being written."""
+        for ticket in self._tickets:
+            self._worker.cancel(ticket)
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self._outputs():
+            pass
+        return self._replying.whole()
+
+    async def events(self) -> AsyncIterator[ServerSentEvent]:
+        try:
+            async for index in self._outputs():
+                for event in self._replying.events(index):
+                    yield JSONServerSentEvent(event)
+            last = self._replying.last_event()
+            if last is not None:
+                yield JSONServerSentEvent(last)
+            yield ServerSentEvent("[DONE]")
+        except AttendingError as error:
+            yield JSONServerSentEvent(_as_request_error(error).body)
+
+    async def _outputs(self) -> AsyncIterator[int]:
+        """Which answer has something new, until all have ended."""
+        while not self._replying.is_over:
+            index, output = await self._queue.get()
+            if output.error:
+                raise output.error
+            if self._tickets[index].is_over and output.finish is None:
+                continue  # written after a stop text, before the worker heard of it
+            if self._replying.take(index, output):
+                self._worker.cancel(self._tickets[index])
+            yield index
+
+
+class _Stream(EventSourceResponse):
+    """Cancels its job however it ends, also where it never began."""
+
+    def __init__(self, running: _Running) -> None:
+        super().__init__(running.events(), ping=15)
+        self._running = running
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.cancel()
+
+
+def _as_request_error(error: AttendingError) -> RequestError:
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, Overloaded):
+        refusal = RequestError(str(error), status=429, code="queue_full")
+        refusal.retry_after_seconds = error.retry_after_seconds
+        return refusal
+    if isinstance(error, (ContextError, TokenizerError, UsageError)):
+        return RequestError(str(error), param="messages")
+    return RequestError(str(error), status=500)
+
+
+async def _refuse(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, AttendingError)
+    told = _as_request_error(error)
+    wait = told.retry_after_seconds
+    headers = {} if wait is None else {"Retry-After": str(wait)}
+    return JSONResponse(told.body, told.status, headers)
+
+
+def prepare(source: str, options: EngineOptions) -> Model:
+    """A model with room for its answers."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = load(source, dtype=options.dtype, device=options.device)
+    if options.context:
+        model.limit_context(options.context)
+    model.reserve_cache(options.cache_tokens or _fitting_tokens(model, options))
+    return model
+
+
+def _fitting_tokens(model: Model, options: EngineOptions) -> int:
+    """Every answer whole, or what a quarter of the memory beside the weights holds."""
+    weight = next(model.decoder.parameters())
+    if weight.device.type == "cuda":
+        room = torch.cuda.mem_get_info(weight.device)[0] * 4 // 5
+    else:  # pages cost memory only once they are written
+        memory = cast(int, mesh.hardware()["memory_bytes"])
+        room = (memory - model.arch.num_parameters() * weight.element_size()) // 4
+    pages = room // page_bytes(model.arch, weight.element_size())
+    context = options.context or model.arch.context
+    return max(PAGE_TOKENS, min(pages * PAGE_TOKENS, options.max_running * context))
+
+
+async def _serve(socket: str, service: Service) -> None:
+    config = uvicorn.Config(
+        service.app(), uds=socket, log_config=None, access_log=False, lifespan="on", ws="none"
+    )
+    server = uvicorn.Server(config)
+    parent = asyncio.create_task(asyncio.to_thread(sys.stdin.buffer.read))
+    served = asyncio.create_task(server.serve())
+    failed = asyncio.create_task(service.failure())
+    while not (server.started or served.done()):
+        await asyncio.sleep(0.01)
+    _tell({"ready": True})
+    await asyncio.wait((parent, served, failed), return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = server.force_exit = True
+    await served
+    if failed.done():
+        failed.result()
+
+
+def _tell(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def main(socket: str, source: str, options: str) -> int:
+    """Load, serve, end with standard input; the exit code."""
+    logs.setup()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which drains first
+    try:
+        chosen = EngineOptions.build(json.loads(options), where="the engine's options")
+        model = prepare(source, chosen)
+    except AttendingError as error:
+        _tell({"error": str(error), "kind": type(error).__name__})
+        return error.exit_code
+    asyncio.run(_serve(socket, Service(model, chosen)))
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for a thread that still reads standard input

@@ -1,0 +1,140 @@
+"""The thread that runs the scheduler, and the way in and out of it for an event loop."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from attending.engine.scheduler import Output, Request, Scheduler
+from attending.errors import AttendingError
+
+Deliver = Callable[[Output], None]
+
+
+class Overloaded(AttendingError, RuntimeError):  # noqa: N818  (a state, not a fault)
+    """The queue is full: ask again later."""
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        """`retry_after_seconds`: when a place is likely to be free."""
+        super().__init__(
+            f"too many requests are waiting; try again in about {retry_after_seconds} s."
+        )
+        self.retry_after_seconds = retry_after_seconds
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request on its way through the worker."""
+
+    request: Request
+    deliver: Deliver
+    start: float
+    handle: int = 0
+    """Given by the scheduler; 0 before."""
+    is_over: bool = False
+
+
+class Worker:
+    """Steps a scheduler while there is work; sleeps otherwise."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        max_open: int,
+        post: Callable[[Callable[[], None]], object],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            scheduler: From now on only this thread's, but for `check`.
+            max_open: Most requests running and waiting.
+            post: Runs a function in the caller's thread, e.g. `loop.call_soon_threadsafe`.
+            failed: Called there if a step fails, which no request can be blamed for.
+        """
+        self._scheduler, self._post, self._failed = scheduler, post, failed
+        self._max_open = max_open
+        self._open: set[Ticket] = set()
+        self._orders: deque[tuple[str, Ticket]] = deque()
+        self._bell = threading.Event()
+        self._tickets: dict[int, Ticket] = {}
+        self._seconds = 1.0  # a smoothed request's duration
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request], deliver: Sequence[Deliver]) -> list[Ticket]:
+        """Queue some requests, all or none; call this and `cancel` from `post`'s thread only.
+
+        Raises:
+            Overloaded: There is no room for all of them.
+            ContextError: A prompt does not fit.
+            UsageError: Ids that the vocabulary does not have.
+        """
+        for request in requests:
+            self._scheduler.check(request)
+        if len(self._open) + len(requests) > self._max_open and self._open:
+            waits = self._seconds * len(self._open) / self._max_open
+            raise Overloaded(min(60, max(1, round(waits))))
+        now = time.monotonic()
+        pairs = zip(requests, deliver, strict=True)
+        tickets = [Ticket(request, receiver, now) for request, receiver in pairs]
+        self._open.update(tickets)
+        self._orders.extend(("submit", ticket) for ticket in tickets)
+        self._bell.set()
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Forget a request; nothing more is delivered for it."""
+        if not ticket.is_over:
+            self._end(ticket)
+            self._orders.append(("cancel", ticket))
+            self._bell.set()
+
+    def close(self) -> None:
+        """End the thread after the step under way."""
+        self._is_closed = True
+        self._bell.set()
+        self._thread.join(timeout=60)
+
+    def _end(self, ticket: Ticket) -> None:
+        ticket.is_over = True
+        self._open.discard(ticket)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closed:
+                self._bell.clear()
+                while self._orders:
+                    self._obey(*self._orders.popleft())
+                outputs = self._scheduler.step()
+                if outputs:
+                    found = [(self._tickets[output.handle], output) for output in outputs]
+                    for output in outputs:
+                        if output.finish or output.error:
+                            del self._tickets[output.handle]
+                    self._post(lambda found=found: self._hand_out(found))  # type: ignore[misc]
+                elif not self._scheduler.num_running:
+                    self._bell.wait()
+        except BaseException as error:
+            self._post(lambda error=error: self._failed(error))  # type: ignore[misc]
+            raise
+
+    def _obey(self, order: str, ticket: Ticket) -> None:
+        """What the other thread asked for."""
+        if order == "submit":
+            ticket.handle = self._scheduler.submit(ticket.request)
+            self._tickets[ticket.handle] = ticket
+        elif self._tickets.pop(ticket.handle, None):
+            self._scheduler.cancel(ticket.handle)
+
+    def _hand_out(self, found: list[tuple[Ticket, Output]]) -> None:
+        for ticket, output in found:
+            if ticket.is_over:
+                continue
+            if output.finish or output.error:
+                self._seconds += (time.monotonic() - ticket.start - self._seconds) / 8
+                self._end(ticket)
+            ticket.deliver(output)
