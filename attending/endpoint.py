@@ -159,6 +159,8 @@ class EngineProcess:
         self._child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "attending.engine.server"),
             *(str(socket), self._model, self._options),
+            # Threads that spin while they wait starve each other, ten-fold, where cores are few.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is this process' to handle

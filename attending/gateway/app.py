@@ -30,12 +30,14 @@ from attending.gateway.render import CHARACTERS, RenderRequest, render
 FILES = resources.files("attending.gateway")
 SCRIPTS = ("chat", "markdown", "store", "stream", "theme", "turn", "view")
 ASSETS = {"chat.css": "text/css"} | {f"{name}.js": "text/javascript" for name in SCRIPTS}
+TALKATIVE = ("sse_starlette", "uvicorn.access", "markdown_it")  # would log texts and addresses
 WAITING_SIGN_INS, WRONG_KEY_SECONDS = 16, 0.5
 
 
 def build(house: House) -> Starlette:
     """The app; it closes the way upstream when it ends."""
-    logging.getLogger("sse_starlette").setLevel(logging.WARNING)  # at DEBUG it logs the answers
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     site, proxy = _Site(house), Proxy(house)
     routes = [
         Route("/", site.page),

@@ -20,6 +20,7 @@ from attending.gateway.house import House, error_response, refusal
 
 OPEN = frozenset({"/", "/login", "/health", "/healthz"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 COOKIE = "attending_session"
 LOGIN_BYTES = 10_000  # whoever has no key may send no more
 HEADERS = {
@@ -41,7 +42,7 @@ class Door:
     def __init__(self, app: ASGIApp, house: House, templates: Mapping[Any, str]) -> None:
         """`templates` are the paths of the endpoints, as logs and metrics name them."""
         self._app, self._house, self._templates = app, house, templates
-        self._names = {"localhost", *map(host_name, house.hosts)}
+        self._names = LOOPBACK | {*map(host_name, house.hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or let in; every answer gets the headers, a log line and its counts."""
@@ -117,7 +118,7 @@ class Door:
         name = host_name(given[0]) if len(given) == 1 else ""
         if not name:
             return refusal(400, "one Host header is needed: NAME or NAME:PORT.")
-        if name in self._names or _is_loopback(name):
+        if name in self._names:
             return None
         remedy = f"If it should be, start the server with --allow-host {name}."
         return refusal(421, f"{name} is not a name of this server. {remedy}", "host")
@@ -149,10 +150,6 @@ def host_name(host: str) -> str:
         return str(ipaddress.ip_address(match[1] or match[2]))
     except ValueError:
         return (match[2] or "").removesuffix(".")
-
-
-def _is_loopback(name: str) -> bool:
-    return name in ("127.0.0.1", "::1")
 
 
 def _is_own_page(headers: Headers) -> bool:

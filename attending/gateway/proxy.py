@@ -16,7 +16,7 @@ from attending.engine.replies import ModelList
 from attending.engine.wire import ClientGone, unless_gone
 from attending.gateway.house import House, refusal
 from attending.gateway.metrics import Meter
-from attending.gateway.upstream import SILENCE_SECONDS, _object
+from attending.gateway.upstream import SILENCE_SECONDS, json_object
 
 NOT_PASSED_ON = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 EVENT_BYTES = 16_000_000
@@ -52,8 +52,7 @@ class Proxy:
     async def _answer(self, request: Request, kind: type[Asked], path: str) -> Response:
         upstream, meter = self._house.upstream, Meter(self._house.metrics)
         self._house.status.check()
-        body = await json_body(request)
-        asked = parse(kind, body)
+        asked = parse(kind, body := await json_body(request))
         is_stream = bool(asked.stream)
         try:
             await unless_gone(request, upstream.card(asked.model))
@@ -65,7 +64,7 @@ class Proxy:
         if is_stream:
             return _Stream(response, self._events(response, asked, meter), self._house, meter)
         try:
-            whole = _object(response.content)
+            whole = json_object(response.content)
             if not isinstance(whole.get("choices"), list):
                 raise ValueError("no answer")
         except ValueError:
@@ -94,9 +93,10 @@ class Proxy:
                     meter.has_ended = True
                     yield _event(DONE)
                     return
-                event = _object(data)
-                if event.get("error"):
-                    raise upstream.failure("it ended the answer by an error")
+                event = json_object(data)
+                if problem := event.get("error"):
+                    said = problem.get("message") if isinstance(problem, dict) else None
+                    raise upstream.failure(said if isinstance(said, str) else "it gave no reason")
                 meter.see(event)
                 if shows_usage or event.get("choices") or not event.get("usage"):
                     yield _event(data)

@@ -9,12 +9,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import uvicorn
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -24,6 +22,7 @@ from attending.engine.api import RequestError
 from attending.engine.replies import ModelCard
 from attending.errors import AttendingError, EndpointError, UsageError
 from attending.gateway.app import build
+from attending.gateway.door import LOOPBACK, host_name
 from attending.gateway.house import House
 from attending.gateway.keys import Keys
 from attending.gateway.upstream import Upstream
@@ -56,8 +55,8 @@ class ServeOptions(Config):
     """PEM file; with `tls_key`, the server speaks https."""
     tls_key: Path | None = None
     """PEM file."""
-    engine: tuple[str, ...] = ()
-    """More arguments for the engine's process."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """The engine's options, as its own record of them names them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class Engine(Protocol):
         """End it, if it still runs."""
 
 
-StartEngine = Callable[[str, Sequence[str]], Engine]
+StartEngine = Callable[[str, Mapping[str, Any]], Engine]
 Announce = Callable[[Announcement], None]
 
 
@@ -105,9 +104,9 @@ async def serve(options: ServeOptions, announce: Announce, engine: StartEngine) 
         hosts = (options.host, *options.allow_hosts)
         house = House(keys, upstream, hosts, options.max_body_bytes)
         server = _Server(_web(options, house), house, options.drain_seconds)
-        new_key = keys.add("first") if not list(keys) else None
 
         def ready(card: ModelCard) -> None:
+            new_key = None if list(keys) else keys.add("first")  # never made without being shown
             url = _url(options, listener.getsockname()[1])
             sign_in = f"{url}/login?token={house.tokens.issue()}"
             told = (new_key, card.id, card.note, _warnings(options))
@@ -117,16 +116,13 @@ async def serve(options: ServeOptions, announce: Announce, engine: StartEngine) 
         work = asyncio.create_task(_compute(options, house, engine, ready))
         try:
             await asyncio.wait((web, work), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                server.should_exit = True
-            else:
-                work.cancel()
-            with suppress(asyncio.CancelledError):
-                await work
         finally:
-            work.cancel()
             server.should_exit = True
-            await asyncio.gather(web, work, return_exceptions=True)
+            work.cancel()
+            ends = await asyncio.gather(work, web, return_exceptions=True)
+        for error in ends:
+            if isinstance(error, Exception):
+                raise error
 
 
 class _Server(uvicorn.Server):
@@ -177,17 +173,15 @@ async def _compute(
         await _open(house, ready)
         await asyncio.Event().wait()
     last = -RESTART_SECONDS
-    is_first = True
     while True:
         child = engine(options.model, options.engine)
         try:
             await child.start()
             await house.upstream.connect(child.url)
-            await _open(house, ready if is_first else lambda _: None)
+            await _open(house, ready if last < 0 else lambda _: None)
             code = await child.wait()
         finally:
             await child.stop()
-        is_first = False
         if house.status.phase == "draining":
             await asyncio.Event().wait()
         house.status.phase = "engine down"
@@ -265,13 +259,6 @@ def _upstream_key(options: ServeOptions) -> str | None:
     return key
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _url(options: ServeOptions, port: int) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
     shown = f"[{shown}]" if ":" in shown else shown
@@ -279,7 +266,7 @@ def _url(options: ServeOptions, port: int) -> str:
 
 
 def _warnings(options: ServeOptions) -> tuple[str, ...]:
-    if options.tls_certificate or _is_loopback(options.host):
+    if options.tls_certificate or host_name(options.host) in LOOPBACK:
         return ()
     return (
         f"{options.host} is reached over the network without encryption: keys and conversations "

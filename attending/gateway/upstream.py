@@ -22,25 +22,23 @@ class Upstream:
         self.is_engine = is_engine
         self._headers = {"accept-encoding": "identity", "user-agent": "attending"}
         self._headers |= {"authorization": f"Bearer {key}"} if key else {}
-        self._client: httpx.AsyncClient | None = None
+        self._url, self._client = url, self._open(url)
         self._cards: dict[str, ModelCard] = {}
         self._asked = -FRESH_SECONDS
-        if url:
-            self._client = self._open(url)
 
     async def connect(self, url: str) -> None:
         """Go to another address from now on."""
+        self._url, self._asked = url, -FRESH_SECONDS
         await self.close()
-        self._client, self._asked = self._open(url), -FRESH_SECONDS
 
     async def close(self) -> None:
-        """Let go of every connection."""
-        if self._client is not None:
-            await self._client.aclose()
+        """Let go of every connection; the next request makes new ones."""
+        old, self._client = self._client, self._open(self._url)
+        await old.aclose()
 
     async def cards(self) -> list[ModelCard]:
         """The models served."""
-        found = _object((await self._send("GET", "/models")).content).get("data")
+        found = json_object((await self._send("GET", "/models")).content).get("data")
         try:
             cards = [self._card(entry) for entry in found]  # type: ignore[union-attr]
         except (TypeError, ValueError, KeyError):
@@ -64,7 +62,7 @@ class Upstream:
 
     async def metrics(self) -> str:
         """The engine's own, in Prometheus' text form; nothing while it cannot tell."""
-        if not self.is_engine or self._client is None:
+        if not self.is_engine:
             return ""
         try:
             answer = await self._client.get(self._client.base_url.join("/metrics"), timeout=5)
@@ -74,9 +72,12 @@ class Upstream:
 
     def failure(self, why: str) -> RequestError:
         """That no answer came of a request."""
-        who = "the engine failed and is restarted if it ended" if self.is_engine else "the upstream"
-        who = who if self.is_engine else "the upstream server failed"
-        error = RequestError(f"{who}: {why}. Ask again.", status=502, code="upstream")
+        who = (
+            "the engine, which is restarted if it ended"
+            if self.is_engine
+            else "the upstream server"
+        )
+        error = RequestError(f"{who}, failed: {why}. Ask again.", status=502, code="upstream")
         error.retry_after_seconds = 5
         return error
 
@@ -90,8 +91,6 @@ class Upstream:
     async def _send(
         self, method: str, path: str, *, content: bytes | None = None, is_stream: bool = False
     ) -> httpx.Response:
-        if self._client is None:
-            raise self.failure("it has not been started")
         kind = {"content-type": "application/json"} if content is not None else {}
         request = self._client.build_request(method, path, content=content, headers=kind)
         try:
@@ -105,22 +104,21 @@ class Upstream:
         raise self._refusal(response)
 
     def _refusal(self, response: httpx.Response) -> RequestError:
-        status = response.status_code
+        status, after = response.status_code, response.headers.get("retry-after", "")
         if status in (401, 403, 407):
             return self.failure("it refuses this server's own key")  # the client's was good
         try:
-            told = _object(response.content)
-            said = told["error"] if isinstance(told.get("error"), dict) else told
-            message = str(said["message"])
-        except (ValueError, KeyError):
+            told = json_object(response.content)
+        except ValueError:
+            told = {}
+        said = told["error"] if isinstance(told.get("error"), dict) else told
+        if not 400 <= status < 500 or not isinstance(said.get("message"), str):
             return self.failure(f"it answered with HTTP status {status}")
-        if not 400 <= status < 500:
-            return self.failure(f"it answered with HTTP status {status}")
-        param, code = (said.get(name) for name in ("param", "code"))
-        error = RequestError(message, status=status)
-        error.param = param if isinstance(param, str) else None
-        error.code = code if isinstance(code, str) else None
-        after = response.headers.get("retry-after", "")
+        param, code = (
+            value if isinstance(value := said.get(name), str) else None
+            for name in ("param", "code")
+        )
+        error = RequestError(said["message"], status=status, param=param, code=code)
         error.retry_after_seconds = int(after) if after.isdecimal() else None
         return error
 
@@ -156,7 +154,7 @@ class Upstream:
         )
 
 
-def _object(text: bytes) -> dict[str, Any]:
+def json_object(text: bytes) -> dict[str, Any]:
     """A JSON object, or ValueError."""
     found = json.loads(text)
     if not isinstance(found, dict):

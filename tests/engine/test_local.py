@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,23 @@ from tests.hallway.test_chat import REASONING, says
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other where models are this small and the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> "attending.Model":
     return attending.load(str(write_model(tmp_path / "m")))
+
+
+def tokens(model: "attending.Model", words: str) -> list[int]:
+    outputs = model.outputs(model.tokenizer.render(says(words)), model.sampling(**GREEDY))
+    return [output.token for output in outputs if output.token is not None]
 
 
 def test_logits_are_batch_by_tokens_by_vocabulary_in_float32(model: "attending.Model") -> None:
@@ -67,9 +82,7 @@ def test_an_end_of_turn_id_ends_the_answer_and_is_not_shown(tmp_path: Path) -> N
     folder = write_model(tmp_path / "m")
     model = attending.load(str(folder))
     whole = model.chat(says("fever?"), **GREEDY)
-    ids = list(
-        model.generator.tokens(model.tokenizer.render(says("fever?")), model.sampling(**GREEDY))
-    )
+    ids = tokens(model, "fever?")
     third = ids[3]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [third]}))
     cut = attending.load(str(folder)).chat(says("fever?"), **GREEDY)
@@ -81,7 +94,7 @@ def test_an_end_of_turn_id_ends_the_answer_and_is_not_shown(tmp_path: Path) -> N
 def test_an_end_id_of_the_configuration_alone_ends_the_answer(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m")
     model = attending.load(str(folder))
-    ids = list(model.generator.tokens(model.tokenizer.render(says("x")), model.sampling(**GREEDY)))
+    ids = tokens(model, "x")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": ids[2]}))
     assert attending.load(str(folder)).chat(says("x"), **GREEDY).finish_reason == "stop"
@@ -94,6 +107,54 @@ def test_two_streams_at_once_and_one_stream_twice_say_the_same(model: "attending
         pass
     assert [stream.answer for stream in streams] == whole
     assert list(streams[0]) and streams[0].answer == whole[0]
+
+
+def test_a_stream_that_is_left_gives_its_place_back_and_is_cancelled(
+    model: "attending.Model",
+) -> None:
+    stream = model.stream(says("fever?"), temperature=0.0, max_tokens=100)
+    pieces = iter(stream)
+    first = next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert stream.answer.finish_reason == "cancelled" and stream.answer.text == first.text
+    scheduler = model.scheduler
+    assert scheduler.counters.cancelled == 1 and scheduler.num_running == 0
+    assert scheduler.pages.num_available == scheduler.pages.num_pages
+    cut = model.chat(says("fever?"), stop=[first.text], temperature=0.0, max_tokens=100)
+    assert cut.text == "" and scheduler.counters.cancelled == 2  # what follows is not computed
+    assert not model._inbox and cut.output_tokens < 100
+
+
+def test_streams_that_end_in_any_order_leave_nothing_behind(model: "attending.Model") -> None:
+    sampling = [model.sampling(seed=1, temperature=1.0, max_tokens=n) for n in (3, 9, 6, 0)]
+    prompt = model.tokenizer.render(says("a cough?"))
+    alone = [[o.token for o in model.outputs(prompt, s)] for s in sampling]
+    together = [model.outputs(prompt, s) for s in sampling]
+    told: list[list[int | None]] = [[] for _ in sampling]
+    for row in itertools.zip_longest(*together):
+        for mine, output in zip(told, row, strict=True):
+            mine += [] if output is None else [output.token]
+    assert told == alone and [len(t) for t in told] == [3, 9, 6, 1]
+    assert not model._inbox and model.scheduler.num_running == 0
+
+
+def test_room_in_the_cache_is_as_asked(model: "attending.Model", tmp_path: Path) -> None:
+    assert model.scheduler.pages.num_pages == 4 and model.scheduler.context == 256
+    other = attending.load(str(write_model(tmp_path / "other")))
+    other.limit_context(100)
+    other.reserve_cache(1000)
+    assert other.scheduler.pages.num_pages == 16 and other.scheduler.context == 100
+    with pytest.raises(ContextError, match="1 to 99 fit"):
+        next(other.outputs([1] * 100, other.sampling()))
+    assert not other._inbox
+
+
+def test_weights_that_overflow_end_the_answer_with_their_error(model: "attending.Model") -> None:
+    with torch.no_grad():
+        model.decoder.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        model.chat(says("fever?"), **GREEDY)
+    assert not model._inbox and model.scheduler.num_running == 0
 
 
 def test_the_answer_gets_its_room_before_the_history(model: "attending.Model") -> None:

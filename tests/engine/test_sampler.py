@@ -1,12 +1,14 @@
 """The distribution a token is drawn from: by hand, and equal to transformers' own filters."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attending.engine.sampler import Sampling, draw, probabilities
+from attending.engine.sampler import Sampling, draw, probabilities, score
 from attending.errors import CheckpointError, ConfigError
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.125], dtype=np.float32))
@@ -98,9 +100,146 @@ def test_logits_that_are_not_numbers_stop_the_answer() -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"temprature": 1.0}, "Did you mean 'temperature'"),
         ({"stop": [""]}, "empty text"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"seed": -1}, "seed"),
+        ({"stop": ["x"] * 17}, "stop"),
     ],
 )
 def test_bad_options_name_themselves(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling.build(options)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    # Few values, so that many tie; more tokens than the nucleus first looks at.
+    logits=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=300),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 2, 5, 63, 64, 65, 299, 400]),
+    top_p=st.sampled_from([1.0, 0.01, 0.3, 0.5, 0.9, 0.999]),
+    min_p=st.sampled_from([0.0, 0.2, 1.0]),
+    is_masked=st.booleans(),
+)
+def test_filters_by_partition_equal_filters_by_a_full_sort(
+    logits: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    is_masked: bool,
+) -> None:
+    row = np.array(logits, dtype=np.float32)
+    allowed = np.arange(row.size) % 3 != 1 if is_masked else None
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    found = probabilities(row, sampling, (), allowed=allowed)
+
+    scores = [
+        -math.inf if is_masked and i % 3 == 1 else x / temperature for i, x in enumerate(logits)
+    ]
+    ranked = sorted(range(row.size), key=lambda i: (-scores[i], i))[: top_k or None]
+    total = math.fsum(math.exp(scores[i]) for i in ranked)
+    mass = {i: math.exp(scores[i]) / total for i in ranked}
+    kept, before = [], 0.0
+    for i in ranked:
+        # Where a sum meets the border within rounding, either side is right.
+        if top_p < 1 and abs(before - top_p) < 1e-12:
+            return
+        if top_p == 1 or before < top_p:
+            kept.append(i)
+        before += mass[i]
+    likeliest = mass[ranked[0]]
+    if min_p < 1:
+        kept = [i for i in kept if mass[i] >= min_p * likeliest]
+    else:
+        kept = [i for i in kept if mass[i] == likeliest]
+    wanted = np.zeros(row.size)
+    wanted[kept] = [mass[i] for i in kept]
+    np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-9, atol=1e-15)
+
+
+def test_more_ties_than_the_nucleus_first_looks_at() -> None:
+    row = np.zeros(1000, dtype=np.float32)
+    mass = probabilities(row, Sampling(temperature=1.0, top_p=0.3), ())
+    assert np.flatnonzero(mass).tolist() == list(range(300))
+    mass = probabilities(row, Sampling(temperature=1.0, top_k=70), ())
+    assert np.flatnonzero(mass).tolist() == list(range(70))
+
+
+def test_penalties_and_biases_by_hand() -> None:
+    row = np.array([1.0, 2.0, -1.0, 0.0], dtype=np.float32)
+    history, num_prompt = [3, 3, 0, 1, 1, 2], 2  # the answer is 0, 1, 1, 2
+
+    def logs(**options: object) -> list[float]:
+        sampling = Sampling.build({"temperature": 1.0, **options})
+        mass = probabilities(row, sampling, history, num_prompt)
+        return [float(x) for x in np.log(mass) - np.log(mass[3])]  # against the last token
+
+    assert logs() == pytest.approx([1, 2, -1, 0])
+    assert logs(presence_penalty=0.5) == pytest.approx([0.5, 1.5, -1.5, 0])
+    assert logs(frequency_penalty=0.5) == pytest.approx([0.5, 1.0, -1.5, 0])
+    assert logs(frequency_penalty=-1.0, presence_penalty=0.25) == pytest.approx(
+        [1.75, 3.75, -0.25, 0]
+    )
+    # Repetition counts the prompt: bias first, then the penalty, then presence.
+    assert logs(repetition_penalty=2.0, logit_bias=((3, 1.0),)) == pytest.approx(
+        [0.5 - 0.5, 1 - 0.5, -2 - 0.5, 0]
+    )
+    assert logs(
+        repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((3, 4.0), (0, -3.0), (0, 1.0))
+    ) == pytest.approx([-2 - 1 - 2, 1 - 1 - 2, -2 - 1 - 2, 0])
+    assert logs(logit_bias=((2, 100.0),))[2] == pytest.approx(99.0)
+
+
+def test_only_what_a_grammar_allows_is_taken_whatever_the_bias() -> None:
+    row = np.array([5.0, 1.0, 2.0, 0.0], dtype=np.float32)
+    allowed = np.array([False, True, True, False, True, True])  # masks come in whole words
+    biased = Sampling(temperature=0.0, logit_bias=((0, 100.0), (1, 0.5)))
+    assert probabilities(row, biased, (), allowed=allowed).tolist() == [0, 0, 1, 0]
+    warm = biased.replace(temperature=1.0, logit_bias=(), top_k=3)
+    share = 1 / (1 + math.e)
+    assert probabilities(row, warm, (), allowed=allowed) == pytest.approx([0, share, 1 - share, 0])
+
+
+def test_temperature_zero_takes_the_first_of_the_likeliest_after_penalties() -> None:
+    row = np.array([1.0, 3.0, 3.0], dtype=np.float32)
+    cold = Sampling(temperature=0.0, top_p=0.1, min_p=1.0)
+    assert probabilities(row, cold, ()).tolist() == [0, 1, 0]
+    shy = cold.replace(presence_penalty=0.1)
+    assert probabilities(row, shy, [1], 0).tolist() == [0, 0, 1]
+    assert probabilities(row, shy, [1], 1).tolist() == [0, 1, 0]
+
+
+def test_a_draw_takes_one_number_and_never_a_token_without_mass() -> None:
+    mass = np.array([0.0, 0.25, 0.0, 0.75, 0.0])
+    rng, twin = np.random.default_rng(3), np.random.default_rng(3)
+    for _ in range(200):
+        assert draw(mass, rng) == (1 if twin.random() < 0.25 else 3)
+    assert rng.random() == twin.random()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    logits=st.lists(st.integers(-480, 480).map(lambda i: i / 16), min_size=1, max_size=90),
+    num_top=st.integers(0, 100),
+    data=st.data(),
+)
+def test_a_score_is_the_logarithm_of_the_softmax(
+    logits: list[float], num_top: int, data: st.DataObject
+) -> None:
+    token = data.draw(st.integers(0, len(logits) - 1))
+    row = np.array(logits, dtype=np.float32)
+    found = score(row, token, num_top)
+    total = math.log(math.fsum(math.exp(x) for x in row.tolist()))
+    assert found.id == token
+    assert found.logprob == pytest.approx(logits[token] - total, abs=1e-9)
+    assert found.rank == 1 + sum(x > logits[token] for x in logits)
+    ranked = sorted(range(row.size), key=lambda i: (-logits[i], i))[:num_top]
+    assert [i for i, _ in found.top] == ranked
+    assert [v for _, v in found.top] == pytest.approx([logits[i] - total for i in ranked], abs=1e-9)
+    np.testing.assert_array_equal(row, np.array(logits, dtype=np.float32))  # not written to
+
+
+def test_a_score_of_huge_logits_does_not_overflow() -> None:
+    assert score(np.array([3e38, -3e38], dtype=np.float32), 0, 1).logprob == 0.0

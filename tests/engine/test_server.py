@@ -336,7 +336,8 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
             httpx.stream("POST", f"{url}/v1/completions", json=body) as first,
             pytest.raises(openai.RateLimitError, match="too many requests") as refused,
         ):
-            assert next(first.iter_lines())
+            lines = first.iter_lines()  # kept: when it is collected, the stream is closed
+            assert next(lines)
             ask.create(model="busy", prompt="a", max_tokens=1)
         assert int(refused.value.response.headers["retry-after"]) >= 1
 

@@ -36,7 +36,7 @@ ATTACKS = [
     "<javascript:alert(1)>",
     "![x](http://evil.example/track.png)",
     "![x](data:image/png;base64,AAAA)",
-    "![\"onerror=alert(1)](http://evil.example/'\"onload=alert(1))",
+    '!["onerror=alert(1)](http://evil.example/\'"onload=alert(1))',
     '[x](http://a.example "\\" onmouseover=alert(1) ")',
     "[![x](http://evil.example/a.png)](http://evil.example/b)",
     "`<script>alert(1)</script>`",

@@ -94,7 +94,10 @@ def test_a_call_that_is_none_stays_text() -> None:
 
 
 def test_cut_off_reasoning_is_not_an_answer() -> None:
-    assert run("I think", [2], reasons=True, opened=True) == ([Piece("reasoning", "I think")], False)
+    assert run("I think", [2], reasons=True, opened=True) == (
+        [Piece("reasoning", "I think")],
+        False,
+    )
 
 
 def test_the_stop_text_that_is_complete_first_ends_the_answer() -> None:

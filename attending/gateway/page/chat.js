@@ -62,7 +62,7 @@ async function loadModel() {
 // ---- the log ----
 
 function follow() {
-  if (isFollowing) $("log").scrollTop = $("log").scrollHeight;
+  if (isFollowing) $("log").scrollTop = current.turns.length ? $("log").scrollHeight : 0;
 }
 
 function redraw() {
@@ -78,7 +78,8 @@ function redraw() {
     const isLast = index === views.length - 1;
     view.update({ isRunning: isLast && Boolean(runs), isLast, since: runs?.since ?? null });
   });
-  isFollowing = true;
+  $("jump").hidden = isFollowing = true;
+  lastTop = 0;
   follow();
   controls();
 }
@@ -152,9 +153,12 @@ async function rename(conversation) {
   const choices = [["rename", "Rename", "strong"]];
   const title = "Rename this conversation";
   const { choice, answer } = await ask({ title, field: conversation.title, choices });
-  if (choice && answer) {
-    conversation.title = answer;
-    store.save(conversation);
+  // While the dialog was open, another tab may have gone on.
+  const latest = running.has(conversation) ? conversation : store.reread(conversation.id);
+  if (choice && answer && latest) {
+    latest.title = answer;
+    store.save(latest);
+    if (current.id === latest.id) show(latest);
   }
   controls();
   $("input").focus();
@@ -194,7 +198,7 @@ async function removeAll() {
 }
 
 async function leave() {
-  const text = "Your conversations stay in this browser, for whoever uses it next, unless you delete them now.";
+  const text = "Your conversations stay in this browser for whoever uses it next, unless deleted now.";
   const choices = [
     ["delete", "Delete and sign out", "danger"],
     ["keep", "Sign out", "strong"],
@@ -317,7 +321,7 @@ function ended(conversation, answer) {
 function send() {
   const question = $("input").value.trim();
   if (!question || running.has(current)) return;
-  if (!current.turns.length) current.title ||= question.split("\n")[0].slice(0, 60);
+  current.title ||= Array.from(question.split("\n")[0]).slice(0, 60).join("");
   if (!isWide.matches) $("card").open = false;
   const turn = { question, answer: null };
   current.turns.push(turn);
@@ -406,7 +410,7 @@ function listen() {
     // Only going up ends following: the text may have grown since the page itself scrolled.
     isFollowing = isAtEnd || (isFollowing && scrollTop >= lastTop);
     lastTop = scrollTop;
-    $("jump").hidden = isFollowing;
+    $("jump").hidden = isFollowing || !current.turns.length;
   });
   on("jump", "click", () => {
     isFollowing = true;

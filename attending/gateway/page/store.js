@@ -61,7 +61,8 @@ export class Store {
 
   /** A conversation as it was last kept, by whichever tab; null if there is none. */
   reread(id) {
-    const raw = this.#storage.getItem(PREFIX + id);
+    const raw = this.#storage?.getItem(PREFIX + id) ?? null;
+    if (raw === (this.#raw.get(id) ?? null)) return this.get(id) ?? null; // newer, if storage is full
     const conversation = parsed(raw);
     if (!conversation) return null;
     this.#raw.set(id, raw);
@@ -100,8 +101,9 @@ export class Store {
         this.reread(id);
       }
       this.#memory.set(conversation.id, conversation);
+      if (!this.#storage) return true;
       const raw = JSON.stringify(conversation);
-      this.#storage?.setItem(PREFIX + conversation.id, raw);
+      this.#storage.setItem(PREFIX + conversation.id, raw);
       this.#raw.set(conversation.id, raw);
     } catch {
       this.#onTrouble(

@@ -1,0 +1,189 @@
+"""An answer depends on its own request alone, whatever else is being served."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from attending.engine.runner import TorchRunner
+from attending.engine.sampler import Sampling
+from attending.engine.scheduler import Request, Scheduler
+from attending.model.architecture import PAGE_TOKENS
+from attending.model.attend import Packed, Paged, PagePool, Rows
+from tests.engine.test_scheduler import (
+    BORDERS,
+    Notebook,
+    Told,
+    Watched,
+    assert_same,
+    plainly,
+    rows_of,
+    text,
+)
+from tests.model.tiny import FAMILIES, build, configs
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+penalties = st.sampled_from([0.0, -1.0, 0.5, 2.0])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other where models are this small and the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@st.composite
+def samplings(draw: st.DrawFn, vocab: int) -> Sampling:
+    return Sampling(
+        temperature=draw(st.sampled_from([0.0, 0.7, 1.5])),
+        top_k=draw(st.sampled_from([0, 3])),
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+        presence_penalty=draw(penalties),
+        frequency_penalty=draw(penalties),
+        logit_bias=draw(st.sampled_from([(), ((vocab - 1, 2.0), (0, -5.0))])),
+        seed=draw(st.integers(0, 3)),
+        max_tokens=draw(st.integers(0, 8)),
+    )
+
+
+@st.composite
+def crowds(draw: st.DrawFn, vocab: int) -> list[tuple[int, Request]]:
+    """Requests with the step each arrives before; many begin alike."""
+    lengths = st.one_of(st.sampled_from(BORDERS), st.integers(1, 140))
+    crowd = []
+    for _ in range(draw(st.integers(2, 6))):
+        length = draw(lengths)
+        shared = draw(st.sampled_from([0, 1, *BORDERS, 140]))
+        own = text(length, seed=draw(st.integers(0, 2)), vocab=vocab)
+        ids = (text(140, seed=9, vocab=vocab)[:shared] + own)[:length]
+        request = Request(
+            ids,
+            draw(samplings(vocab)),
+            draw(st.sampled_from([frozenset(), frozenset({1, 2})])),
+            num_top=draw(st.sampled_from([None, 0, 2])),
+            num_prompt_top=draw(st.sampled_from([None, None, 0, 1])),
+        )
+        crowd.append((draw(st.integers(0, 12)), request))
+    return crowd
+
+
+def arrive(scheduler: Scheduler, crowd: list[tuple[int, Request]], most_tokens: int) -> list[Told]:
+    """Each before its step; a step never has more tokens than it may."""
+    told: dict[int, Told] = {}
+    place: dict[int, int] = {}
+    runner = scheduler._runner
+    assert isinstance(runner, Watched)
+    for step in itertools.count():
+        for index, (arrival, request) in enumerate(crowd):
+            if arrival == step:
+                handle = scheduler.submit(request)
+                told[handle], place[handle] = Told(), index
+        outputs = scheduler.step()
+        for output in outputs:
+            told[output.handle].add(output)
+        assert not runner.steps or sum(len(s.ids) for s in runner.steps[-1]) <= most_tokens
+        is_idle = not scheduler.num_running and not scheduler.num_waiting
+        if is_idle and len(told) == len(crowd):
+            break
+        assert step < 5_000, "nothing moves any more"
+    assert scheduler.pages.num_available == scheduler.pages.num_pages
+    for handle, got in told.items():
+        request = crowd[place[handle]][1]
+        assert got.cached_tokens % PAGE_TOKENS == 0 and got.cached_tokens < len(request.ids)
+        assert not got.cached_tokens or request.num_prompt_top is None or len(request.ids) == 1
+    return [told[h] for h in sorted(told, key=place.__getitem__)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_every_request_in_a_crowd_is_answered_as_if_it_were_alone(
+    family: str, data: st.DataObject
+) -> None:
+    config = data.draw(configs(family)) | {"max_position_embeddings": 512}
+    model = build(config, dtype=torch.float64)
+    crowd = data.draw(crowds(config["vocab_size"]))
+    most_tokens = data.draw(st.sampled_from([7, 64, 100, 256]))
+    scheduler = Scheduler(
+        Watched(TorchRunner(model, num_pages=data.draw(st.integers(3, 14)))),
+        max_running=data.draw(st.sampled_from([1, 2, 32])),
+        step_tokens=most_tokens,
+    )
+    rows = rows_of(model)
+    told = arrive(scheduler, crowd, most_tokens)
+    for got, (_, request) in zip(told, crowd, strict=True):
+        assert_same(got, plainly(rows, request, scheduler.context))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_every_answer_is_a_function_of_its_own_text(data: st.DataObject) -> None:
+    """Many more crowds, over pages that hold nothing but the text: see `Notebook`."""
+    notebook = Notebook(num_pages=data.draw(st.integers(3, 9)), vocab=20)
+    most_tokens = data.draw(st.sampled_from([1, 7, 64, 100]))
+    scheduler = Scheduler(
+        Watched(notebook),
+        max_running=data.draw(st.sampled_from([1, 2, 5, 32])),
+        step_tokens=most_tokens,
+    )
+    crowd = [
+        (arrival, Request(r.ids, r.sampling, r.stop_ids, r.num_top))
+        if data.draw(st.booleans())
+        else (arrival, r)
+        for arrival, r in data.draw(crowds(20))
+    ]
+
+    def rows(ids: Sequence[int]) -> NDArray[np.float32]:
+        return np.stack([notebook.row(ids[: at + 1]) for at in range(len(ids))])
+
+    told = arrive(scheduler, crowd, most_tokens)
+    for got, (_, request) in zip(told, crowd, strict=True):
+        assert_same(got, plainly(rows, request, scheduler.context))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+@torch.no_grad()
+def test_single_rows_of_any_lengths_as_one_batch_equal_one_by_one(
+    family: str, data: st.DataObject
+) -> None:
+    config = data.draw(configs(family)) | {"max_position_embeddings": 512}
+    if config.get("sliding_window"):
+        config["sliding_window"] = data.draw(st.sampled_from([1, 5, 63, 64, 65, 130]))
+    model = build(config, dtype=torch.float64)
+    lengths = data.draw(
+        st.lists(st.one_of(st.sampled_from(BORDERS), st.integers(1, 200)), min_size=2, max_size=9)
+    )
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(config["vocab_size"], (n,), generator=generator) for n in lengths]
+    pool = PagePool(model.arch, 4 * len(texts), torch.float64)
+    for kept in (pool.keys, pool.values, pool.raw_keys, pool.raw_values):
+        for layer in kept:  # what others left behind
+            layer.normal_(generator=generator)
+    order = torch.randperm(4 * len(texts), generator=generator)
+    tables = [order[4 * i : 4 * i + -(-n // PAGE_TOKENS)] for i, n in enumerate(lengths)]
+    # All but the last token are there; one text in some batches is read whole beside the others.
+    whole = data.draw(st.integers(-1, len(texts) - 1))
+    rows = []
+    for index, (ids, table) in enumerate(zip(texts, tables, strict=True)):
+        done = 0 if index == whole else len(ids) - 1
+        if done:
+            model(ids[:done], Paged(pool, [Rows(0, table, done)]))
+        rows.append(Rows(done, table, len(ids) - done))
+    new = torch.cat([ids[row.cached :] for ids, row in zip(texts, rows, strict=True)])
+    together = model.logits(model(new, Paged(pool, rows)))
+    alone = [
+        model.logits(model(ids, Packed([len(ids)])))[row.cached :]
+        for ids, row in zip(texts, rows, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
