@@ -181,15 +181,9 @@ def serve(
     from attending.gateway.serve import Announcement, ServeOptions
     from attending.gateway.serve import serve as run
 
-    engine = {
-        "context": context,
-        "cache_tokens": cache_tokens,
-        "max_running": max_running,
-        "max_waiting": max_waiting,
-        "dtype": dtype,
-        "device": device,
-        "threads": threads,
-    }
+    engine: dict[str, Any] = {"context": context, "cache_tokens": cache_tokens}
+    engine |= {"max_running": max_running, "max_waiting": max_waiting}
+    engine |= {"dtype": dtype, "device": device, "threads": threads}
     options = ServeOptions.build(
         {
             "model": model,

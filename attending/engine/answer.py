@@ -66,9 +66,11 @@ class AnswerParser:
         self._trim = opened
 
     @property
-    def is_reasoning(self) -> bool:
-        """Whether the answer proper has not begun."""
-        return self._state in ("start", "reasoning")
+    def phase(self) -> Literal["undecided", "reasoning", "answer"]:
+        """Where the text fed so far ends; undecided while it may still begin a think tag."""
+        if self._state == "start":
+            return "undecided"
+        return "reasoning" if self._state == "reasoning" else "answer"
 
     def feed(self, text: str) -> list[Part]:
         """The parts that are certain by now."""
@@ -180,6 +182,7 @@ class AnswerWriter:
         self._parser = parser
         self._stop_ids = frozenset(stop_ids)
         self._has_called = False
+        self._undecided = 0  # tokens that may turn out to begin the reasoning
         self.token_ids: list[int] = []
         self.reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -205,9 +208,13 @@ class AnswerWriter:
         parts: list[Part] = []
         if token is not None:
             self.token_ids.append(token)
-            self.reasoning_tokens += self._parser.is_reasoning
+            before = self._parser.phase
             if token not in self._stop_ids:
                 parts = self._parser.feed(self._decoder.feed(token))
+            self._undecided += before == "undecided"
+            if before == "reasoning" or (before, self._parser.phase) == ("undecided", "reasoning"):
+                self.reasoning_tokens += self._undecided or 1
+                self._undecided = 0
         if self._parser.ended:
             finish = "stop"
         elif finish is not None:

@@ -281,6 +281,29 @@ class CompletionRequest(Asked):
     """Must be absent, null or 1."""
 
 
+class ModelCard(Config):
+    """A model that is served."""
+
+    id: str
+    """To be given as `model`."""
+    object: Literal["model"] = "model"
+    """Kind of this object."""
+    created: int
+    """Unix time at which it was loaded."""
+    owned_by: str
+    """Who serves it."""
+    max_model_len: int
+    """Most tokens of prompt and answer together."""
+    source: str
+    """Where it came from."""
+    licence: str
+    """Of the weights, where known."""
+    note: str
+    """What its users must know."""
+    reasons: bool
+    """Whether its answers may begin with reasoning."""
+
+
 def parse(kind: type[Body], body: bytes) -> Body:
     """The request in a body.
 

@@ -26,7 +26,7 @@ class Constraint:
 
     def __init__(self, matcher: LLMatcher, tokenizer: Tokenizer, *, opened: bool) -> None:
         """`opened`: the prompt leaves the model inside its reasoning."""
-        self._matcher, self._decoder = matcher, tokenizer.decoder()
+        self._matcher, self._tokenizer, self._decoder = matcher, tokenizer, tokenizer.decoder()
         self._open_id = tokenizer.control_id(THINK_OPEN) if tokenizer.reasons else None
         self._is_free, self._is_first = opened, not opened
         self._thought = ""
@@ -36,6 +36,7 @@ class Constraint:
         if self._is_free:
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
         mask = np.unpackbits(bits, bitorder="little").astype(np.bool_)
         if self._is_first and self._open_id is not None:
             mask[self._open_id] = True  # the model may choose to reason first
@@ -44,13 +45,22 @@ class Constraint:
     def advance(self, token: int) -> None:
         """A token was chosen."""
         if self._is_free:
-            self._thought = (self._thought + self._decoder.feed(token))[-64:]
-            self._is_free = THINK_CLOSE not in self._thought
+            self._thought = self._thought[-64:] + self._decoder.feed(token)
+            _, closed, rest = self._thought.partition(THINK_CLOSE)
+            self._is_free = not closed
+            if rest.strip():  # the same token went on behind the tag
+                self._matcher.consume_tokens(self._tokenizer.encode(rest.lstrip()))
+                self._check()
         elif self._is_first and token == self._open_id:
             self._is_free = True
         else:
             self._matcher.consume_token(token)
+            self._check()
         self._is_first = False
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UsageError(f"the form of the answer cannot be enforced: {_reason(self._matcher)}")
 
 
 class Grammars:
@@ -69,21 +79,22 @@ class Grammars:
         grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS)
         return self._compile(grammar, opened)
 
-    def call(self, functions: Sequence[tuple[str, Mapping[str, Any]]], *, opened: bool) -> Any:
+    def call(
+        self, functions: Sequence[tuple[str, Mapping[str, Any]]], *, opened: bool
+    ) -> Constraint:
         """An answer that is one call of one of the functions, given with their schemas."""
-        schemas = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": dict(parameters)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, parameters in functions
-        ]
-        lark = "start: OPEN call CLOSE\n".replace("OPEN", self._tag(CALL_OPEN, "", "\n"))
-        lark = lark.replace("CLOSE", self._tag(CALL_CLOSE, "\n", ""))
-        lark += f"call: %json {json.dumps({'anyOf': schemas, 'x-guidance': JSON_OPTIONS})}\n"
-        return self._compile(LLMatcher.grammar_from_lark(lark), opened)
+        head, tail = self._tag(CALL_OPEN, "", "\n"), self._tag(CALL_CLOSE, "\n", "")
+        names = [f"call_{index}" for index in range(len(functions))]
+        rules = [f"start: {head} call {tail}", f"call: {' | '.join(names)}"]
+        for rule, (name, parameters) in zip(names, functions, strict=True):
+            begin = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+            # A schema is the root of its own rule, so its own `$ref`s stay true.
+            schema = {"type": "object", **parameters, "x-guidance": JSON_OPTIONS}
+            rules += [
+                f'{rule}: {begin} {rule}_json "}}"',
+                f"{rule}_json: %json {json.dumps(schema)}",
+            ]
+        return self._compile(LLMatcher.grammar_from_lark("\n".join(rules)), opened)
 
     def _tag(self, tag: str, before: str, after: str) -> str:
         """A tag in Lark: as its own token where the vocabulary has one, else as text."""
@@ -95,14 +106,22 @@ class Grammars:
     def _compile(self, grammar: str, opened: bool) -> Constraint:
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            reason = matcher.get_error().strip().partition("\n")[0]
-            raise UsageError(f"the schema cannot be enforced: {reason}")
+            raise UsageError(f"the schema cannot be enforced: {_reason(matcher)}")
+        if matcher.is_accepting():  # nothing at all is no JSON
+            raise UsageError("the schema cannot be enforced: it has no finite answer.")
         return Constraint(matcher, self._tokenizer, opened=opened)
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        return LLTokenizer(
-            json.dumps(self._tokenizer.definition),
-            n_vocab=self._vocab_size,
-            eos_token=sorted(self._stop_ids),
-        )
+        try:
+            return LLTokenizer(
+                json.dumps(self._tokenizer.definition),
+                n_vocab=self._vocab_size,
+                eos_token=sorted(self._stop_ids),
+            )
+        except ValueError as error:
+            raise UsageError(f"this model's vocabulary allows no grammar: {error}") from None
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return str(matcher.get_error()).strip().partition("\n")[0]

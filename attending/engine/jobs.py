@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from attending.engine.answer import AnswerParser, AnswerWriter
 from attending.engine.api import ChatRequest, CompletionRequest, NamedTool, RequestError
@@ -195,7 +195,7 @@ class Jobs:
                     for tool in asked.tools or ()
                     if named in (None, tool.function.name)
                 ]
-                return cast(Grammar, self._grammars.call(functions, opened=opened))
+                return self._grammars.call(functions, opened=opened)
             if form is None or not has_form:
                 return None
             if form.type == "json_object":

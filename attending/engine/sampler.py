@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from attending.config import Config
-from attending.errors import CheckpointError
+from attending.errors import CheckpointError, UsageError
 
 Logits = NDArray[np.float32]
 Probabilities = NDArray[np.float64]
@@ -80,18 +80,16 @@ def probabilities(
 
     Raises:
         CheckpointError: The logits are not numbers.
+        UsageError: `allowed` leaves nothing.
     """
-    scores = logits.astype(np.float64)
-    if np.isnan(scores.max()):
-        raise CheckpointError(
-            "the model computed logits that are not numbers: its weights are damaged, or overflow "
-            "in this precision. Get the model again, or load it with dtype float32."
-        )
+    scores = _finite(logits)
     for token, bias in sampling.logit_bias:
         scores[token] += bias
     _penalise(scores, sampling, history, num_prompt)
     if allowed is not None:
         scores[~allowed[: scores.size]] = -np.inf
+        if scores.max() == -np.inf:
+            raise UsageError("no token may follow here: the grammar and the model have none alike.")
     if sampling.temperature == 0:
         chosen = np.zeros_like(scores)
         chosen[scores.argmax()] = 1.0
@@ -118,13 +116,27 @@ def draw(distribution: Probabilities, rng: np.random.Generator) -> int:
 
 
 def score(logits: Logits, token: int, num_top: int) -> Scored:
-    """The log-probability of a token at a place, and of the likeliest ones."""
-    scores = logits.astype(np.float64)
+    """The log-probability of a token at a place, and of the likeliest ones.
+
+    Raises:
+        CheckpointError: The logits are not numbers.
+    """
+    scores = _finite(logits)
     peak = scores.max()
     scores -= peak + np.log(np.exp(scores - peak).sum())
     best = _ranked(scores, max(num_top, 1))[:num_top]
     top = tuple((int(i), float(scores[i])) for i in best)
     return Scored(token, float(scores[token]), int((scores > scores[token]).sum()) + 1, top)
+
+
+def _finite(logits: Logits) -> Probabilities:
+    scores: Probabilities = logits.astype(np.float64)
+    if not np.isfinite(scores.max()):
+        raise CheckpointError(
+            "the model computed logits that are not numbers: its weights are damaged, or overflow "
+            "in this precision. Get the model again, or load it with dtype float32."
+        )
+    return scores
 
 
 def _penalise(

@@ -220,9 +220,9 @@ class Scheduler:
             found = self.pages.count(usable)
             if found < len(usable) and usable[found] in computing:
                 continue  # another is just computing the same page: wait, then share it
-            needed = _whole(len(sequence.ids) + PAGE_TOKENS) - found
             held = self.pages.hold(usable[:found])
-            if needed > self.pages.num_available and self._running:
+            promised = sum(_wanted(s) - len(s.pages) for s in self._running)
+            if _wanted(sequence) - found + promised > self.pages.num_available and self._running:
                 self.pages.release(held)
                 return
             self._waiting.remove(sequence)
@@ -323,6 +323,14 @@ class Scheduler:
             finish = "length"
         scored = None if request.num_top is None else score(logits[-1], token, request.num_top)
         return Output(sequence.handle, token, scored, finish, sequence.found, prompt)
+
+
+def _wanted(sequence: _Sequence) -> int:
+    """Pages for what a sequence has by now, and a little more of its answer."""
+    return max(
+        len(sequence.pages),
+        _whole(min(len(sequence.ids) + PAGE_TOKENS, sequence.limit) + PAGE_TOKENS - 1),
+    )
 
 
 def _whole(tokens: int) -> int:

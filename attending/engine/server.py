@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from attending import logs, mesh
 from attending.config import Config
-from attending.engine.api import ChatRequest, CompletionRequest, RequestError, parse
+from attending.engine.api import ChatRequest, CompletionRequest, ModelCard, RequestError, parse
 from attending.engine.jobs import Job, Jobs
 from attending.engine.local import Model, load
 from attending.engine.replying import Replying
@@ -143,18 +143,17 @@ class Service:
 
     async def _models(self, request: HttpRequest) -> Response:
         origin = self._model.origin
-        card = {
-            "id": origin.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "attending",
-            "max_model_len": self._model.scheduler.context,
-            "source": origin.uri,
-            "licence": origin.licence,
-            "note": origin.note,
-            "reasons": self._model.tokenizer.reasons,
-        }
-        return JSONResponse({"object": "list", "data": [card]})
+        card = ModelCard(
+            id=origin.name,
+            created=self._created,
+            owned_by="attending",
+            max_model_len=self._model.scheduler.context,
+            source=origin.uri,
+            licence=origin.licence,
+            note=origin.note,
+            reasons=self._model.tokenizer.reasons,
+        )
+        return JSONResponse({"object": "list", "data": [card.model_dump()]})
 
     async def _metrics(self, request: HttpRequest) -> Response:
         """The scheduler's numbers in Prometheus' text form."""

@@ -81,7 +81,8 @@ class Door:
             seconds, status = time.perf_counter() - began, status or 499
             self._house.metrics.answered(route, status, seconds)
             told = (scope["method"][:16], route, status, seconds * 1000, request_id)
-            log.info("%s %s %d %.0f ms %s", *told)
+            level = logging.DEBUG if route in ("/health", "/healthz") else logging.INFO
+            log.log(level, "%s %s %d %.0f ms %s", *told)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, path = Headers(scope=scope), scope["path"]

@@ -1,4 +1,4 @@
-"""The API's document, from the classes that check requests and write answers."""
+"""The API's document, from the classes that check requests and the schemas of the answers."""
 
 import json
 from functools import cache
@@ -8,23 +8,22 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from attending.engine.api import ChatRequest, CompletionRequest
-from attending.engine.replies import ChatChunk, ChatCompletion, Completion, ModelCard, ModelList
 
-CLASSES = (
-    *(ChatRequest, CompletionRequest),
-    *(ChatChunk, ChatCompletion, Completion, ModelCard, ModelList),
-)
 REF = "#/components/schemas/{model}"
 
 
 @cache
 def document() -> dict[str, Any]:
-    """OpenAPI 3.1: `openapi.json` has the paths, the classes have the schemas."""
+    """OpenAPI 3.1: `openapi.json` has the paths, the classes and `replies.json` the schemas."""
     text = (resources.files("attending.gateway") / "openapi.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     found["info"]["version"] = metadata.version("attending")
-    _, schemas = models_json_schema([(one, "validation") for one in CLASSES], ref_template=REF)
-    found["components"]["schemas"] |= schemas["$defs"]
+    _, requests = models_json_schema(
+        [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=REF
+    )
+    replies = (resources.files("attending.engine") / "replies.json").read_text(encoding="utf-8")
+    answers = json.loads(replies.replace("#/$defs/", REF.format(model="")))
+    found["components"]["schemas"] |= requests["$defs"] | answers["$defs"]
     for methods in found["paths"].values():
         for operation in methods.values():
             codes = operation.pop("x-errors")

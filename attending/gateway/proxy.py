@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from attending.engine.api import Asked, ChatRequest, CompletionRequest, RequestError, parse
-from attending.engine.replies import ModelList
 from attending.engine.wire import ClientGone, unless_gone
 from attending.gateway.house import House, refusal
 from attending.gateway.metrics import Meter
@@ -33,7 +32,7 @@ class Proxy:
         """GET /v1/models."""
         self._house.status.check()
         cards = await unless_gone(request, self._house.upstream.cards())
-        return JSONResponse(ModelList(data=tuple(cards)).model_dump())
+        return JSONResponse({"object": "list", "data": [card.model_dump() for card in cards]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""

@@ -18,8 +18,7 @@ import uvicorn
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from attending.config import Config
-from attending.engine.api import RequestError
-from attending.engine.replies import ModelCard
+from attending.engine.api import ModelCard, RequestError
 from attending.errors import AttendingError, EndpointError, UsageError
 from attending.gateway.app import build
 from attending.gateway.door import LOOPBACK, host_name

@@ -6,8 +6,7 @@ from typing import Any
 
 import httpx
 
-from attending.engine.api import RequestError
-from attending.engine.replies import ModelCard
+from attending.engine.api import ModelCard, RequestError
 
 CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 600.0
 FRESH_SECONDS = 5.0

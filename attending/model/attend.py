@@ -128,6 +128,7 @@ class Paged:
         pages = [row.pages[slot // PAGE_TOKENS] for row, slot in zip(rows, slots, strict=True)]
         self._pages = torch.cat(pages).to(device)
         self._offsets = (torch.cat(slots) % PAGE_TOKENS).to(device)
+        self._fresh = self._pages[self._offsets == 0]
         if pool.raw_keys:
             self._prepare_raw(slots)
 
@@ -145,6 +146,9 @@ class Paged:
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v to their pages, then attend: single rows as one batch, others alone."""
         keys, values = self._pool.keys[spec.index], self._pool.values[spec.index]
+        if len(self._fresh):  # unseen slots are multiplied by 0, which only numbers survive
+            keys[self._fresh] = 0
+            values[self._fresh] = 0
         keys[self._pages, :, self._offsets] = k
         values[self._pages, :, self._offsets] = v
         out = torch.empty_like(q)
@@ -184,7 +188,8 @@ class Paged:
                 row.pages[start : row.cached // PAGE_TOKENS + 1]
                 for row, start in zip(rows, starts, strict=True)
             ]
-            pages = torch.nn.utils.rnn.pad_sequence(used, batch_first=True)
+            longest = max(map(len, used))  # a short one is padded with its own: never another's
+            pages = torch.stack([p[torch.arange(longest).clamp(max=len(p) - 1)] for p in used])
             slots = torch.arange(pages.shape[1] * PAGE_TOKENS)
             offset = torch.tensor(starts)[:, None] * PAGE_TOKENS
             low, high = torch.tensor(firsts)[:, None], torch.tensor([[r.cached] for r in rows])

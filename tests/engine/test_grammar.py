@@ -15,7 +15,7 @@ from attending.engine.grammar import Constraint, Grammars
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
 from attending.errors import UsageError
-from tests.engine.test_scheduler import Notebook
+from tests.engine.serving import Notebook
 from tests.hallway.test_chat import CHATML, RAW, REASONING, says
 
 SPARE = 20  # more logits than the tokenizer has ids, as released models have

@@ -1,41 +1,34 @@
 """The scheduler: what is shared, cut, taken away and cancelled never shows in an answer."""
 
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from attending.engine.runner import Runner, Span, TorchRunner
-from attending.engine.sampler import Sampling, Scored, draw, probabilities, score
-from attending.engine.scheduler import SCORED_ROWS, Output, Request, Scheduler
-from attending.errors import AttendingError, CheckpointError, ContextError, UsageError
-from attending.model.architecture import PAGE_TOKENS, Architecture, parse_config
+from attending.engine.runner import TorchRunner
+from attending.engine.sampler import Sampling
+from attending.engine.scheduler import SCORED_ROWS, Request, Scheduler
+from attending.errors import CheckpointError, ContextError, UsageError
+from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
-from attending.model.decoder import Decoder
-from tests.model.tiny import FAMILIES, build
-
-CONFIG: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.4,
-    "sliding_window": 20,
-    "sliding_window_layers": [1],
-    "use_sliding_window": True,
-    "max_window_layers": 1,
-    "head_dim": 8,
-}
-GREEDY = Sampling(temperature=0.0, max_tokens=20)
-BORDERS = (63, 64, 65, 127, 128, 129)
+from tests.engine.serving import (
+    BORDERS,
+    GREEDY,
+    Failing,
+    Notebook,
+    Odd,
+    Told,
+    Watched,
+    assert_same,
+    decoder,
+    plainly,
+    rows_of,
+    serve,
+    text,
+)
+from tests.model.tiny import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -45,157 +38,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def decoder(family: str, **config: Any) -> Decoder:
-    return build({**CONFIG, "model_type": family, **config}, dtype=torch.float64)
-
-
-def text(length: int, seed: int = 0, vocab: int = 50) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(vocab, size=length).tolist())
-
-
-class Watched:
-    """A runner that notes its steps, and that no sequence writes to a page another one reads."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.arch, self.num_pages, self._runner = runner.arch, runner.num_pages, runner
-        self.steps: list[list[Span]] = []
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(span.ids) for spans in self.steps for span in spans)
-
-    def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        self.steps.append(list(spans))
-        for span in spans:
-            assert len(span.ids) >= 1 and span.num_logits <= len(span.ids)
-            assert len(set(span.pages.tolist())) == len(span.pages)
-            written = set(span.pages[span.cached // PAGE_TOKENS :].tolist())
-            for other in spans:
-                assert other is span or written.isdisjoint(other.pages.tolist())
-        return self._runner.step(spans)
-
-
-class Notebook:
-    """A runner without weights: pages hold ids, and logits are a hash of the text that they hold.
-
-    A page that is shared too early, given away while held or written twice changes the answer.
-    """
-
-    def __init__(self, num_pages: int, vocab: int = 50) -> None:
-        self.arch: Architecture = parse_config(
-            {**CONFIG, "model_type": "llama", "vocab_size": vocab}
-        )
-        self.num_pages = num_pages
-        self._ids = np.full((num_pages, PAGE_TOKENS), -1)
-
-    def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        for span in spans:
-            slots = np.arange(span.cached, span.cached + len(span.ids))
-            self._ids[span.pages[slots // PAGE_TOKENS], slots % PAGE_TOKENS] = span.ids
-        rows = []
-        for span in spans:
-            end = span.cached + len(span.ids)
-            held = self._ids[span.pages].ravel()
-            rows += [self.row(held[: at + 1]) for at in range(end - span.num_logits, end)]
-        return np.stack(rows) if rows else np.zeros((0, self.arch.vocab_size), np.float32)
-
-    def row(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        rng = np.random.default_rng(zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes()))
-        return rng.standard_normal(self.arch.vocab_size, dtype=np.float32) * 2
-
-
-@dataclass
-class Told:
-    """All that came for one request."""
-
-    tokens: list[int] = field(default_factory=list)
-    scores: list[Scored] = field(default_factory=list)
-    prompt: tuple[Scored | None, ...] | None = None
-    finish: str | None = None
-    cached_tokens: int = 0
-    error: AttendingError | None = None
-
-    def add(self, output: Output) -> None:
-        assert self.finish is None and self.error is None, "nothing comes after the end"
-        self.tokens += [] if output.token is None else [output.token]
-        self.scores += [] if output.scored is None else [output.scored]
-        assert output.prompt is None or self.prompt is None, "a prompt's scores come once"
-        self.prompt = self.prompt or output.prompt
-        self.finish, self.error = output.finish, output.error
-        self.cached_tokens = output.cached_tokens
-
-
-def serve(scheduler: Scheduler, *requests: Request) -> list[Told]:
-    """All at once, to their ends."""
-    told = {scheduler.submit(request): Told() for request in requests}
-    while scheduler.num_running or scheduler.num_waiting:
-        for output in scheduler.step():
-            told[output.handle].add(output)
-    assert scheduler.pages.num_available == scheduler.pages.num_pages
-    return list(told.values())
-
-
-Rows = Callable[[Sequence[int]], NDArray[np.float32]]
-
-
-def rows_of(model: Decoder) -> Rows:
-    """[T, V] of a text, computed whole and without a cache."""
-
-    @torch.no_grad()
-    def rows(ids: Sequence[int]) -> NDArray[np.float32]:
-        hidden = model(torch.tensor(ids), Packed([len(ids)]))
-        found: NDArray[np.float32] = model.logits(hidden).float().numpy()
-        return found
-
-    return rows
-
-
-def plainly(rows: Rows, request: Request, context: int) -> Told:
-    """What must come: token by token, each from the whole text, nothing kept between them."""
-    ids, told = list(request.ids), Told()
-    rng = np.random.default_rng(request.sampling.seed)
-    if request.num_prompt_top is not None:
-        pairs = zip(rows(ids)[:-1], ids[1:], strict=True)
-        told.prompt = (None, *(score(row, i, request.num_prompt_top) for row, i in pairs))
-    wanted = request.sampling.max_tokens
-    limit = context if wanted is None else min(context, len(ids) + wanted)
-    while len(ids) < limit:
-        row = rows(ids)[-1]
-        chances = probabilities(row, request.sampling, ids, len(request.ids))
-        ids.append(draw(chances, rng))
-        told.tokens.append(ids[-1])
-        if request.num_top is not None:
-            told.scores.append(score(row, ids[-1], request.num_top))
-        if ids[-1] in request.stop_ids:
-            told.finish = "stop"
-            return told
-    told.finish = "length"
-    return told
-
-
-def assert_same(told: Told, wanted: Told) -> None:
-    assert told.error is None
-    assert (told.tokens, told.finish) == (wanted.tokens, wanted.finish)
-    assert_scores(told.scores, wanted.scores)
-    assert (told.prompt is None) == (wanted.prompt is None)
-    assert_scores(told.prompt or (), wanted.prompt or ())
-
-
-def assert_scores(found: Sequence[Scored | None], wanted: Sequence[Scored | None]) -> None:
-    assert len(found) == len(wanted)
-    for one, two in zip(found, wanted, strict=True):
-        if one is None or two is None:
-            assert one is two
-            continue
-        assert (one.id, one.rank, [i for i, _ in one.top]) == (
-            two.id,
-            two.rank,
-            [i for i, _ in two.top],
-        )
-        assert one.logprob == pytest.approx(two.logprob, abs=1e-5)
-        assert [v for _, v in one.top] == pytest.approx([v for _, v in two.top], abs=1e-5)
 
 
 # One at a time.
@@ -448,23 +290,21 @@ def test_answers_are_the_same_when_pages_run_out(family: str) -> None:
     model = decoder(family)
     scheduler = Scheduler(Watched(TorchRunner(model, num_pages=4)), step_tokens=90)
     requests = [
-        Request(text(60, seed=s), Sampling(temperature=t, seed=s, max_tokens=30), num_top=2)
-        for s, t in enumerate((0.0, 1.0, 1.0, 0.0))
-    ] + [
-        # Scored while the others' pages run out, and after its own were taken away.
-        Request(text(150, seed=7), Sampling(seed=1, max_tokens=30), num_top=0, num_prompt_top=1)
-    ]
+        # Each is let in with two pages and comes to need three.
+        Request(text(20, seed=s), Sampling(temperature=t, seed=s, max_tokens=115), num_top=2)
+        for s, t in enumerate((0.0, 1.0))
+    ] + [Request(text(50, seed=7), Sampling(seed=1, max_tokens=90), num_top=0, num_prompt_top=1)]
     told = serve(scheduler, *requests)
     assert scheduler.counters.preempted > 0
     for got, request in zip(told, requests, strict=True):
         assert_same(got, plainly(rows_of(model), request, 256))
     assert scheduler.counters.prompt_tokens == sum(len(r.ids) for r in requests)  # once each
-    assert scheduler.counters.output_tokens == 150
+    assert scheduler.counters.output_tokens == 320
 
 
 def test_the_youngest_gives_way_and_the_oldest_never() -> None:
     scheduler = Scheduler(Notebook(num_pages=4))
-    sampling = GREEDY.replace(max_tokens=60)
+    sampling = GREEDY.replace(max_tokens=150)
     handles = [scheduler.submit(Request(text(60, seed=s), sampling)) for s in range(4)]
     gaps = dict.fromkeys(handles, 0)
     ended = []
@@ -479,8 +319,8 @@ def test_the_youngest_gives_way_and_the_oldest_never() -> None:
 
 
 def test_scoring_that_is_cut_off_begins_again() -> None:
-    runner = Notebook(num_pages=6)
-    scheduler = Scheduler(Watched(runner), step_tokens=64)
+    runner = Notebook(num_pages=7)
+    scheduler = Scheduler(Watched(runner), step_tokens=4)
     old = Request(text(60), GREEDY.replace(max_tokens=200))
     scored = Request(text(300, seed=1), GREEDY.replace(max_tokens=2), num_prompt_top=1)
     told = serve(scheduler, old, scored)
@@ -490,12 +330,12 @@ def test_scoring_that_is_cut_off_begins_again() -> None:
         return np.stack([runner.row(ids[: at + 1]) for at in range(len(ids))])
 
     for got, request in zip(told, (old, scored), strict=True):
-        assert_same(got, plainly(rows, request, 384))
+        assert_same(got, plainly(rows, request, 448))
 
 
 def test_two_thousand_requests_with_cancellations_leave_nothing_behind() -> None:
     rng = np.random.default_rng(11)
-    runner = Notebook(num_pages=9, vocab=11)
+    runner = Notebook(num_pages=6, vocab=11)
     scheduler = Scheduler(Watched(runner), max_running=6, step_tokens=70)
     beginnings = [text(140, seed=s, vocab=11) for s in range(3)]
     told: dict[int, tuple[Request, Told]] = {}
@@ -505,11 +345,13 @@ def test_two_thousand_requests_with_cancellations_leave_nothing_behind() -> None
             *beginnings[rng.integers(3)][: rng.choice([0, 1, 63, 64, 65, 128, 140])],
             *text(int(rng.integers(1, 5)), seed=int(rng.integers(9)), vocab=11),
         )
-        sampling = Sampling(temperature=1.0, seed=int(rng.integers(99)), max_tokens=4)
-        scored = 0 if rng.random() < 0.05 else None
-        request = Request(ids, sampling, frozenset({3}), num_prompt_top=scored)
+        is_long, scored = rng.random() < 0.1, 0 if rng.random() < 0.05 else None
+        most = 140 if is_long else 4
+        sampling = Sampling(temperature=1.0, seed=int(rng.integers(99)), max_tokens=most)
+        stops = frozenset() if is_long else frozenset({3})
+        request = Request(ids, sampling, stops, num_prompt_top=scored)
         told[scheduler.submit(request)] = (request, Told())
-        for _ in range(rng.integers(0, 4)):
+        for _ in range(rng.integers(0, 24)):
             for output in scheduler.step():
                 told[output.handle][1].add(output)
         if told and rng.random() < 0.4:
@@ -530,31 +372,14 @@ def test_two_thousand_requests_with_cancellations_leave_nothing_behind() -> None
     pages = scheduler.pages
     assert cancelled > 100 and answered > 1000 and scheduler.counters.preempted > 0
     assert scheduler.counters.cancelled == cancelled
-    assert pages.num_available == pages.num_pages == 9
+    assert pages.num_available == pages.num_pages == 6
     assert not any(pages._holders)
-    assert len(pages._free) + len(pages._idle) == len({*pages._free, *pages._idle}) == 9
+    assert len(pages._free) + len(pages._idle) == len({*pages._free, *pages._idle}) == 6
     assert len(pages._key_of) == len(pages._page_of) == len(pages._idle)
     assert not scheduler._running and not scheduler._waiting
 
 
 # Failure and cancellation.
-
-
-class Failing:
-    """Gives rows that are not numbers after one token."""
-
-    def __init__(self, runner: Runner, token: int) -> None:
-        self.arch, self.num_pages = runner.arch, runner.num_pages
-        self._runner, self._token = runner, token
-
-    def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
-        rows = self._runner.step(spans).copy()
-        at = 0
-        for span in spans:
-            if span.num_logits and span.ids[-1] == self._token:
-                rows[at : at + span.num_logits] = np.nan
-            at += span.num_logits
-        return rows
 
 
 def test_a_request_that_fails_ends_with_its_error_and_the_others_go_on() -> None:
@@ -647,30 +472,17 @@ def test_an_answers_scores_are_the_models_own_before_any_filter() -> None:
 # Grammars.
 
 
-class Odd:
-    """Only odd tokens, then one even one; counts what it was told."""
-
-    def __init__(self) -> None:
-        self.chosen: list[int] = []
-
-    def allowed(self) -> NDArray[np.bool_] | None:
-        return np.arange(64) % 2 == (len(self.chosen) < 6)  # longer than the vocabulary
-
-    def advance(self, token: int) -> None:
-        self.chosen.append(token)
-
-
 def test_a_grammar_is_asked_once_a_token_and_keeps_its_place_when_pages_run_out() -> None:
-    scheduler = Scheduler(Notebook(num_pages=3))
+    scheduler = Scheduler(Notebook(num_pages=4))
     grammars = [Odd(), Odd(), Odd()]
     told = serve(
         scheduler,
         *(
-            Request(text(60, seed=s), Sampling(seed=s, max_tokens=9), grammar=grammar)
+            Request(text(60, seed=s), Sampling(seed=s, max_tokens=80), grammar=grammar)
             for s, grammar in enumerate(grammars)
         ),
     )
     assert scheduler.counters.preempted > 0
     for got, grammar in zip(told, grammars, strict=True):
         assert got.tokens == grammar.chosen
-        assert [token % 2 for token in got.tokens] == [1] * 6 + [0] * 3
+        assert [token % 2 for token in got.tokens] == [1] * 6 + [0] * 74

@@ -15,7 +15,7 @@ from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed, Paged, PagePool, Rows
-from tests.engine.test_scheduler import (
+from tests.engine.serving import (
     BORDERS,
     Notebook,
     Told,
