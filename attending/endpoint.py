@@ -120,7 +120,7 @@ async def open(
     """
     async with AsyncExitStack() as stack:
         url = model
-        if not re.match(r"(https?://|unix:)", model):
+        if not re.match(r"\w+://|unix:", model):
             child = EngineProcess(model, engine)
             stack.push_async_callback(child.stop)
             await child.start()

@@ -95,8 +95,7 @@ def theirs(model: Path, python: str) -> Iterator[tuple[str, str, str]]:
         port = probe.getsockname()[1]
     command = [str(Path(python).parent / "transformers"), "serve", "--port", str(port)]
     command += ["--device", "cpu", "--dtype", "float32", "--force-model", str(model)]
-    log = tempfile.TemporaryFile()
-    server = subprocess.Popen(command, stdout=log, stderr=log)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 120

@@ -12,6 +12,9 @@ from hypothesis import settings
 
 from attending import sources
 
+# Before torch is loaded: spinning threads of several processes starve each other on few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 settings.register_profile("ci", derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 

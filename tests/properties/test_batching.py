@@ -23,6 +23,7 @@ from tests.engine.serving import (
     assert_same,
     plainly,
     rows_of,
+    serve,
     text,
 )
 from tests.model.tiny import FAMILIES, build, configs
@@ -187,3 +188,15 @@ def test_single_rows_of_any_lengths_as_one_batch_equal_one_by_one(
         for ids, row in zip(texts, rows, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
+
+
+def test_one_that_gives_its_pages_back_within_a_step_is_not_run_in_it() -> None:
+    """An answer is planned before an older prompt, which then needs the page it just took."""
+    notebook = Notebook(num_pages=7)
+    scheduler = Scheduler(Watched(notebook), step_tokens=3)
+    old = Request(text(300), Sampling(temperature=0.0, max_tokens=2))
+    young = Request((1,), Sampling(temperature=0.0, max_tokens=200))
+    told = serve(scheduler, old, young)
+    assert scheduler.counters.preempted > 0
+    for got, request in zip(told, (old, young), strict=True):
+        assert_same(got, plainly(lambda ids: notebook.row(ids)[None], request, 448))
