@@ -21,6 +21,7 @@ from rich.table import Table
 
 from attending import __version__, load, logs
 from attending.errors import AttendingError, UsageError
+from attending.mesh import SHORT_SPIN
 
 if TYPE_CHECKING:
     from attending.engine.local import Answer, Model, Stream
@@ -45,9 +46,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 
 def main() -> None:
     """Run the command line; user errors print without a traceback."""
-    # Before torch is loaded: threads that spin while they wait starve each other, ten-fold, when
-    # two processes share few cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(SHORT_SPIN | dict(os.environ))
     try:
         app()
     except AttendingError as error:

@@ -30,6 +30,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from attending import errors
 from attending.config import Config
 from attending.errors import EndpointError, ReplyError, UsageError
+from attending.mesh import SHORT_SPIN
 
 CHAT = "/chat/completions"
 RETRIED = {408, 409, 425, 429, *range(500, 600)}
@@ -159,8 +160,7 @@ class EngineProcess:
         self._child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "attending.engine.server"),
             *(str(socket), self._model, self._options),
-            # Threads that spin while they wait starve each other, ten-fold, where cores are few.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            env=SHORT_SPIN | dict(os.environ),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is this process' to handle

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import settings
 
 from attending import sources
+from attending.mesh import SHORT_SPIN
 
-# Before torch is loaded: spinning threads of several processes starve each other on few cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.update(SHORT_SPIN | dict(os.environ))
 
 settings.register_profile("ci", derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -75,7 +75,7 @@ class Model:
         self.decoder = load_decoder(self._checkpoint, dtype, device)
         self.arch = self.decoder.arch
         self._context_tokens = self.arch.context
-        self._cache_tokens = 0
+        self._cache_tokens, self._max_running = 0, 32
         self._inbox: dict[int, deque[Output]] = {}
 
     @cached_property
@@ -85,10 +85,10 @@ class Model:
 
     @cached_property
     def scheduler(self) -> Scheduler:
-        """What runs the answers, with room for one whole context or for `reserve_cache`."""
+        """What runs the answers, with room for one whole context or for `make_room`."""
         tokens = self._cache_tokens or self._context_tokens
         runner = TorchRunner(self.decoder, num_pages=-(-tokens // PAGE_TOKENS))
-        return Scheduler(runner, context=self._context_tokens)
+        return Scheduler(runner, context=self._context_tokens, max_running=self._max_running)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -121,12 +121,14 @@ class Model:
             raise UsageError(f"context {tokens:,}: this model takes 1 to {self.arch.context:,}.")
         self._context_tokens = tokens
 
-    def reserve_cache(self, tokens: int) -> None:
-        """Keep room for so many tokens of all answers together; before the first answer.
+    def make_room(self, cache_tokens: int, max_running: int) -> None:
+        """Say how much may be under way together; before the first answer.
 
-        With less than a whole context, that is the longest answer there can be.
+        Args:
+            cache_tokens: Of all answers; less than a whole context is the longest there can be.
+            max_running: Answers in a batch.
         """
-        self._cache_tokens = tokens
+        self._cache_tokens, self._max_running = cache_tokens, max_running
 
     def outputs(self, ids: Sequence[int], sampling: Sampling) -> Generator[Output]:
         """What the scheduler writes for one prompt; other answers under way advance as well.

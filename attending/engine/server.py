@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
@@ -74,8 +75,9 @@ class Service:
         self._model, self._options = model, options
         self._jobs = Jobs(model)
         self._created = int(time.time())
-        self._worker: Worker | None = None
-        self._failed: asyncio.Future[None] | None = None
+        max_open = options.max_running + options.max_waiting
+        self.worker = Worker(model.scheduler, max_open=max_open)
+        """To be run by the thread that loaded the model."""
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -94,24 +96,11 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
-        self._failed = loop.create_future()
-        self._worker = Worker(
-            self._model.scheduler,
-            max_open=self._options.max_running + self._options.max_waiting,
-            post=loop.call_soon_threadsafe,
-            failed=self._failed.set_exception,
-        )
+        self.worker.post = asyncio.get_running_loop().call_soon_threadsafe
         try:
             yield
         finally:
-            self._worker.close()
-
-    async def failure(self) -> None:
-        """Raises what ended the engine's thread, should it ever end."""
-        while self._failed is None:
-            await asyncio.sleep(0.05)
-        await self._failed
+            self.worker.close()
 
     async def _chat(self, request: HttpRequest) -> Response:
         asked = parse(ChatRequest, await request.body())
@@ -132,8 +121,7 @@ class Service:
                 code="model_not_found",
             )
         job = await asyncio.to_thread(make, asked)  # long texts take a while to encode
-        assert self._worker is not None
-        running = _Running(job, Replying(job, self._model.tokenizer, asked.model), self._worker)
+        running = _Running(job, Replying(job, self._model.tokenizer, asked.model), self.worker)
         if asked.stream:
             return _Stream(running)
         try:
@@ -262,7 +250,8 @@ def prepare(source: str, options: EngineOptions) -> Model:
     model = load(source, dtype=options.dtype, device=options.device)
     if options.context:
         model.limit_context(options.context)
-    model.reserve_cache(options.cache_tokens or _fitting_tokens(model, options))
+    cache_tokens = options.cache_tokens or _fitting_tokens(model, options)
+    model.make_room(cache_tokens, options.max_running)
     return model
 
 
@@ -280,21 +269,18 @@ def _fitting_tokens(model: Model, options: EngineOptions) -> int:
 
 
 async def _serve(socket: str, service: Service) -> None:
+    """Answer until standard input ends."""
     config = uvicorn.Config(
         service.app(), uds=socket, log_config=None, access_log=False, lifespan="on", ws="none"
     )
     server = uvicorn.Server(config)
-    parent = asyncio.create_task(asyncio.to_thread(sys.stdin.buffer.read))
     served = asyncio.create_task(server.serve())
-    failed = asyncio.create_task(service.failure())
     while not (server.started or served.done()):
         await asyncio.sleep(0.01)
-    _tell({"ready": True})
-    await asyncio.wait((parent, served, failed), return_when=asyncio.FIRST_COMPLETED)
+    _tell({"ready": server.started})
+    await asyncio.to_thread(sys.stdin.buffer.read)
     server.should_exit = server.force_exit = True
     await served
-    if failed.done():
-        failed.result()
 
 
 def _tell(line: dict[str, Any]) -> None:
@@ -312,11 +298,13 @@ def main(socket: str, source: str, options: str) -> int:
     except AttendingError as error:
         _tell({"error": str(error), "kind": type(error).__name__})
         return error.exit_code
-    asyncio.run(_serve(socket, Service(model, chosen)))
+    service = Service(model, chosen)
+    threading.Thread(target=lambda: asyncio.run(_serve(socket, service)), daemon=True).start()
+    service.worker.run()
     return 0
 
 
 if __name__ == "__main__":
     code = main(*sys.argv[1:])
     sys.stdout.flush()
-    os._exit(code)  # without waiting for a thread that still reads standard input
+    os._exit(code)  # not waiting for the threads

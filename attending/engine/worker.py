@@ -1,10 +1,11 @@
-"""The thread that runs the scheduler, and the way in and out of it for an event loop."""
+"""The loop that steps the scheduler, and the way in and out of it for an event loop's thread."""
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from attending.engine.scheduler import Output, Request, Scheduler
 from attending.errors import AttendingError
@@ -38,35 +39,20 @@ class Ticket:
 class Worker:
     """Steps a scheduler while there is work; sleeps otherwise."""
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        *,
-        max_open: int,
-        post: Callable[[Callable[[], None]], object],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """Start the thread.
-
-        Args:
-            scheduler: From now on only this thread's, but for `check`.
-            max_open: Most requests running and waiting.
-            post: Runs a function in the caller's thread, e.g. `loop.call_soon_threadsafe`.
-            failed: Called there if a step fails, which no request can be blamed for.
-        """
-        self._scheduler, self._post, self._failed = scheduler, post, failed
-        self._max_open = max_open
+    def __init__(self, scheduler: Scheduler, *, max_open: int) -> None:
+        """`max_open`: most requests running and waiting."""
+        self._scheduler, self._max_open = scheduler, max_open
+        self.post: Callable[[Callable[[], None]], object] = lambda call: call()
+        """Runs a function in the event loop's thread: set it to `loop.call_soon_threadsafe`."""
         self._open: set[Ticket] = set()
         self._orders: deque[tuple[str, Ticket]] = deque()
         self._bell = threading.Event()
         self._tickets: dict[int, Ticket] = {}
         self._seconds = 1.0  # a smoothed request's duration
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
 
     def submit(self, requests: Sequence[Request], deliver: Sequence[Deliver]) -> list[Ticket]:
-        """Queue some requests, all or none; call this and `cancel` from `post`'s thread only.
+        """Queue some requests, all or none; call this and `cancel` from the event loop.
 
         Raises:
             Overloaded: There is no room for all of them.
@@ -94,33 +80,33 @@ class Worker:
             self._bell.set()
 
     def close(self) -> None:
-        """End the thread after the step under way."""
+        """Let `run` return after the step under way."""
         self._is_closed = True
         self._bell.set()
-        self._thread.join(timeout=60)
+
+    def run(self) -> None:
+        """Step until closed, in the thread that loaded the model.
+
+        In that one and no other: OpenMP keeps threads for every thread that computes, and with
+        more of them than cores all of them wait badly (an eighth of the speed, measured).
+        """
+        while not self._is_closed:
+            self._bell.clear()
+            while self._orders:
+                self._obey(*self._orders.popleft())
+            outputs = self._scheduler.step()
+            if outputs:
+                found = [(self._tickets[output.handle], output) for output in outputs]
+                for output in outputs:
+                    if output.finish or output.error:
+                        del self._tickets[output.handle]
+                self.post(partial(self._hand_out, found))
+            elif not self._scheduler.num_running:
+                self._bell.wait()
 
     def _end(self, ticket: Ticket) -> None:
         ticket.is_over = True
         self._open.discard(ticket)
-
-    def _run(self) -> None:
-        try:
-            while not self._is_closed:
-                self._bell.clear()
-                while self._orders:
-                    self._obey(*self._orders.popleft())
-                outputs = self._scheduler.step()
-                if outputs:
-                    found = [(self._tickets[output.handle], output) for output in outputs]
-                    for output in outputs:
-                        if output.finish or output.error:
-                            del self._tickets[output.handle]
-                    self._post(lambda found=found: self._hand_out(found))  # type: ignore[misc]
-                elif not self._scheduler.num_running:
-                    self._bell.wait()
-        except BaseException as error:
-            self._post(lambda error=error: self._failed(error))  # type: ignore[misc]
-            raise
 
     def _obey(self, order: str, ticket: Ticket) -> None:
         """What the other thread asked for."""

@@ -117,7 +117,8 @@ class Paged:
         self._rows = list(rows)
         self._ends = list(accumulate(row.count for row in rows))
         self._singles = [i for i, row in enumerate(rows) if row.count == 1 and not row.parents]
-        self._pasts: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._pasts: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
+        self._writes: dict[int, Tensor] = {}
         device = pool.keys[0].device
         self._row_positions = [_positions(row).to(device) for row in rows]
         self.positions = torch.cat(self._row_positions)
@@ -145,12 +146,11 @@ class Paged:
 
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v to their pages, then attend: single rows as one batch, others alone."""
-        keys, values = self._pool.keys[spec.index], self._pool.values[spec.index]
-        if len(self._fresh):  # unseen slots are multiplied by 0, which only numbers survive
-            keys[self._fresh] = 0
-            values[self._fresh] = 0
-        keys[self._pages, :, self._offsets] = k
-        values[self._pages, :, self._offsets] = v
+        slots = self._slots(spec.num_kv_heads)
+        for pool, new in ((self._pool.keys, k), (self._pool.values, v)):
+            if len(self._fresh):  # unseen slots are multiplied by 0, which only numbers survive
+                pool[spec.index][self._fresh] = 0
+            pool[spec.index].flatten(0, 2).index_copy_(0, slots, new.flatten(0, 1))
         out = torch.empty_like(q)
         if self._singles:
             at = [self._ends[index] - 1 for index in self._singles]
@@ -166,21 +166,30 @@ class Paged:
 
         The query heads that share a K/V head go as rows of one small product.
         """
-        pages, mask = self._past(spec.window)
-        batch, kv_heads = q.shape[0], spec.num_kv_heads
-        heads = torch.arange(kv_heads, device=q.device)[:, None]
-        blocks = pages[:, None, :] * kv_heads + heads  # [B, K, P] of the pool seen as [P * K]
-        keys, values = (
-            pool[spec.index].flatten(0, 1)[blocks].flatten(2, 3)
+        blocks, mask = self._past(spec.window, spec.num_kv_heads)
+        batch, kv_heads, size = q.shape[0], spec.num_kv_heads, q.shape[-1]
+        keys, values = (  # whole rows of the pool seen as [pages * K, 64 * H]: the fastest gather
+            pool[spec.index].flatten(0, 1).flatten(1).index_select(0, blocks)
             for pool in (self._pool.keys, self._pool.values)
         )
-        grouped = q.reshape(batch, kv_heads, -1, q.shape[-1])
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
-        return out.reshape(q.shape)
+        grouped = q.view(batch, kv_heads, -1, size)
+        shape = (batch, kv_heads, -1, size)
+        out = F.scaled_dot_product_attention(
+            grouped, keys.view(shape), values.view(shape), attn_mask=mask
+        )
+        return out.view(q.shape)
 
-    def _past(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Of the single rows: pages [B, P] and which of their slots are seen [B, 1, 1, P * 64]."""
-        if window not in self._pasts:
+    def _slots(self, kv_heads: int) -> Tensor:
+        """[T * K]: where each new row's heads go in a layer's pool seen as [pages * K * 64]."""
+        if kv_heads not in self._writes:
+            heads = torch.arange(kv_heads, device=self._pages.device)
+            blocks = self._pages[:, None] * kv_heads + heads
+            self._writes[kv_heads] = (blocks * PAGE_TOKENS + self._offsets[:, None]).flatten()
+        return self._writes[kv_heads]
+
+    def _past(self, window: int | None, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Of the single rows: the pool's blocks [B * K * P], and which slots are seen."""
+        if (window, kv_heads) not in self._pasts:
             rows = [self._rows[index] for index in self._singles]
             firsts = [0 if window is None else max(0, r.cached + 1 - window) for r in rows]
             starts = [first // PAGE_TOKENS for first in firsts]
@@ -190,13 +199,15 @@ class Paged:
             ]
             longest = max(map(len, used))  # a short one is padded with its own: never another's
             pages = torch.stack([p[torch.arange(longest).clamp(max=len(p) - 1)] for p in used])
-            slots = torch.arange(pages.shape[1] * PAGE_TOKENS)
+            slots = torch.arange(longest * PAGE_TOKENS)
             offset = torch.tensor(starts)[:, None] * PAGE_TOKENS
             low, high = torch.tensor(firsts)[:, None], torch.tensor([[r.cached] for r in rows])
             seen = (slots >= low - offset) & (slots <= high - offset)
+            blocks = pages[:, None] * kv_heads + torch.arange(kv_heads)[:, None]
             device = self.positions.device
-            self._pasts[window] = pages.to(device), seen[:, None, None].to(device)
-        return self._pasts[window]
+            mask = seen[:, None, None].to(device)
+            self._pasts[window, kv_heads] = blocks.flatten().to(device), mask
+        return self._pasts[window, kv_heads]
 
     def _one(self, spec: LayerSpec, row: Rows, positions: Tensor, q: Tensor) -> Tensor:
         total = row.cached + row.count

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,8 +66,12 @@ def serve(model: Path, **options: Any) -> Any:
     def context() -> Iterator[tuple[str, Service]]:
         chosen = EngineOptions.build(options)
         service = Service(prepare(str(model), chosen), chosen)
+        engine = threading.Thread(target=service.worker.run)
+        engine.start()
         with running(service.app()) as url:
             yield url, service
+        engine.join(10)
+        assert not engine.is_alive()
 
     return context()
 

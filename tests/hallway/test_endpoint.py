@@ -442,10 +442,10 @@ async def test_open_takes_the_only_model_served_and_else_lists_them() -> None:
 
 async def test_what_cannot_be_meant_is_the_callers_error() -> None:
     for url in ("ftp://x", "http://me:hunter2@x/v1", "http://x:y", "http://x?k=v"):
-        with pytest.raises(UsageError, match="opened with endpoint.open") as caught:
+        with pytest.raises(UsageError, match=r"opened with endpoint\.open") as caught:
             await endpoints.open(url).__aenter__()
         assert "hunter2" not in str(caught.value)
-    with pytest.raises(UsageError, match="opened with endpoint.open"):
+    with pytest.raises(UsageError, match=r"opened with endpoint\.open"):
         Endpoint("out/model", "m")
     with pytest.raises(UsageError, match="NO_SUCH_KEY must hold an ASCII key"):
         Endpoint(NOWHERE, "m", options=FAST.replace(api_key_variable="NO_SUCH_KEY"))
