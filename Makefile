@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-export Q
+export override Q := $(value Q) # as typed: a $$ is no variable of make
 
 .PHONY: serve ask test check clean
 

@@ -306,6 +306,8 @@ def _without_first_prefix(definition: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check(messages: Sequence[Message]) -> None:
+    if isinstance(messages, str) or not all(isinstance(m, Mapping) for m in messages):
+        raise TokenizerError('messages are a list of {"role": "user", "content": "..."}.')
     if not messages:
         raise TokenizerError("there are no messages; give at least one from the user.")
     for message in messages:

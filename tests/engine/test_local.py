@@ -48,10 +48,23 @@ def test_logits_are_batch_by_tokens_by_vocabulary_in_float32(model: "attending.M
     logits = model.logits(ids)
     assert logits.shape == (2, 4, model.arch.vocab_size) and logits.dtype == torch.float32
     torch.testing.assert_close(logits[1:], model.logits([[4, 3, 2, 1]]))
-    with pytest.raises(UsageError, match=r"ids must be \[batch, tokens\]; got shape \[4\]"):
+    with pytest.raises(UsageError, match=r"at most 256 tokens; got shape \[4\]"):
         model.logits([1, 2, 3, 4])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"at most 256 tokens; got shape \[1, 257\]"):
+        model.logits([[1] * 257])
+    with pytest.raises(UsageError, match="of equal lengths, integers"):
+        model.logits([[1, 2], [3]])
     with pytest.raises(UsageError, match="ids must be 0 to"):
         model.logits([[1, 10_000]])
+
+
+def test_a_device_that_is_not_there_and_a_text_for_messages_are_refused(
+    model: "attending.Model", tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"device 'meta9' cannot be used: .* Try cpu\."):
+        attending.load(str(write_model(tmp_path / "m")), device="meta9")
+    with pytest.raises(TokenizerError, match="messages are a list"):
+        model.chat("hi")  # type: ignore[arg-type]
 
 
 def test_logits_need_no_tokenizer(tmp_path: Path) -> None:
@@ -142,7 +155,7 @@ def test_room_in_the_cache_is_as_asked(model: "attending.Model", tmp_path: Path)
     assert model.scheduler.pages.num_pages == 4 and model.scheduler.context == 256
     other = attending.load(str(write_model(tmp_path / "other")))
     other.limit_context(100)
-    other.reserve_cache(1000)
+    other.make_room(1000, max_running=3)
     assert other.scheduler.pages.num_pages == 16 and other.scheduler.context == 100
     with pytest.raises(ContextError, match="1 to 99 fit"):
         next(other.outputs([1] * 100, other.sampling()))

@@ -315,6 +315,19 @@ def test_a_pulled_source_needs_no_network_no_pip_and_no_lock(served: Shelf) -> N
     assert served.requests == []
 
 
+@pytest.mark.parametrize("damaged", ["the file", "source.json"])
+def test_what_was_damaged_in_the_cache_is_pulled_anew(served: Shelf, damaged: str) -> None:
+    file = sources.pull(URI).path
+    if damaged == "the file":
+        file.write_bytes(MODEL[:-1] + b"x")
+    else:
+        (slot() / "source.json").write_text("{")
+        with pytest.raises(SourceError, match="not in the cache"):
+            sources.resolve(URI)
+    assert sources.pull(URI).path.read_bytes() == MODEL
+    assert_pulled()
+
+
 def test_a_folder_of_a_wheel_is_unpacked_alone(served: Shelf) -> None:
     files = {"data/a/config.json": b"{}", "data/a/deep/x.txt": b"x", "data/ab/other.txt": b"no"}
     wheel = make_wheel(files)

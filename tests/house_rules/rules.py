@@ -23,14 +23,14 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    HALLWAY: Room(0, 1_850),
+    HALLWAY: Room(0, 1_870),
     "phi": Room(1, 900),
     "tokenizer": Room(1, 250),
     "model": Room(1, 1_700),
     "verifier": Room(1, 2_100),
     "corpus": Room(2, 900),
     "train": Room(2, 900),
-    "engine": Room(2, 3_050),
+    "engine": Room(2, 3_030),
     "evaluate": Room(3, 1_300),
     "pretrain": Room(4, 350),
     "midtrain": Room(4, 400),
