@@ -62,7 +62,7 @@ def test_a_device_that_is_not_there_and_a_text_for_messages_are_refused(
     model: "attending.Model", tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"device 'meta9' cannot be used: .* Try cpu\."):
-        attending.load(str(write_model(tmp_path / "m")), device="meta9")
+        attending.load(str(tmp_path / "not read"), device="meta9")
     with pytest.raises(TokenizerError, match="messages are a list"):
         model.chat("hi")  # type: ignore[arg-type]
 
