@@ -129,6 +129,7 @@ class Tokenizer:
         Raises:
             ContextError: The last message alone does not fit.
         """
+        _check(messages)
         system = [m for m in messages[:1] if m.get("role") in ("system", "developer")]
         turns = messages[len(system) :]
 
