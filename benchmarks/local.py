@@ -17,9 +17,9 @@ import transformers
 from page import Measure, write
 
 import attending
-from attending.engine.generate import Generator
 from attending.engine.runner import TorchRunner
 from attending.engine.sampler import Sampling
+from attending.engine.scheduler import Request, Scheduler
 
 REPEATS = 5
 PROMPT_TOKENS = 512
@@ -77,18 +77,22 @@ def first_token_seconds() -> float:
 
 
 def measured_prefill(runner: TorchRunner, ids: list[int]) -> float:
-    tokens = Generator(runner).tokens(ids[:PROMPT_TOKENS], Sampling(temperature=0.0))
+    scheduler = Scheduler(runner)
+    sampling = Sampling(temperature=0.0, max_tokens=1)
+    scheduler.submit(Request(tuple(ids[:PROMPT_TOKENS]), sampling))
     start = time.perf_counter()
-    next(tokens)
+    while not scheduler.step():
+        pass
     return PROMPT_TOKENS / (time.perf_counter() - start)
 
 
 def measured_decode(runner: TorchRunner, ids: list[int]) -> float:
+    scheduler = Scheduler(runner)
     sampling = Sampling(temperature=0.0, max_tokens=ANSWER_TOKENS + 1)
-    tokens = Generator(runner).tokens(ids[:16], sampling)
-    next(tokens)
+    scheduler.submit(Request(tuple(ids[:16]), sampling))
+    scheduler.step()
     start = time.perf_counter()
-    assert sum(1 for _ in tokens) == ANSWER_TOKENS
+    assert sum(len(scheduler.step()) for _ in range(ANSWER_TOKENS)) == ANSWER_TOKENS
     return ANSWER_TOKENS / (time.perf_counter() - start)
 
 
