@@ -15,6 +15,7 @@ from attending.errors import AttendingError
 Text = Annotated[str, Field(min_length=1)]
 Ids = tuple[NonNegativeInt, ...]
 TOP_LOGPROBS = 20
+BRANCHES = {"str", "int", "float", "bool", "NamedTool"}
 Body = TypeVar("Body", bound=Config)
 
 
@@ -320,7 +321,9 @@ def parse(kind: type[Body], body: bytes) -> Body:
     # A union reports each of its branches; the deepest complaint is about the branch meant.
     first = max(found, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     path = [str(part) for part in first["loc"]]
-    param = ".".join(part for part in path if part.replace("_", "").isalnum())
+    # A union names its branches too, which no client knows.
+    known = [part for part in path if part.replace("_", "").isalnum() and part not in BRANCHES]
+    param = ".".join(known)
     if first["type"] == "extra_forbidden" and len(path) == 1:
         name = repr(path[0]) if path[0].isidentifier() else "a field"
         raise RequestError(
