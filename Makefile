@@ -36,6 +36,7 @@ clean:
 	@$(PYTHON) -m venv .venv
 
 .venv/use.stamp: pyproject.toml | .venv/bin/python
+	@echo "installing into .venv, once; with torch this may take some minutes" >&2
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train]'
 	@touch $@
 

@@ -87,7 +87,7 @@ class Tokenizer:
         """A fresh incremental decoder."""
         return TextStream(self._plain, self._by_id)
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+    def render(self, messages: Sequence[Message], /, **variables: Any) -> list[int]:
         """A conversation to the ids that ask for the next answer.
 
         Args:
@@ -104,22 +104,24 @@ class Tokenizer:
         _check(messages)
         messages = [_plain_message(message) for message in messages]
         mark = _unused_character([messages, variables])
-        escaped = [
-            {key: value if key == "role" else self._escape(value, mark) for key, value in m.items()}
-            for m in messages
-        ]
-        variables = {"tools": None} | {k: self._escape(v, mark) for k, v in variables.items()}
         try:
+            escaped = [
+                {k: value if k == "role" else self._escape(value, mark) for k, value in m.items()}
+                for m in messages
+            ]
+            variables = {"tools": None} | {k: self._escape(v, mark) for k, v in variables.items()}
             text = self._template.render(
                 messages=escaped, add_generation_prompt=True, **self._special_strings, **variables
             )
+        except RecursionError:
+            raise TokenizerError("the messages are nested too deeply.") from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             reason = str(error).replace(mark, "")
             raise TokenizerError(f"the chat template refused the messages: {reason}") from None
         return list(self._encode_pieces(text, mark))
 
     def fit(
-        self, messages: Sequence[Message], room_tokens: int, **variables: Any
+        self, messages: Sequence[Message], room_tokens: int, /, **variables: Any
     ) -> tuple[list[int], int]:
         """Render, forgetting the oldest turns until the ids fit; a system message stays.
 
@@ -153,6 +155,14 @@ class Tokenizer:
         names = [self._special_strings.get("eos_token"), *self.config.get("extra_eos_tokens", [])]
         names += [name for name in ("<|im_end|>", "<|eot_id|>") if name in (self.template or "")]
         return frozenset(self._control[name]["id"] for name in names if name in self._control)
+
+    def least_tokens(self, text: str) -> int:
+        """So many tokens a text has at least, without encoding it."""
+        return len(text.encode("utf-8", "surrogatepass")) // self._longest
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(name.encode()) for name in self._plain.get_vocab())
 
     def control_id(self, name: str) -> int | None:
         """The id of an added token such as `<think>`, if the vocabulary has it."""
@@ -241,7 +251,8 @@ class Tokenizer:
                 ids.append(self._added[piece]["id"])
             elif piece:
                 encoder = self._plain if is_first and not ids else self._later
-                ids += encoder.encode(piece, add_special_tokens=False).ids
+                # As a batch of one: only that lets other threads run meanwhile.
+                ids += encoder.encode_batch([piece], add_special_tokens=False)[0].ids
         unknown = self._control.get(self._special_strings.get("unk_token", ""), {}).get("id")
         spelled = {token["id"] for token in self._control.values()} - {unknown}
         if not spelled.isdisjoint(ids):  # no vocabulary of a supported model spells its own

@@ -172,8 +172,8 @@ def serve(
 
     Nothing leaves this machine. A key is made at the first start and shown once.
     """
-    if new_key or revoke_key or list_keys:
-        _manage_keys(new_key, revoke_key)
+    if new_key is not None or revoke_key is not None or list_keys:
+        _manage_keys(new_key, revoke_key, as_json=as_json)
         return
     import asyncio
 
@@ -208,8 +208,9 @@ def serve(
             err.print(f"[bold yellow]warning:[/] {_escape(warning)}")
         err.print(f"[dim]{_escape(told.model)}: {_escape(told.note or CAUTION)}[/]")
         if told.new_key:
-            err.print("API key, shown this once (attending serve --new-key NAME makes others):")
+            err.print("API key, shown this once:")
             out.print(told.new_key, markup=False)
+        err.print("[dim]attending serve --new-key NAME makes another key.[/]")
         err.print(f"API: {_escape(told.url)}/v1   Ctrl-C ends.")
         err.print("Chat page; this address signs in once:")
         out.print(told.sign_in_url, markup=False)
@@ -291,15 +292,20 @@ def _architecture(model: str) -> "Architecture":
     return parse_config(known) if known else read_config(sources.resolve(model).path)
 
 
-def _manage_keys(new: str | None, revoked: str | None) -> None:
+def _manage_keys(new: str | None, revoked: str | None, *, as_json: bool) -> None:
     from attending.gateway.keys import Keys
 
     keys = Keys()
-    if new:
-        out.print(keys.add(new), markup=False)
-        err.print("[dim]Shown this once; a running server knows it already.[/]")
-    if revoked:
+    key = None if new is None else keys.add(new)
+    if revoked is not None:
         keys.revoke(revoked)
+    if as_json:
+        names = [{"name": record.name, "created": record.created} for record in keys]
+        _print_json({"new_key": key, "keys": names})
+        return
+    if key:
+        out.print(key, markup=False)
+        err.print("[dim]Shown this once; a running server knows it already.[/]")
     for record in keys:
         err.print(_escape(f"{record.created}  {record.name}"))
 

@@ -306,7 +306,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
 
     async def _ask(self, path: str, stream: bool | None, /, **own: Any) -> Replies:
         """Try until something comes, then never again; `stream` None is a GET, of "/models"."""
-        options, totals, where = self._options, self.totals, f"{self.model} at {self.host}"
+        options, totals, where = self._options, self.totals, f"{self.model} at {self.host}".strip()
         body = dict(**own, model=self.model, stream=stream)  # a second `stream` is a TypeError
         json.dumps(body, allow_nan=False)  # what is no JSON raises here, as the caller's fault
         totals.requests += 1

@@ -13,7 +13,8 @@ from attending.config import Config, suggest
 from attending.errors import AttendingError
 
 Text = Annotated[str, Field(min_length=1)]
-Ids = tuple[NonNegativeInt, ...]
+FAST = Field(fail_fast=True)  # millions of wrong items are one error, not millions
+Ids = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, fail_fast=True)]
 TOP_LOGPROBS = 20
 BRANCHES = {"str", "int", "float", "bool", "NamedTool"}
 Body = TypeVar("Body", bound=Config)
@@ -81,13 +82,15 @@ class Message(Config):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """Who speaks."""
-    content: str | Annotated[tuple[TextPart, ...], Field(min_length=1)] | None = None
+    content: str | Annotated[tuple[TextPart, ...], Field(min_length=1, fail_fast=True)] | None = (
+        None
+    )
     """The words; an assistant that only called tools has none."""
     name: str | None = None
     """Of the speaker, where the chat template shows it."""
     reasoning_content: str | None = None
     """An assistant's earlier reasoning; most templates leave it out."""
-    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], FAST] | None = None
     """An assistant's earlier calls."""
     tool_call_id: str | None = None
     """In a tool's answer: of the call it answers."""
@@ -189,13 +192,13 @@ class Asked(Config):
     """Subtracted from the logit of every token of the answer so far."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """The same, as often as the token was written."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     """Above 1, tokens of prompt and answer become less likely."""
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     """Added to the logits of these token ids."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """The same seed and request give the same answer, whatever else is being served."""
-    stop: Text | Annotated[tuple[Text, ...], Field(max_length=16)] | None = None
+    stop: Text | Annotated[tuple[Text, ...], Field(max_length=16, fail_fast=True)] | None = None
     """Texts that end the answer; they are not part of it."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     """How many answers."""
@@ -214,7 +217,7 @@ class Asked(Config):
 class ChatRequest(Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[tuple[Message, ...], Field(min_length=1)]
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, fail_fast=True)]
     """The conversation, oldest first."""
     max_completion_tokens: PositiveInt | None = None
     """The new name of `max_tokens`."""
@@ -224,7 +227,7 @@ class ChatRequest(Asked):
     """And of this many likelier ones."""
     response_format: ResponseFormat | None = None
     """Free text or JSON."""
-    tools: tuple[Tool, ...] | None = None
+    tools: Annotated[tuple[Tool, ...], FAST] | None = None
     """What the model may call, where its template has a place for tools."""
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     """`auto` where there are tools; `required` and a name force a call."""
@@ -267,9 +270,9 @@ class CompletionRequest(Asked):
 
     prompt: (
         Text
-        | Annotated[tuple[Text, ...], Field(min_length=1)]
-        | Annotated[Ids, Field(min_length=1)]
-        | Annotated[tuple[Annotated[Ids, Field(min_length=1)], ...], Field(min_length=1)]
+        | Annotated[tuple[Text, ...], Field(min_length=1, fail_fast=True)]
+        | Ids
+        | Annotated[tuple[Ids, ...], Field(min_length=1, fail_fast=True)]
     )
     """Plain text or token ids, one or several; no chat template is applied."""
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
@@ -318,8 +321,13 @@ def parse(kind: type[Body], body: bytes) -> Body:
         found = error.errors(include_url=False, include_input=False, include_context=False)
     if found[0]["type"] == "json_invalid":
         raise RequestError(f"the body cannot be read as JSON in UTF-8: {found[0]['msg']}")
+
     # A union reports each of its branches; the deepest complaint is about the branch meant.
-    first = max(found, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
+    def weight(item: Any) -> tuple[bool, bool, int]:
+        of_kind = item["type"] == "literal_error" and item["loc"][-1] == "type"
+        return of_kind, item["type"] == "extra_forbidden", len(item["loc"])
+
+    first = max(found, key=weight)
     path = [str(part) for part in first["loc"]]
     # A union names its branches too, which no client knows.
     known = [part for part in path if part.replace("_", "").isalnum() and part not in BRANCHES]

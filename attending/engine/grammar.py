@@ -76,7 +76,10 @@ class Grammars:
         Raises:
             UsageError: The schema is not valid, or uses what cannot be enforced.
         """
-        grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(dict(schema), overrides=JSON_OPTIONS)
+        except ValueError:  # its message repeats the schema
+            raise UsageError("the schema cannot be enforced: it is not JSON.") from None
         return self._compile(grammar, opened)
 
     def call(

@@ -38,9 +38,9 @@ class Job:
 class Jobs:
     """Makes jobs for one model."""
 
-    def __init__(self, model: "Model") -> None:
-        """`model`: loaded."""
-        self._model = model
+    def __init__(self, model: "Model", max_answers: int) -> None:
+        """`model`: loaded; `max_answers`: most that one request may ask for."""
+        self._model, self._max_answers = model, max_answers
         self._tokenizer = model.tokenizer
 
     def chat(self, asked: ChatRequest) -> Job:
@@ -54,7 +54,7 @@ class Jobs:
             raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
         self._check_stream(asked)
         choice = asked.tool_choice or ("auto" if asked.tools else "none")
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+        tools = [tool.model_dump(mode="json", exclude_none=True) for tool in asked.tools or ()]
         if choice != "none":
             self._check_tools(asked, choice)
         variables = dict(asked.chat_template_kwargs or {})
@@ -65,7 +65,10 @@ class Jobs:
             )
         if tools and choice != "none":
             variables["tools"] = tools
-        messages = [_plain(message.model_dump(exclude_none=True)) for message in asked.messages]
+        self._check_count(asked, 1)
+        dumped = (m.model_dump(mode="json", exclude_none=True) for m in asked.messages)
+        messages = [_plain(message) for message in dumped]
+        self._check_length("".join(_text(message) for message in messages))
         ids = tuple(self._tokenizer.render(messages, **variables))
         opened = self._tokenizer.reasons and self._tokenizer.opens_reasoning(ids)
         num_top = (asked.top_logprobs or 0) if asked.logprobs else None
@@ -93,10 +96,17 @@ class Jobs:
         self._check_stream(asked)
         given: Any = asked.prompt
         several = [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+        self._check_count(asked, len(several))
         prompts, texts = [], []
         for prompt in several:
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            prompts.append(tuple(ids))
+            if isinstance(prompt, str):
+                self._check_length(prompt)
+                prompts.append(tuple(self._tokenizer.encode(prompt)))
+            elif max(prompt) >= self._model.arch.vocab_size:
+                most = self._model.arch.vocab_size - 1
+                raise RequestError(f"token ids must be 0 to {most}.", param="prompt")
+            else:
+                prompts.append(prompt)
             if asked.echo:
                 whole = isinstance(prompt, str)
                 texts.append(prompt if whole else self._tokenizer.decode(prompt))
@@ -142,7 +152,7 @@ class Jobs:
             stop=stop,
             max_tokens=max_tokens,
         )
-        requests = []
+        requests: list[Request] = []
         for ids in prompts:
             self._check_room(len(ids), max_tokens)
             for copy in range(asked.n or 1):
@@ -157,10 +167,24 @@ class Jobs:
             answer = f" and asks for {wanted:,} more" if wanted else ""
             raise RequestError(
                 f"the request is {prompt:,} tokens{answer}; this model's context here is "
-                f"{context:,} tokens. Shorten the messages or lower max_tokens.",
+                f"{context:,} tokens. Shorten the messages{' or lower max_tokens' * bool(wanted)}.",
                 param="messages",
                 code="context_length_exceeded",
             )
+
+    def _check_count(self, asked: Asked, prompts: int) -> None:
+        if prompts * (asked.n or 1) > self._max_answers:
+            raise RequestError(
+                f"{prompts * (asked.n or 1):,} answers are asked for; one request may have "
+                f"{self._max_answers:,}. Send several.",
+                param="n",
+            )
+
+    def _check_length(self, text: str) -> None:
+        """Refuse what cannot fit without counting its tokens, which would take long."""
+        least = self._tokenizer.least_tokens(text)
+        if least >= self._model.scheduler.context:
+            self._check_room(least, None)
 
     def _check_stream(self, asked: Asked) -> None:
         if asked.stream_options is not None and not asked.stream:
@@ -206,6 +230,11 @@ class Jobs:
         except UsageError as error:
             field = "tools" if forced else "response_format.json_schema.schema"
             raise RequestError(str(error), param=field) from None
+
+
+def _text(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _biases(asked: Asked) -> tuple[tuple[int, float], ...] | None:

@@ -42,6 +42,7 @@ class Replying:
         """`model`: the id that answers."""
         self._job, self._asked, self._tokenizer = job, job.asked, tokenizer
         self._is_chat = isinstance(job.asked, ChatRequest)
+        self._texts: dict[int, str] = {}  # of tokens; the likeliest ones come again and again
         self._choices = [_Choice(job.new_writer(request)) for request in job.requests]
         self._head = {
             "id": ("chatcmpl-" if self._is_chat else "cmpl-") + secrets.token_hex(12),
@@ -54,6 +55,10 @@ class Replying:
     def is_over(self) -> bool:
         """Whether every answer has ended."""
         return all(choice.writer.finish_reason for choice in self._choices)
+
+    def has_ended(self, index: int) -> bool:
+        """Whether answer `index` has."""
+        return self._choices[index].writer.finish_reason is not None
 
     def take(self, index: int, output: Output) -> bool:
         """Note an output of request `index`; True once that answer has ended."""
@@ -181,13 +186,13 @@ class Replying:
         if echoed is not None:
             scores = [*(choice.prompt or ()), *scores]
             ids = [*self._job.prompts[echoed // self._job.n], *ids]
-        tokens = [self._tokenizer.decode([i]) for i in ids]
+        tokens = [self._text_of(i) for i in ids]
         offsets = []
         for token in tokens:
             offsets.append(choice.sent_characters)
             choice.sent_characters += len(token)
         top = self._asked.logprobs
-        likeliest = [s and {self._tokenizer.decode([i]): v for i, v in s.top[:top]} for s in scores]
+        likeliest = [s and {self._text_of(i): v for i, v in s.top[:top]} for s in scores]
         values = [s and s.logprob for s in scores]
         lists = {"tokens": tokens, "token_logprobs": values, "top_logprobs": likeliest}
         return {"logprobs": lists | {"text_offset": offsets}}
@@ -212,12 +217,17 @@ class Replying:
         """As vLLM gives them: the likeliest tokens by rank, and the place's own."""
         ranked = [(i, value, rank) for rank, (i, value) in enumerate(item.top[:count], start=1)]
         return {
-            str(i): {"logprob": value, "rank": rank, "decoded_token": self._tokenizer.decode([i])}
+            str(i): {"logprob": value, "rank": rank, "decoded_token": self._text_of(i)}
             for i, value, rank in [*ranked, (item.id, item.logprob, item.rank)]
         }
 
+    def _text_of(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode([token])
+        return self._texts[token]
+
     def _token(self, token: int, logprob: float) -> Json:
-        text = self._tokenizer.decode([token])
+        text = self._text_of(token)
         is_part = REPLACEMENT in text  # of a character; alone it has no UTF-8 form
         return {"token": text, "logprob": logprob, "bytes": None if is_part else [*text.encode()]}
 

@@ -30,7 +30,7 @@ class Sampling(Config):
     """Keep the smallest set of likeliest tokens with at least this probability."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Drop tokens less likely than this share of the likeliest one's probability."""
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     """Divides positive and multiplies negative logits of every token seen (arXiv 1909.05858)."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     """Subtracted from the logits of every token of the answer so far."""
@@ -101,6 +101,8 @@ def probabilities(
         scores = _only(scores, kept, -np.inf)
     mass: Probabilities = np.exp(scores)
     mass /= mass.sum()
+    if not np.isfinite(mass[0]):
+        raise UsageError("these sampling options leave no token that can be chosen.")
     if sampling.top_p < 1:
         mass = _only(mass, _nucleus(mass, sampling.top_p), 0.0)
     if sampling.min_p > 0:

@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import uvicorn
@@ -26,6 +28,7 @@ from prometheus_client import (
     Gauge,
     generate_latest,
 )
+from pydantic import Field, NonNegativeInt, PositiveInt
 from sse_starlette import EventSourceResponse, JSONServerSentEvent, ServerSentEvent
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
@@ -45,6 +48,7 @@ from attending.errors import AttendingError, ContextError, TokenizerError, Usage
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import page_bytes
 
+log = logging.getLogger(__name__)
 GONE = 499  # what nginx logs for a client that went away; nobody is there to read it
 
 
@@ -55,15 +59,15 @@ class EngineOptions(Config):
     """Of the weights: float32, bfloat16 or float16; None is float32 on a CPU, else as stored."""
     device: str = "cpu"
     """As torch names it."""
-    context: int | None = None
+    context: Annotated[int, Field(ge=64)] | None = None
     """Most tokens of prompt and answer; None is the model's own limit."""
-    cache_tokens: int | None = None
+    cache_tokens: Annotated[int, Field(ge=64)] | None = None
     """Room for keys and values of all answers and shared beginnings; None sizes it by memory."""
-    max_running: int = 32
+    max_running: PositiveInt = 32
     """Answers written at the same time."""
-    max_waiting: int = 128
+    max_waiting: NonNegativeInt = 128
     """Requests that may wait behind them; more are told to come again."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """Of torch; None takes every core."""
 
 
@@ -73,9 +77,9 @@ class Service:
     def __init__(self, model: Model, options: EngineOptions) -> None:
         """`model`: loaded, with its cache reserved."""
         self._model, self._options = model, options
-        self._jobs = Jobs(model)
-        self._created = int(time.time())
         max_open = options.max_running + options.max_waiting
+        self._jobs = Jobs(model, max_answers=max_open)
+        self._created = int(time.time())
         self.worker = Worker(model.scheduler, max_open=max_open)
         """To be run by the thread that loaded the model."""
 
@@ -182,7 +186,7 @@ class _Running:
     async def whole(self) -> dict[str, Any]:
         async for _ in self._outputs():
             pass
-        return self._replying.whole()
+        return await asyncio.to_thread(self._replying.whole)
 
     async def events(self) -> AsyncIterator[ServerSentEvent]:
         try:
@@ -202,7 +206,7 @@ class _Running:
             index, output = await self._queue.get()
             if output.error:
                 raise output.error
-            if self._tickets[index].is_over and output.finish is None:
+            if self._replying.has_ended(index):
                 continue  # written after a stop text, before the worker heard of it
             if self._replying.take(index, output):
                 self._worker.cancel(self._tickets[index])
@@ -252,6 +256,8 @@ def prepare(source: str, options: EngineOptions) -> Model:
         model.limit_context(options.context)
     cache_tokens = options.cache_tokens or _fitting_tokens(model, options)
     model.make_room(cache_tokens, options.max_running)
+    if cache_tokens < (options.context or model.arch.context):
+        log.warning("the cache holds %d tokens: no conversation can be longer", cache_tokens)
     return model
 
 
@@ -278,9 +284,18 @@ async def _serve(socket: str, service: Service) -> None:
     while not (server.started or served.done()):
         await asyncio.sleep(0.01)
     _tell({"ready": server.started})
-    await asyncio.to_thread(sys.stdin.buffer.read)
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # A daemon: unlike a pool's thread, nothing waits for it when the process ends otherwise.
+    threading.Thread(target=_read_to_end, args=(loop, ended), daemon=True).start()
+    await ended.wait()
     server.should_exit = server.force_exit = True
     await served
+
+
+def _read_to_end(loop: asyncio.AbstractEventLoop, ended: asyncio.Event) -> None:
+    sys.stdin.buffer.read()
+    loop.call_soon_threadsafe(ended.set)
 
 
 def _tell(line: dict[str, Any]) -> None:
@@ -305,6 +320,14 @@ def main(socket: str, source: str, options: str) -> int:
 
 
 if __name__ == "__main__":
-    code = main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)  # not waiting for the threads
+    code = 1
+    try:
+        code = main(*sys.argv[1:])
+    except BaseException as error:
+        # Where, and of what kind; what it says might hold a patient's words.
+        log.critical("the engine failed: %s", type(error).__name__)
+        traceback.print_tb(error.__traceback__)
+        raise
+    finally:
+        sys.stdout.flush()
+        os._exit(code)  # not waiting for the threads

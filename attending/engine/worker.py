@@ -61,7 +61,7 @@ class Worker:
         """
         for request in requests:
             self._scheduler.check(request)
-        if len(self._open) + len(requests) > self._max_open and self._open:
+        if len(self._open) + len(requests) > self._max_open:
             waits = self._seconds * len(self._open) / self._max_open
             raise Overloaded(min(60, max(1, round(waits))))
         now = time.monotonic()

@@ -94,6 +94,8 @@ class _Site:
             return _sign_in_page()
         if self._house.tokens.end(token):
             return self._begin(request, "")
+        if request.state.is_signed_in:  # the address again, by the browser's history
+            return RedirectResponse("/", 303)
         return _sign_in_page("This address was used already or is too old. Sign in with a key.")
 
     async def _sign_in_by_key(self, request: Request) -> Response:

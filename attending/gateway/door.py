@@ -33,6 +33,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+NO_KEY = refusal(401, "a key is needed: Authorization: Bearer KEY.", "no_key")
+WRONG_KEY = refusal(401, "this is no key of this server, or it was revoked.", "wrong_key")
 log = logging.getLogger("attending.gateway")
 
 
@@ -81,7 +83,7 @@ class Door:
             seconds, status = time.perf_counter() - began, status or 499
             self._house.metrics.answered(route, status, seconds)
             told = (scope["method"][:16], route, status, seconds * 1000, request_id)
-            level = logging.DEBUG if route in ("/health", "/healthz") else logging.INFO
+            level = logging.DEBUG if route.startswith(("/health", "/page")) else logging.INFO
             log.log(level, "%s %s %d %.0f ms %s", *told)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,7 +105,7 @@ class Door:
             scope["state"]["is_signed_in"], has_cookie = self._who(headers)
             may_change = scope["method"] in SAFE_METHODS or _is_own_page(headers)
             if not is_open and not scope["state"]["is_signed_in"]:
-                error = refusal(401, "a key is needed: Authorization: Bearer KEY.", "no_key")
+                error = NO_KEY if not headers.get("authorization") else WRONG_KEY
             elif not may_change and (has_cookie or path == "/login"):
                 error = refusal(403, "this request came from another site's page.", "origin")
             elif int(headers.get("content-length") or 0) > most:

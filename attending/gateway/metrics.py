@@ -15,12 +15,12 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()
         by = ["route", "status"]
-        self.requests = Counter("attending_requests", "Answers.", by, registry=own)
+        self.requests = Counter("attending_requests", "Requests answered.", by, registry=own)
         self.in_flight = Gauge("attending_in_flight", "Requests under way.", registry=own)
         self.cancelled = Counter("attending_cancelled", "Clients that went away.", registry=own)
-        self.restarts = Counter("attending_engine_restarts", "Of the engine.", registry=own)
+        self.restarts = Counter("attending_engine_restarts", "Engine restarts.", registry=own)
         self.tokens = {
-            kind: Counter(f"attending_{kind}_tokens", f"Tokens: {kind}.", registry=own)
+            kind: Counter(f"attending_{kind}_tokens", f"{kind.title()} tokens.", registry=own)
             for kind in KINDS
         }
         self.seconds, self.first, self.each = (

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
+import resource
 import signal
 import socket
 import ssl
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Protocol
 
 import uvicorn
 from pydantic import Field, NonNegativeFloat, PositiveInt
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from attending.config import Config
 from attending.engine.api import ModelCard, RequestError
@@ -26,8 +29,8 @@ from attending.gateway.house import House
 from attending.gateway.keys import Keys
 from attending.gateway.upstream import Upstream
 
-RESTART_SECONDS = 600.0
-HEADER_BYTES = 65_536
+RESTART_SECONDS, BREAK_OFF_SECONDS = 600.0, 2.0
+HEADER_BYTES, HEAD_SECONDS = 65_536, 15.0
 log = logging.getLogger("attending.gateway")
 
 
@@ -36,7 +39,7 @@ class ServeOptions(Config):
 
     model: str = "default"
     """The source that the engine serves; not used with `upstream`."""
-    upstream: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")] | None = None
+    upstream: str | None = None
     """An OpenAI-compatible server, http(s)://HOST:PORT/v1, in place of the engine."""
     upstream_key_variable: str | None = None
     """Environment variable that holds the upstream's key."""
@@ -96,7 +99,11 @@ async def serve(options: ServeOptions, announce: Announce, engine: StartEngine) 
         UsageError: The port is taken, or an option or `keys.json` is wrong.
         AttendingError: The engine cannot start, or ended twice within ten minutes.
     """
+    if options.upstream and not re.fullmatch(r"https?://[^\s@?#]+", options.upstream):
+        raise UsageError("the upstream is no address of the form http(s)://HOST:PORT/v1.")
     listener = _listen(options.host, options.port)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file
     with contextlib.closing(listener):
         keys = Keys()
         upstream = Upstream(is_engine=options.upstream is None, key=_upstream_key(options))
@@ -122,6 +129,18 @@ async def serve(options: ServeOptions, announce: Announce, engine: StartEngine) 
         for error in ends:
             if isinstance(error, Exception):
                 raise error
+
+
+class _Impatient(H11Protocol):
+    """Closes a connection on which no request has begun in time: they are not endless."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_SECONDS, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -159,6 +178,12 @@ class _Server(uvicorn.Server):
         end = time.monotonic() + self._drain_seconds
         while self._house.status.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        # What still runs is broken off here, so that it ends in an error that says so.
+        self._house.upstream.is_ending = True
+        await self._house.upstream.close()
+        end = time.monotonic() + BREAK_OFF_SECONDS
+        while self._house.status.in_flight and time.monotonic() < end:
+            await asyncio.sleep(0.02)
         self.should_exit = True
 
 
@@ -198,7 +223,8 @@ async def _open(house: House, ready: Callable[[ModelCard], None]) -> None:
     try:
         cards = await house.upstream.cards()
     except RequestError as error:
-        raise EndpointError(f"{error} Check the address and the key.") from None
+        told = str(error).removesuffix(" Ask again.")
+        raise EndpointError(f"{told} Check the address and the key.") from None
     if not cards:
         raise EndpointError("the upstream serves no model: load one there first.")
     if house.status.phase != "draining":
@@ -236,6 +262,7 @@ def _web(options: ServeOptions, house: House) -> uvicorn.Config:
         proxy_headers=False,
         ws="none",
         lifespan="on",
+        http=_Impatient,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1,

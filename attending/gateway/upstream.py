@@ -18,7 +18,7 @@ class Upstream:
 
     def __init__(self, url: str = "", *, is_engine: bool, key: str | None = None) -> None:
         """At unix:/PATH.sock or http(s)://HOST:PORT/v1; without an address until `connect`."""
-        self.is_engine = is_engine
+        self.is_engine, self.is_ending = is_engine, False
         self._headers = {"accept-encoding": "identity", "user-agent": "attending"}
         self._headers |= {"authorization": f"Bearer {key}"} if key else {}
         self._url, self._client = url, self._open(url)
@@ -71,12 +71,11 @@ class Upstream:
 
     def failure(self, why: str) -> RequestError:
         """That no answer came of a request."""
-        who = (
-            "the engine, which is restarted if it ended"
-            if self.is_engine
-            else "the upstream server"
-        )
-        error = RequestError(f"{who}, failed: {why}. Ask again.", status=502, code="upstream")
+        if self.is_ending:
+            return RequestError("the server is ending. Ask again later.", status=503)
+        who = "the engine failed" if self.is_engine else "the upstream server failed"
+        then = " If it ended, it is being restarted." if self.is_engine else ""
+        error = RequestError(f"{who}: {why}.{then} Ask again.", status=502, code="upstream")
         error.retry_after_seconds = 5
         return error
 

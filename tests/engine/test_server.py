@@ -1,28 +1,19 @@
-"""The engine's API by the official client: every feature, refusals, clients that go, the child."""
+"""The engine's API by the official client: every feature."""
 
-import asyncio
 import json
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema_rs
-import openai
 import pytest
 
 from attending import endpoint
-from attending.engine.server import EngineOptions, Service, prepare
-from attending.errors import CheckpointError, ConfigError, EndpointError, SourceError
+from attending.engine.server import Service
 from tests.engine.folders import write_model
+from tests.engine.served import ASK, WEATHER, client, serve
 from tests.hallway.test_chat import RAW, REASONING
-from tests.running import running
 
 SCHEMAS = json.loads((Path(endpoint.__file__).parent / "engine" / "replies.json").read_text())
 TOOLS = (
@@ -31,21 +22,7 @@ TOOLS = (
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
     "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "parameters": {
-            "type": "object",
-            "properties": {"unit": {"enum": ["mg", "ml"]}},
-            "required": ["unit"],
-            "additionalProperties": False,
-        },
-    },
-}
-ENDLESS = {str(RAW.token_to_id("<|im_end|>")): -100}
 THINK = RAW.token_to_id("<think>")
-ASK: list[Any] = [{"role": "user", "content": "has the patient a fever"}]
 
 
 @pytest.fixture(scope="module")
@@ -57,27 +34,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path) -> Iterator[tuple[str, Service]]:
     with serve(write_model(folder / "tiny")) as both:
         yield both
-
-
-def serve(model: Path, **options: Any) -> Any:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def context() -> Iterator[tuple[str, Service]]:
-        chosen = EngineOptions.build(options)
-        service = Service(prepare(str(model), chosen), chosen)
-        engine = threading.Thread(target=service.worker.run)
-        engine.start()
-        with running(service.app()) as url:
-            yield url, service
-        engine.join(10)
-        assert not engine.is_alive()
-
-    return context()
-
-
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0)
 
 
 def test_chat_whole_and_streamed_say_the_same(served: tuple[str, Service]) -> None:
@@ -290,178 +246,15 @@ def test_json_schema_begins_only_after_the_reasoning(folder: Path) -> None:
             assert (close in answer["token_ids"]) == opened
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status", "says"),
-    [
-        ("chat", {"model": "gpt-4", "messages": ASK}, 404, "'tiny' and no other"),
-        ("chat", {"messages": ASK}, 400, "model"),
-        ("chat", {"model": "tiny", "messages": ASK, "tempreature": 1}, 400, "'temperature'"),
-        ("chat", {"model": "tiny", "messages": ASK, "max_tokens": 999}, 400, "999 more.*256"),
-        ("chat", {"model": "tiny", "messages": ASK, "logit_bias": {"99999": 1}}, 400, "0 to 299"),
-        ("chat", {"model": "tiny", "messages": ASK, "logit_bias": {"x": 1}}, 400, "token ids"),
-        ("chat", {"model": "tiny", "messages": ASK, "store": True}, 400, "store"),
-        ("chat", {"model": "tiny", "messages": ASK, "tools": [WEATHER]}, 400, "no place for tools"),
-        ("chat", {"model": "tiny", "messages": ASK, "stream_options": {}}, 400, "stream: true"),
-        ("chat", {"model": "tiny", "messages": ASK, "top_logprobs": 2}, 400, "logprobs: true"),
-        ("chat", {"model": "tiny", "messages": ASK * 90}, 400, r"\d{3,} tokens.*256"),
-        (
-            "chat",
-            {
-                "model": "tiny",
-                "messages": ASK,
-                "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}},
-            },
-            400,
-            "cannot be enforced",
-        ),
-        ("text", {"model": "tiny", "prompt": [1, 99999]}, 400, "0 to 299"),
-        ("text", {"model": "tiny", "prompt": []}, 400, "prompt"),
-        ("text", {"model": "tiny", "prompt": "a", "suffix": "b"}, 400, "suffix"),
-    ],
-)
-def test_what_cannot_be_answered_is_refused_by_field(
-    served: tuple[str, Service], path: str, body: dict[str, Any], status: int, says: str
-) -> None:
-    route = {"chat": "/v1/chat/completions", "text": "/v1/completions"}[path]
-    answer = httpx.post(served[0] + route, json=body)
-    assert answer.status_code == status
-    error = answer.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert re.search(says, error["message"]), error["message"]
-
-
-def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
-    model = write_model(folder / "busy")
-    with serve(model, max_running=1, max_waiting=1) as (url, _):
-        ask = client(url).completions
-        ask.create(model="busy", prompt="a", max_tokens=1)  # the client imports at first use
-        body = {"model": "busy", "prompt": "a", "n": 2, "max_tokens": 200, "stream": True}
-        body |= {"logit_bias": ENDLESS}
-        with (
-            httpx.stream("POST", f"{url}/v1/completions", json=body) as first,
-            pytest.raises(openai.RateLimitError, match="too many requests") as refused,
-        ):
-            lines = first.iter_lines()  # kept: when it is collected, the stream is closed
-            assert next(lines)
-            ask.create(model="busy", prompt="a", max_tokens=1)
-        assert int(refused.value.response.headers["retry-after"]) >= 1
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_vanishes_frees_its_place(folder: Path, *, stream: bool) -> None:
-    with serve(write_model(folder / f"gone{stream}")) as (url, service):
-        scheduler = service._model.scheduler
-        body = {"model": f"gone{stream}", "prompt": "a", "stream": stream, "logit_bias": ENDLESS}
-        with pytest.raises(httpx.TimeoutException):
-            if stream:
-                with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=0.2) as one:
-                    next(one.iter_lines())
-                    raise httpx.ReadTimeout("leaves in the middle")
-            httpx.post(f"{url}/v1/completions", json=body, timeout=0.05)
-        deadline = time.monotonic() + 10
-        while scheduler.num_running and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert scheduler.num_running == 0
-        assert scheduler.pages.num_available == scheduler.pages.num_pages
-        assert scheduler.counters.cancelled == 1
-        assert "attending_engine_cancelled_total 1.0" in httpx.get(f"{url}/metrics").text
-
-
-def test_endpoint_open_runs_a_child_that_ends_with_the_block(folder: Path) -> None:
-    model = write_model(folder / "child")
-
-    async def use() -> tuple[str, int]:
-        async with endpoint.open(str(model), engine={"max_running": 2, "threads": 1}) as opened:
-            reply = await opened.chat(ASK, max_tokens=5, seed=1)
-            assert reply.output_tokens and opened.model == "child"
-            child = next(
-                int(pid)
-                for pid in (entry.name for entry in Path("/proc").iterdir())
-                if pid.isdigit() and b"engine.server" in command(pid) and b"child" in command(pid)
-            )
-            return reply.text, child
-
-    def command(pid: str) -> bytes:
-        try:
-            return (Path("/proc") / pid / "cmdline").read_bytes()
-        except OSError:
-            return b""
-
-    _, child = asyncio.run(use())
-    assert b"engine.server" not in command(str(child))
-
-
-def test_a_child_ends_when_its_parent_is_killed(folder: Path) -> None:
-    model = write_model(folder / "orphan")
-    code = (
-        "import asyncio, sys\nfrom attending import endpoint\n"
-        "async def main():\n"
-        "    child = endpoint.EngineProcess(sys.argv[1], {'threads': 1})\n"
-        "    await child.start()\n"
-        "    print(child._child.pid, flush=True)\n"
-        "    await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
+def test_content_in_parts_is_one_text(served: tuple[str, Service]) -> None:
+    ask, words = client(served[0]).chat.completions, "has the patient a fever"
+    parts: Any = [{"type": "text", "text": words[:9]}, {"type": "text", "text": words[9:]}]
+    in_parts, whole = (
+        ask.create(
+            model="tiny", messages=[{"role": "user", "content": content}], seed=1, max_tokens=9
+        )
+        for content in (parts, words)
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(model)], stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    deadline = time.monotonic() + 10
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(child)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_killed_child_is_seen_and_can_be_started_again(folder: Path) -> None:
-    model = write_model(folder / "killed")
-
-    async def use() -> None:
-        child = endpoint.EngineProcess(str(model), {"threads": 1})
-        await child.start()
-        assert child._child is not None
-        child._child.kill()
-        assert await child.wait() == -signal.SIGKILL
-        async with endpoint.Endpoint(
-            child.url, "killed", options=endpoint.EndpointOptions(max_tries=1)
-        ) as broken:
-            with pytest.raises(EndpointError):
-                await broken.chat(ASK)
-        await child.start()
-        async with endpoint.Endpoint(child.url, "killed") as mended:
-            assert (await mended.chat(ASK, max_tokens=2)).output_tokens
-        await child.stop()
-
-    asyncio.run(use())
-
-
-@pytest.mark.parametrize(
-    ("engine", "error", "says"),
-    [
-        (None, SourceError, "does not exist"),
-        ({"colour": 1}, ConfigError, "colour: unknown"),
-        ("empty", CheckpointError, "config.json"),
-    ],
-)
-def test_a_child_that_cannot_load_says_why(
-    tmp_path: Path, engine: Any, error: type[Exception], says: str
-) -> None:
-    (tmp_path / "empty").mkdir()
-    name = str(tmp_path / "empty") if engine == "empty" else "no-such-model"
-
-    async def use() -> None:
-        options = engine if isinstance(engine, dict) else None
-        async with endpoint.open(name, engine=options):
-            pass
-
-    with pytest.raises(error, match=says):
-        asyncio.run(use())
+    assert in_parts.choices[0].message.content == whole.choices[0].message.content
+    assert in_parts.usage and whole.usage
+    assert in_parts.usage.prompt_tokens == whole.usage.prompt_tokens

@@ -233,7 +233,7 @@ def test_upstream_that_dies_within_an_answer(chat: Chat) -> None:
         (429, None, "16 requests are being answered.", ["busy", "16 requests", "Try again in 3"]),
         (503, None, "The model is loading.", ["not ready", "The model is loading.", "Try again"]),
         (400, "context_length_exceeded", "5,000 tokens, at most 4,096.",
-         ["Too long", "5,000 tokens", "Shorten the question", "Ask in a new chat"]),
+         ["Too long", "5,000 tokens", "A new chat", "Ask in a new chat"]),
     ],
 )  # fmt: skip
 def test_refusals(chat: Chat, status: int, code: str | None, message: str, said: Any) -> None:

@@ -296,3 +296,17 @@ def test_tls(tmp_path: Path) -> None:
 def test_the_gateway_imports_no_torch() -> None:
     code = "import sys, attending.gateway.serve; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attending.gateway.serve.HEAD_SECONDS", 0.2)
+
+    async def story(told: Announcement, client: httpx.AsyncClient) -> None:
+        address = (httpx.URL(told.url).host, httpx.URL(told.url).port)
+        for begun in (b"", b"GET /health HTT"):
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(begun)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+
+    play(story)

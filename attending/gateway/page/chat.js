@@ -244,7 +244,7 @@ function explained(error) {
     const way = "Sign in in the new tab, come back and retry; your question is kept here.";
     Object.assign(found, { kind: "signed out", title: "Your session has ended.", message: way });
   } else if (isTooLong) {
-    const way = `${message} Shorten the question, or ask it in a new chat.`;
+    const way = `${message} A new chat leaves out what was said before.`;
     Object.assign(found, { kind: "too long", title: "Too long for this model.", message: way });
   } else if (status === 429) found.title = "The server is busy.";
   else if (status === 503) found.title = "The server is not ready.";
