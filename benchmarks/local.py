@@ -77,7 +77,7 @@ def first_token_seconds() -> float:
 
 
 def measured_prefill(runner: TorchRunner, ids: list[int]) -> float:
-    scheduler = Scheduler(runner)
+    scheduler = Scheduler(runner, step_tokens=512)  # as attending.load
     sampling = Sampling(temperature=0.0, max_tokens=1)
     scheduler.submit(Request(tuple(ids[:PROMPT_TOKENS]), sampling))
     start = time.perf_counter()

@@ -80,7 +80,7 @@ class Model:
         self.decoder = load_decoder(self._checkpoint, dtype, device)
         self.arch = self.decoder.arch
         self._context_tokens = self.arch.context
-        self._cache_tokens, self._max_running = 0, 32
+        self._cache_tokens, self._max_running, self._step_tokens = 0, 32, 512
         self._inbox: dict[int, deque[Output]] = {}
 
     @cached_property
@@ -93,7 +93,8 @@ class Model:
         """What runs the answers, with room for one whole context or for `make_room`."""
         tokens = self._cache_tokens or self._context_tokens
         runner = TorchRunner(self.decoder, num_pages=-(-tokens // PAGE_TOKENS))
-        return Scheduler(runner, context=self._context_tokens, max_running=self._max_running)
+        limits = {"context": self._context_tokens, "max_running": self._max_running}
+        return Scheduler(runner, **limits, step_tokens=self._step_tokens)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -126,14 +127,17 @@ class Model:
             raise UsageError(f"context {tokens:,}: this model takes 1 to {self.arch.context:,}.")
         self._context_tokens = tokens
 
-    def make_room(self, cache_tokens: int, max_running: int) -> None:
+    def make_room(self, cache_tokens: int, max_running: int, step_tokens: int = 256) -> None:
         """Say how much may be under way together; before the first answer.
 
         Args:
             cache_tokens: Of all answers; less than a whole context is the longest there can be.
             max_running: Answers in a batch.
+            step_tokens: Most tokens in a step, for one user alone 512: fewer keep the others'
+                answers coming while a long prompt is read.
         """
         self._cache_tokens, self._max_running = cache_tokens, max_running
+        self._step_tokens = step_tokens
 
     def outputs(self, ids: Sequence[int], sampling: Sampling) -> Generator[Output]:
         """What the scheduler writes for one prompt; other answers under way advance as well.
