@@ -1,4 +1,4 @@
-"""`attending serve` as a user starts it: real weights, a real port, the official client, the page."""
+"""`attending serve` as a user starts it: real weights, a real port, the client, the page."""
 
 import json
 import os
