@@ -49,6 +49,8 @@ def test_an_address_signs_in_once(gate: serving.Gateway) -> None:
     assert again.status_code == 401
     assert "used already or is too old" in again.text
     assert "set-cookie" not in again.headers
+    here = {"cookie": cookie.partition(";")[0]}  # from this browser's history: it is signed in
+    assert httpx.get(address, headers=here).headers["location"] == "/"
     assert httpx.get(f"{gate.url}/login?token=").status_code == 401
     assert httpx.get(f"{gate.url}/login").status_code == 200
 

@@ -158,7 +158,9 @@ def test_a_key_needs_no_origin_and_a_wrong_key_hides_a_good_cookie(gate: serving
     url = f"{gate.url}/v1/chat/completions"
     assert httpx.post(url, json=CHAT, headers=gate.headers).status_code == 200
     client = signed_in(gate)
-    assert client.get("/v1/models", headers={"authorization": "Bearer x"}).status_code == 401
+    wrong = client.get("/v1/models", headers={"authorization": "Bearer x"})
+    assert wrong.status_code == 401 and wrong.json()["error"]["code"] == "wrong_key"
+    assert httpx.get(f"{gate.url}/v1/models").json()["error"]["code"] == "no_key"
     two = [("authorization", f"Bearer {gate.key}"), ("authorization", f"Bearer {gate.key}")]
     assert httpx.get(f"{gate.url}/v1/models", headers=two).status_code == 401
 

@@ -244,6 +244,29 @@ def test_draining_has_an_end_and_a_second_signal_ends_at_once(
     play(story, drain_seconds=drain_seconds)
 
 
+def test_what_outlives_the_draining_ends_in_an_error_that_says_so(
+    engines: list[FakeEngine],
+) -> None:
+    FakeEngine.script = Script(pieces=("w ",) * 1000, seconds_between=0.1)
+
+    async def story(_: Announcement, client: httpx.AsyncClient) -> bool:
+        asked = [
+            asyncio.create_task(client.post("/v1/chat/completions", json=CHAT | {"stream": stream}))
+            for stream in (True, False)
+        ]
+        while engines[0].upstream.started < 2:
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        streamed, whole = await asyncio.wait_for(asyncio.gather(*asked), 8)
+        assert "the server is ending" in streamed.text.split("data: ")[-1]
+        assert "[DONE]" not in streamed.text
+        assert whole.status_code == 503
+        assert "the server is ending" in whole.json()["error"]["message"]
+        return True
+
+    play(story, drain_seconds=0.3)
+
+
 def test_another_server_stands_in_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPSTREAM_KEY", "sk-up")
     upstream = fake.app()

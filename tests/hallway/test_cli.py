@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -133,3 +134,16 @@ def test_a_plan_needs_only_the_configuration(model: str, tmp_path: Path) -> None
     said = run("plan", str(config), "--card", "24GiB", "--json")
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout)
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTENDING_CONFIG", str(tmp_path))
+    made = run("serve", "--new-key", "ward")
+    assert re.fullmatch(r"atd-[\w-]{43}\n", made.stdout) and "ward" in made.stderr
+    listed = json.loads(run("serve", "--list-keys", "--json").stdout)
+    assert listed["new_key"] is None and [key["name"] for key in listed["keys"]] == ["ward"]
+    assert made.stdout.strip() not in (tmp_path / "keys.json").read_text()
+    assert run("serve", "--new-key", "").returncode == 2  # an empty variable makes no server
+    assert run("serve", "--revoke-key", "nobody").returncode == 2
+    assert run("serve", "--revoke-key", "ward").returncode == 0
+    assert json.loads(run("serve", "--list-keys", "--json").stdout)["keys"] == []
