@@ -178,6 +178,7 @@ def test_retry_and_edit(chat: Chat) -> None:
     expect(chat.page.locator(".bubble")).to_have_text(["Changed?"])
     expect(chat.page.locator(".prose")).to_have_text(["Another."])
     assert [m["content"] for m in chat.upstream.requests[-1]["messages"]] == ["Changed?"]
+    expect(chat.page.locator("button.title")).to_have_text(["Changed?"])  # nobody has named it
 
 
 def test_cut_at_the_limit_is_said(chat: Chat) -> None:

@@ -224,6 +224,8 @@ const acts = {
     $("input").focus();
   },
   edit(turn, question) {
+    // A title that nobody has changed follows its question.
+    if (current.title === titleOf(turn.question)) current.title = titleOf(question);
     Object.assign(turn, { question, answer: null });
     answerTo(current, turn);
   },
@@ -233,6 +235,8 @@ const acts = {
     typed();
   },
 };
+
+const titleOf = (question) => Array.from(question.split("\n")[0]).slice(0, 60).join("");
 
 function explained(error) {
   const { status, code, message } = error;
@@ -321,7 +325,7 @@ function ended(conversation, answer) {
 function send() {
   const question = $("input").value.trim();
   if (!question || running.has(current)) return;
-  current.title ||= Array.from(question.split("\n")[0]).slice(0, 60).join("");
+  current.title ||= titleOf(question);
   if (!isWide.matches) $("card").open = false;
   const turn = { question, answer: null };
   current.turns.push(turn);
