@@ -25,11 +25,13 @@ from attending.model.architecture import Architecture
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 BUFFER_BYTES = 512 * 2**20  # larger than the last cache of nearly every processor
 LOW_DISK_BYTES = 10 * 2**30
-LAYOUTS = {"16 bits": "16-bit", "4 bits": "GPTQ"}
+# Bits of a weight: the layout in `plan`, and how often its bytes. A CPU loads 32 by default.
+LAYOUTS = {"32 bits": ("16-bit", 2), "16 bits": ("16-bit", 1), "4 bits": ("GPTQ", 1)}
 Level = Literal["ok", "slow", "missing"]
-REMEDIES: tuple[tuple[Level, str], ...] = (  # by how many of LAYOUTS fit
+REMEDIES: tuple[tuple[Level, str], ...] = (  # by how many of LAYOUTS fit; the last, all
     ("missing", "Free some, or take a smaller model."),
-    ("slow", "Quantise it to 4 bits, or free some."),
+    ("missing", "In 4 bits it fits, but this engine does not load those yet: free some."),
+    ("slow", "Give --dtype bfloat16, or free some."),
     ("ok", ""),
 )
 
@@ -85,14 +87,16 @@ class Report:
             text = f"Free disk where models are kept: {gib(self.free_disk_bytes)}."
             yield Finding("ok" if self.free_disk_bytes >= LOW_DISK_BYTES else "slow", text)
             return
-        sizes = ", ".join(f"{gib(size)} in {bits}" for bits, size in self.weight_bytes.items())
+        stored = {bits: size for bits, size in self.weight_bytes.items() if bits != "32 bits"}
         frees = {"disk, to download": self.free_disk_bytes}
         if self.free_memory_bytes is not None:
             frees["memory"] = self.free_memory_bytes
         for use, free in frees.items():
-            fits = sum(size < free for size in self.weight_bytes.values())
-            text = f"Free {use}: {gib(free)}; weights: {sizes}. {REMEDIES[fits][1]}"
-            yield Finding(REMEDIES[fits][0], text.strip())
+            layouts = self.weight_bytes if use == "memory" else stored
+            sizes = ", ".join(f"{gib(size)} in {bits}" for bits, size in layouts.items())
+            fits = sum(size < free for size in layouts.values())
+            level, remedy = REMEDIES[-1 if fits == len(layouts) else fits]
+            yield Finding(level, f"Free {use}: {gib(free)}; weights: {sizes}. {remedy}".strip())
         best = max(self.measured_read_gb_s.values()) * 1e9
         most = ", ".join(f"{best / size:,.1f} in {bits}" for bits, size in self.read_bytes.items())
         yield Finding("ok", f"Tokens/s at most, by measured reads: {most}. A cache may do better.")
@@ -114,8 +118,16 @@ def examine(model: Architecture | None, cache_dir: Path) -> Report:
         free_memory_bytes=available,
         free_disk_bytes=shutil.disk_usage(folder).free,
         measured_read_gb_s={count: measure_read(buffer, count) for count in sorted({1, cores})},
-        weight_bytes={k: weight_bytes(model, v).total() for k, v in LAYOUTS.items() if model},
-        read_bytes={k: read_bytes(model, v) for k, v in LAYOUTS.items() if model},
+        weight_bytes={
+            bits: times * weight_bytes(model, layout).total()
+            for bits, (layout, times) in LAYOUTS.items()
+            if model
+        },
+        read_bytes={
+            bits: times * read_bytes(model, layout)
+            for bits, (layout, times) in LAYOUTS.items()
+            if model
+        },
     )
 
 

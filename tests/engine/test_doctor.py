@@ -109,16 +109,26 @@ def test_a_full_disk_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "level"), [(30 * GIB, "ok"), (20 * GIB, "slow"), (5 * GIB, "missing")]
+    ("free", "level", "remedy"),
+    [
+        (60 * GIB, "ok", "9.0 GiB in 4 bits."),
+        (30 * GIB, "slow", "Give --dtype bfloat16"),
+        (20 * GIB, "missing", "does not load those yet"),
+        (5 * GIB, "missing", "take a smaller model"),
+    ],
 )
-def test_a_model_is_judged_by_what_of_it_fits(free: int, level: str) -> None:
+def test_a_model_is_judged_by_what_of_it_fits(free: int, level: str, remedy: str) -> None:
     report = with_facts(
         free_memory_bytes=free,
-        weight_bytes={"16 bits": 27 * GIB, "4 bits": 9 * GIB},
+        free_disk_bytes=free,
+        weight_bytes={"32 bits": 54 * GIB, "16 bits": 27 * GIB, "4 bits": 9 * GIB},
         read_bytes={"16 bits": 20 * 10**9, "4 bits": 8 * 10**9},
     )
     (memory,) = (item for item in report.findings if item.text.startswith("Free memory"))
-    assert memory.level == level and "27.0 GiB in 16 bits, 9.0 GiB in 4 bits" in memory.text
+    assert memory.level == level and remedy in memory.text
+    assert "54.0 GiB in 32 bits, 27.0 GiB in 16 bits, 9.0 GiB in 4 bits" in memory.text
+    (disk,) = (item for item in report.findings if item.text.startswith("Free disk"))
+    assert (disk.level == "ok") == (free > 27 * GIB) and "32 bits" not in disk.text
     last = list(report.findings)[-1]
     assert "2.0 in 16 bits, 5.0 in 4 bits" in last.text  # 40 GB/s over the bytes of a token
 
