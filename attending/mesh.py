@@ -18,8 +18,7 @@ SIMD = re.compile(r"\b(avx2|avx512f|avx512_vnni|avx512_bf16|amx_\w+|neon)\b")
 FILES = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us", "memory.max", "memory.limit_in_bytes")
 
 # For a process' environment before torch is loaded. OpenMP's threads spin while they wait; where
-# two processes share few cores that starves the one waited for, and a step takes ten times as long
-# (benchmarks/serve.md). A short spin costs nothing alone.
+# two processes share few cores that starves the one waited for.
 SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 

@@ -60,3 +60,14 @@ def default_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield sources.resolve("default").path
     except sources.SourceError:
         pytest.skip("the default model is not in the cache: run attending pull default")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other where models are this small and the machine is busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -10,10 +10,10 @@ from starlette.types import ASGIApp
 
 
 @contextmanager
-def running(app: ASGIApp) -> Iterator[str]:
-    """Until the end of the block; yields the base URL, without a slash at its end."""
+def running(app: ASGIApp, uds: str | None = None) -> Iterator[str]:
+    """Until the end of the block; yields the base URL, or unix:PATH of the socket `uds`."""
     config = uvicorn.Config(
-        app, port=0, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=1
+        app, port=0, uds=uds, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -23,7 +23,8 @@ def running(app: ASGIApp) -> Iterator[str]:
         assert thread.is_alive() and time.monotonic() < deadline, "the app did not start"
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        address = server.servers[0].sockets[0].getsockname()
+        yield f"unix:{uds}" if uds else f"http://127.0.0.1:{address[1]}"
     finally:
         server.should_exit = True
         thread.join(20)

@@ -24,12 +24,18 @@ class RequestError(AttendingError, ValueError):
     """A request cannot be answered as asked; shown to the client in OpenAI's form."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        after: int | None = None,
     ) -> None:
-        """`param` names the field, `code` is for programs, `status` is HTTP's."""
+        """`status` is HTTP's, `param` a field, `code` for programs, `after` seconds ask again."""
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-        self.retry_after_seconds: int | None = None
+        self.retry_after_seconds = after
 
     @property
     def body(self) -> dict[str, Any]:

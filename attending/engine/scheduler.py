@@ -212,6 +212,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let waiting sequences in, first come first served, while there is room for them."""
+        if not self._waiting:
+            return
         computing = {key for s in self._running for key in s.keys[s.cached // PAGE_TOKENS :]}
         for sequence in list(self._waiting):
             if len(self._running) >= self._max_running:

@@ -42,14 +42,13 @@ from attending.engine.jobs import Job, Jobs
 from attending.engine.local import Model, load
 from attending.engine.replying import Replying
 from attending.engine.scheduler import Output
-from attending.engine.wire import ClientGone, unless_gone
-from attending.engine.worker import Overloaded, Ticket, Worker
+from attending.engine.wire import GONE, ClientGone, error_response, unless_gone
+from attending.engine.worker import Ticket, Worker
 from attending.errors import AttendingError, ContextError, TokenizerError, UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import page_bytes
 
 log = logging.getLogger(__name__)
-GONE = 499  # what nginx logs for a client that went away; nobody is there to read it
 
 
 class EngineOptions(Config):
@@ -204,10 +203,10 @@ class _Running:
         """Which answer has something new, until all have ended."""
         while not self._replying.is_over:
             index, output = await self._queue.get()
-            if output.error:
-                raise output.error
             if self._replying.has_ended(index):
                 continue  # written after a stop text, before the worker heard of it
+            if output.error:
+                raise output.error
             if self._replying.take(index, output):
                 self._worker.cancel(self._tickets[index])
             yield index
@@ -230,10 +229,6 @@ class _Stream(EventSourceResponse):
 def _as_request_error(error: AttendingError) -> RequestError:
     if isinstance(error, RequestError):
         return error
-    if isinstance(error, Overloaded):
-        refusal = RequestError(str(error), status=429, code="queue_full")
-        refusal.retry_after_seconds = error.retry_after_seconds
-        return refusal
     if isinstance(error, (ContextError, TokenizerError, UsageError)):
         return RequestError(str(error), param="messages")
     return RequestError(str(error), status=500)
@@ -241,10 +236,7 @@ def _as_request_error(error: AttendingError) -> RequestError:
 
 async def _refuse(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, AttendingError)
-    told = _as_request_error(error)
-    wait = told.retry_after_seconds
-    headers = {} if wait is None else {"Retry-After": str(wait)}
-    return JSONResponse(told.body, told.status, headers)
+    return error_response(_as_request_error(error))
 
 
 def prepare(source: str, options: EngineOptions) -> Model:

@@ -1,10 +1,15 @@
-"""Work that is done for a client only as long as the client is there."""
+"""What engine and gateway share of HTTP: a client that goes away, and an error's answer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any, Protocol, TypeVar
 
+from starlette.responses import JSONResponse
+
+from attending.engine.api import RequestError
+
 T = TypeVar("T")
+GONE = 499  # what nginx logs for a client that went away; nobody is there to read it
 
 
 class ClientGone(Exception):  # noqa: N818  (nothing failed)
@@ -44,3 +49,11 @@ async def unless_gone(request: Connected, work: Coroutine[Any, Any, T]) -> T:
 async def _gone(request: Connected) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """An error in OpenAI's form, with the headers that belong to it."""
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    return JSONResponse(error.body, error.status, headers)

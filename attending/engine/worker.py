@@ -7,21 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from attending.engine.api import RequestError
 from attending.engine.scheduler import Output, Request, Scheduler
-from attending.errors import AttendingError
 
 Deliver = Callable[[Output], None]
-
-
-class Overloaded(AttendingError, RuntimeError):  # noqa: N818  (a state, not a fault)
-    """The queue is full: ask again later."""
-
-    def __init__(self, retry_after_seconds: int) -> None:
-        """`retry_after_seconds`: when a place is likely to be free."""
-        super().__init__(
-            f"too many requests are waiting; try again in about {retry_after_seconds} s."
-        )
-        self.retry_after_seconds = retry_after_seconds
 
 
 @dataclass(eq=False, slots=True)
@@ -55,7 +44,7 @@ class Worker:
         """Queue some requests, all or none; call this and `cancel` from the event loop.
 
         Raises:
-            Overloaded: There is no room for all of them.
+            RequestError: 429, there is no room for all of them.
             ContextError: A prompt does not fit.
             UsageError: Ids that the vocabulary does not have.
         """
@@ -63,7 +52,9 @@ class Worker:
             self._scheduler.check(request)
         if len(self._open) + len(requests) > self._max_open:
             waits = self._seconds * len(self._open) / self._max_open
-            raise Overloaded(min(60, max(1, round(waits))))
+            after = min(60, max(1, round(waits)))
+            message = f"too many requests are waiting; try again in about {after} s."
+            raise RequestError(message, status=429, code="queue_full", after=after)
         now = time.monotonic()
         pairs = zip(requests, deliver, strict=True)
         tickets = [Ticket(request, receiver, now) for request, receiver in pairs]
@@ -88,7 +79,7 @@ class Worker:
         """Step until closed, in the thread that loaded the model.
 
         In that one and no other: OpenMP keeps threads for every thread that computes, and with
-        more of them than cores all of them wait badly (an eighth of the speed, measured).
+        more of them than cores all of them wait longer.
         """
         while not self._is_closed:
             self._bell.clear()

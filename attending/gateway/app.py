@@ -19,9 +19,9 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from attending.engine.api import RequestError, parse
-from attending.engine.wire import ClientGone
+from attending.engine.wire import GONE, ClientGone, error_response
 from attending.gateway.door import COOKIE, Door, session_of
-from attending.gateway.house import House, error_response, refusal
+from attending.gateway.house import House, refusal
 from attending.gateway.keys import SESSION_SECONDS
 from attending.gateway.openapi import document
 from attending.gateway.proxy import Proxy, json_body
@@ -68,8 +68,8 @@ def build(house: House) -> Starlette:
         exception_handlers={
             RequestError: lambda _, error: error_response(error),
             HTTPException: _not_here,
-            ClientGone: lambda *_: Response(status_code=499),  # nobody reads it
-            ClientDisconnect: lambda *_: Response(status_code=499),
+            ClientGone: lambda *_: Response(status_code=GONE),
+            ClientDisconnect: lambda *_: Response(status_code=GONE),
         },
     )
 

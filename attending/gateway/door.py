@@ -16,7 +16,8 @@ from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from attending.engine.api import RequestError
-from attending.gateway.house import House, error_response, refusal
+from attending.engine.wire import GONE, error_response
+from attending.gateway.house import House, refusal
 
 OPEN = frozenset({"/", "/login", "/health", "/healthz"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -80,7 +81,7 @@ class Door:
         finally:
             self._house.status.in_flight -= 1
             route = self._templates.get(scope.get("endpoint"), "none")
-            seconds, status = time.perf_counter() - began, status or 499
+            seconds, status = time.perf_counter() - began, status or GONE
             self._house.metrics.answered(route, status, seconds)
             told = (scope["method"][:16], route, status, seconds * 1000, request_id)
             level = logging.DEBUG if route.startswith(("/health", "/page")) else logging.INFO

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from starlette.responses import JSONResponse
-
 from attending.engine.api import RequestError
 from attending.gateway.keys import SESSION_SECONDS, TOKEN_SECONDS, Keys, Tickets
 from attending.gateway.metrics import Metrics
@@ -45,14 +43,4 @@ def refusal(
     status: int, message: str, code: str | None = None, after: int | None = None
 ) -> RequestError:
     """An error with the seconds `after` which to ask again."""
-    error = RequestError(message, status=status, code=code)
-    error.retry_after_seconds = after
-    return error
-
-
-def error_response(error: RequestError) -> JSONResponse:
-    """An error in OpenAI's form, with the headers that belong to it."""
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    if error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(error.retry_after_seconds)
-    return JSONResponse(error.body, error.status, headers)
+    return RequestError(message, status=status, code=code, after=after)

@@ -75,9 +75,8 @@ class Upstream:
             return RequestError("the server is ending. Ask again later.", status=503)
         who = "the engine failed" if self.is_engine else "the upstream server failed"
         then = " If it ended, it is being restarted." if self.is_engine else ""
-        error = RequestError(f"{who}: {why}.{then} Ask again.", status=502, code="upstream")
-        error.retry_after_seconds = 5
-        return error
+        message = f"{who}: {why}.{then} Ask again."
+        return RequestError(message, status=502, code="upstream", after=5)
 
     def broken(self, error: httpx.HTTPError) -> RequestError:
         """The failure behind an error of the connection."""
@@ -116,9 +115,8 @@ class Upstream:
             value if isinstance(value := said.get(name), str) else None
             for name in ("param", "code")
         )
-        error = RequestError(said["message"], status=status, param=param, code=code)
-        error.retry_after_seconds = int(after) if after.isdecimal() else None
-        return error
+        wait = int(after) if after.isdecimal() else None
+        return RequestError(said["message"], status=status, param=param, code=code, after=wait)
 
     def _card(self, entry: dict[str, Any]) -> ModelCard:
         if self.is_engine:

@@ -16,11 +16,6 @@ from tests.engine.folders import write_model
 from tests.engine.served import ASK
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
 def test_endpoint_open_runs_a_child_that_ends_with_the_block(folder: Path) -> None:
     model = write_model(folder / "child")
 

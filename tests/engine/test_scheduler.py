@@ -1,6 +1,6 @@
 """The scheduler: what is shared, cut, taken away and cancelled never shows in an answer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -30,14 +30,7 @@ from tests.engine.serving import (
 )
 from tests.model.tiny import FAMILIES
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other where models are this small and the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # One at a time.

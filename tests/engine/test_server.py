@@ -1,7 +1,6 @@
 """The engine's API by the official client: every feature."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,6 @@ TOOLS = (
     "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 THINK = RAW.token_to_id("<think>")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[tuple[str, Service]]:
-    with serve(write_model(folder / "tiny")) as both:
-        yield both
 
 
 def test_chat_whole_and_streamed_say_the_same(served: tuple[str, Service]) -> None:

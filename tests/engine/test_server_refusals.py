@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,6 @@ from attending.engine.replying import Replying
 from attending.engine.server import Service, _Running
 from tests.engine.folders import write_model
 from tests.engine.served import ASK, ENDLESS, WEATHER, client, serve
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[tuple[str, Service]]:
-    with serve(write_model(folder / "tiny")) as both:
-        yield both
 
 
 @pytest.mark.parametrize(

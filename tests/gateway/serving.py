@@ -1,6 +1,5 @@
 """Runs an app on a loopback port in a thread, and a whole gateway in front of a fake upstream."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,14 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import uvicorn
-from starlette.types import ASGIApp
-
 from attending.gateway import app as gateway_app
 from attending.gateway.house import House
 from attending.gateway.keys import Keys
 from attending.gateway.upstream import Upstream
 from tests.gateway import fake
+from tests.running import running
 
 
 @dataclass
@@ -37,36 +34,6 @@ class Gateway:
     def headers(self) -> dict[str, str]:
         """What a client with a key sends."""
         return {"authorization": f"Bearer {self.key}"}
-
-
-@contextmanager
-def running(app: ASGIApp, **options: Any) -> Iterator[str]:
-    """Serve an app until the end of the block; yields its base URL, without a slash at the end."""
-    config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=0,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        ws="none",
-        timeout_graceful_shutdown=1,
-        **options,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        until(lambda: server.started or not thread.is_alive())
-        assert server.started, "the app did not start"
-        if "uds" in options:
-            yield f"unix:{options['uds']}"
-        else:
-            port = server.servers[0].sockets[0].getsockname()[1]
-            yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from attending.gateway.house import House
 from attending.gateway.keys import Keys
 from attending.gateway.openapi import document
 from attending.gateway.upstream import Upstream
-from tests.gateway import fake, serving
+from tests.gateway import fake
+from tests.running import running
 
 CHECKS = list(HealthCheck)
 
@@ -21,7 +22,7 @@ CHECKS = list(HealthCheck)
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     keys = Keys(tmp_path_factory.mktemp("keys"))
     headers = {"Authorization": f"Bearer {keys.add('test')}", "Host": "localhost"}
-    with serving.running(fake.app()) as address:
+    with running(fake.app()) as address:
         house = House(keys, Upstream(f"{address}/v1", is_engine=True))
         house.status.phase = "ready"
         config = schemathesis.Config.from_dict({"headers": headers})

@@ -12,6 +12,7 @@ import pytest
 
 from tests.gateway import fake, serving
 from tests.gateway.fake import MODEL, Script
+from tests.running import running
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": MODEL, "messages": HELLO}
@@ -129,7 +130,7 @@ def test_another_server_gets_its_own_key_and_nothing_about_the_user() -> None:
 def test_the_engines_socket(tmp_path: Path) -> None:
     upstream = fake.app()
     with (
-        serving.running(upstream, uds=str(tmp_path / "e.sock")) as address,
+        running(upstream, uds=str(tmp_path / "e.sock")) as address,
         serving.gateway(upstream, address=address) as gate,
     ):
         assert client(gate).chat.completions.create(**CHAT).choices[0].message.content

@@ -17,8 +17,9 @@ import uvicorn
 
 from attending.errors import AttendingError, CheckpointError, EndpointError, UsageError
 from attending.gateway.serve import Announcement, ServeOptions, serve
-from tests.gateway import fake, serving
+from tests.gateway import fake
 from tests.gateway.fake import MODEL, Script
+from tests.running import running
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
 Story = Callable[[Announcement, httpx.AsyncClient], Awaitable[bool | None]]
@@ -275,7 +276,7 @@ def test_another_server_stands_in_for_the_engine(monkeypatch: pytest.MonkeyPatch
         assert told.model == MODEL
         assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
-    with serving.running(upstream) as address:
+    with running(upstream) as address:
         for url in (address, f"{address}/v1", f"{address}/v1/"):
             config = Path(os.environ["ATTENDING_CONFIG"])
             (config / "keys.json").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """An answer depends on its own request alone, whatever else is being served."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -32,13 +32,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 penalties = st.sampled_from([0.0, -1.0, 0.5, 2.0])
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only wait for each other where models are this small and the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @st.composite
