@@ -18,7 +18,8 @@ SIMD = re.compile(r"\b(avx2|avx512f|avx512_vnni|avx512_bf16|amx_\w+|neon)\b")
 FILES = ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us", "memory.max", "memory.limit_in_bytes")
 
 # For a process' environment before torch is loaded. OpenMP's threads spin while they wait; where
-# two processes share few cores that starves the one waited for.
+# two processes that do so share few cores, each starves the other. Alone a short spin costs about
+# a tenth of a step (benchmarks/threads.md).
 SHORT_SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
