@@ -41,5 +41,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,corpus,dev]'
 	@touch $@ .venv/use.stamp

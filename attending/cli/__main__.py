@@ -1,0 +1,5 @@
+"""`python -m attending.cli`."""
+
+from attending.cli import main
+
+main()
