@@ -163,16 +163,19 @@ def _lines(source: IO[bytes], file: str) -> Iterator[str]:
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")()
-    at = 0
+    read = waiting = 0
     try:
         while data := source.read(1 << 20):
+            waiting = len(decoder.getstate()[0])
             yield decoder.decode(data)
-            at += len(data)
+            read += len(data)
+        waiting = len(decoder.getstate()[0])
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
+        at = read - waiting + error.start
         raise UsageError(
-            f"{Path(file).name} is not UTF-8 at byte {at + error.start}: nothing after it was "
-            "read. Convert it first, for example with iconv."
+            f"{Path(file).name} is not UTF-8 at byte {at}: nothing after it was read. "
+            "Convert it first, for example with iconv."
         ) from None
 
 

@@ -104,6 +104,8 @@ class Writer:
         self._words["hospital_name"] = self._words["hospital"]
         self._words["estate_name"] = [n for n in self._words["estate_any"] if n.isalpha()]
         self._words["surname_any"] = self._words.get("surname", [])
+        given = self._words.get("given_one", []) + self._words.get("given_two", [])
+        self._words["given_char"] = sorted(set("".join(given)))
         self._words["surname_top"] = self._words["surname_any"][:100]
         self._words["minority_any"] = self._words.get("minority", [])
         parts = [NAME_DOT.split(name) for name in self._words["minority_any"]]

@@ -15,13 +15,14 @@ import numpy as np
 from attending.overlap import HAN
 from attending.phi.checks import CHECKS
 from attending.phi.generate import lexicon
-from attending.phi.spans import Canvas
+from attending.phi.spans import MARK, Canvas
 from attending.phi.tokens import KINDS, Tokens
 
 TABLES: dict[str, Any] = tomllib.loads(
     (resources.files("attending.phi") / "patterns.toml").read_text("utf-8")
 )
 USER = KINDS.index("user")
+HAN_FROM, PLACE_REACH = 0x3400, 40  # first Han character; characters a place goes on, either way
 VALUE_REACH = 3  # tokens between a label and the first of its value
 AROUND = (80, 200)  # characters before and after an anchor in which its pattern may match
 
@@ -48,7 +49,10 @@ def _parts() -> dict[str, str]:
     double = "|".join(name for name in words["surname"] if len(name) > 1)
     titles = sorted({*TABLES["titles"], *words["role"]}, key=len, reverse=True)
     own = {"single": f"[{single}]", "surname": f"(?:{double}|[{single}])"}
-    return {**TABLES["parts"], **own, "title": f"(?:{'|'.join(map(re.escape, titles))})"}
+    ordinary = {word for name in ("word", "surname_words", "role") for word in words[name]}
+    own["ordinary"] = f"(?:{'|'.join(map(re.escape, {*TABLES['not_names'], *ordinary}))})"
+    own["title"] = f"(?:{'|'.join(map(re.escape, titles))})"
+    return {**TABLES["parts"], **own}
 
 
 def _compile(table: dict[str, Any]) -> Pattern:
@@ -74,6 +78,10 @@ def _compile(table: dict[str, Any]) -> Pattern:
 
 PARTS = _parts()
 PATTERNS = [_compile(table) for table in TABLES["pattern"]]
+PLACES = {
+    name: re.compile(text.replace("{state}", PARTS["state"]), re.ASCII)
+    for name, text in TABLES["places"].items()
+}
 CATEGORY = {"user": "id"}
 VALUES = {
     KINDS.index(kind): (
@@ -90,7 +98,7 @@ def paint(text: str, tokens: Tokens, canvas: Canvas) -> None:
     for pattern in PATTERNS:
         if pattern.needs and not pattern.needs.search(text):
             continue
-        score = 0.97 if pattern.labels else 1.0 if pattern.check else 0.99
+        score = 0.99 if pattern.labels else 1.0 if pattern.check else 0.98
         for match in _told(pattern, text, tokens) if pattern.labels else _matches(pattern, text):
             start, end = match.span(pattern.group)
             if pattern.unless and pattern.unless & _kinds_at(tokens, start):
@@ -136,6 +144,24 @@ def _kinds_at(tokens: Tokens, start: int) -> set[int]:
     """The labels that speak of the token at a match's start."""
     index = min(int(np.searchsorted(tokens.starts, start)), len(tokens.words) - 1)
     return {int(tokens.label[index]), int(tokens.column[index])} - {0}
+
+
+def fill_places(text: str, canvas: Canvas) -> None:
+    """Mark the words that a place known in part goes on with, before and after it."""
+    is_place = (canvas.marks == MARK["location"]).astype(np.int8)
+    edges = np.flatnonzero(np.diff(is_place, prepend=0, append=0)).tolist()
+    for end, start in zip(edges[1:-1:2], edges[2::2], strict=True):
+        if start - end <= PLACE_REACH and PLACES["between"].fullmatch(text, end, start):
+            canvas.extend(end, start, "location", float(canvas.scores[end - 1]))
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        after = PLACES["after_han" if ord(text[end - 1]) > HAN_FROM else "after"]
+        if match := after.match(text, end, end + PLACE_REACH):
+            canvas.extend(end, match.end(), "location", float(canvas.scores[end - 1]))
+        is_han = ord(text[start]) > HAN_FROM
+        before = PLACES["before_han" if is_han else "before"]
+        match = before.search(text, max(0, start - PLACE_REACH), start)
+        if match and not (is_han and match.start() and ord(text[match.start() - 1]) > HAN_FROM):
+            canvas.extend(match.start(), start, "location", float(canvas.scores[start]))
 
 
 def _is_handle(text: str, start: int, found: str) -> bool:

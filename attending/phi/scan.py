@@ -124,6 +124,7 @@ def _mark_block(text: str) -> Canvas:
         matcher.paint(text, tokens, canvas)
         tagger.shipped().paint(text, tokens, canvas)
         canvas.fill_names(text)
+        matcher.fill_places(text, canvas)
         canvas.close_gaps(text)
         return canvas
     except Exception as error:  # noqa: BLE001  (whatever failed, nothing may pass)

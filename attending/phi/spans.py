@@ -46,7 +46,7 @@ GAP = re.compile(r"[ \n\r]{0,3}[-.,'’·/^&]?[ \n\r]{0,3}")
 
 NAME_RUN = re.compile(
     rf"(?<![{HAN}])[{HAN}]{{2,4}}(?![{HAN}])"
-    rf"|(?<![^\W\d_])[^\W\d_{HAN}]{{2,24}}(?:['’-][^\W\d_{HAN}]{{2,24}}){{1,2}}(?![^\W\d_])"
+    rf"|(?<![^\W\d_])[^\W\d_{HAN}]{{1,24}}(?:['’-][^\W\d_{HAN}]{{2,24}}){{1,2}}(?![^\W\d_])"
 )
 """What is a name as a whole if it is one in part: a short run of Han, a word with hyphens."""
 
@@ -77,6 +77,12 @@ class Canvas:
         self.marks[start:end][weaker] = MARK[category]
         self.scores[start:end][weaker] = score
 
+    def extend(self, start: int, end: int, category: str, score: float) -> None:
+        """Mark characters where no mark stands."""
+        free = self.marks[start:end] == 0
+        self.marks[start:end][free] = MARK[category]
+        self.scores[start:end][free] = score
+
     def close_gaps(self, text: str) -> None:
         """Mark what lies between two near marks of one category and holds no letter or digit."""
         bounds = list(runs(self.marks))
@@ -92,9 +98,7 @@ class Canvas:
             start, end = run.span()
             marked = self.marks[start:end] == MARK["name"]
             if marked.any() and not marked.all():
-                free = self.marks[start:end] == 0
-                self.scores[start:end][free] = self.scores[start:end][marked].min()
-                self.marks[start:end][free] = MARK["name"]
+                self.extend(start, end, "name", float(self.scores[start:end][marked].min()))
 
     def spans(self, text: str) -> list[Span]:
         """The runs of equal marks, without white space at their ends."""

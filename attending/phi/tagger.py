@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from attending.linear import Floats, Ids, Linear
+from attending.linear import Floats, Ids, Linear, Rows
 from attending.phi.spans import MARK, Canvas
 from attending.phi.tokens import KINDS, NUMBER_MAX, TOKEN, WORD_MAX, Tokens
 
@@ -31,12 +31,13 @@ FLAGS = ("given", "family", "place", "ordinary", "frequent", "medical")
 CHUNK_REACH = 40  # characters over which a code's mark spreads inside one unbroken chunk
 EPONYM = 0.97  # least probability of a name inside a medical phrase
 WORD_CODE = 0.9  # and of a code without a digit
-EXTENSIONS, BESIDE = 2, 0.15  # passes over, and least probability of, a marked name's neighbours
+EXTENSIONS, BESIDE = 2, 0.05  # passes over, and least probability of, a marked name's neighbours
+MONEY = re.compile(r"[$£€¥]\s?[\d,.]*$")
 DATE_JOINTS = frozenset("/-.–．")
 DATE_WORD = re.compile(r"jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|st|nd|rd|th|[年月日号初]")
 CACHE = 50_000  # words whose features are remembered
 THRESHOLD = {
-    "name": 0.5,
+    "name": 0.4,
     "location": 0.5,
     "date": 0.5,
     "age": 0.3,
@@ -150,7 +151,7 @@ class Vocabulary:
             (column, near, form[0]),
         ]
         joined = np.stack([_join(parts) for parts in columns], axis=1)
-        return (_mix(joined, np.arange(len(columns))) & Hash(BUCKETS - 1)).astype(np.int64)
+        return (_mix(joined, np.arange(len(columns))) & Hash(BUCKETS - 1)).astype(np.int32)
 
     def is_medical(self, tokens: Tokens) -> NDArray[np.bool_]:
         """Whether each token is in a sequence that is an eponym's, a drug's or a formula's."""
@@ -224,13 +225,14 @@ class Tagger:
                 best, scores = np.where(more, label, best), np.where(more, chance, scores)
                 sure |= more
         known = self._vocabulary.is_medical(tokens)
+        lone = self._lone_letters(tokens, sure & (best == 0))
         for index in np.flatnonzero(sure).tolist():
             word = tokens.words[index]
             if not _is_taggable(word):
                 continue
             start, end = int(tokens.starts[index]), int(tokens.ends[index])
             name = LABELS[1 + best[index]]
-            if name == "name" and known[index] and scores[index] < EPONYM:
+            if name == "name" and ((known[index] and scores[index] < EPONYM) or lone[index]):
                 continue
             if name == "age" and not _is_old(word):
                 continue
@@ -239,6 +241,8 @@ class Tagger:
             if name in ("code", "contact") or word.isdigit():
                 start, end = _chunk(text, start, end)
                 digits = sum(map(str.isdigit, text[start:end]))
+                if MONEY.search(text, max(0, start - 16), start):
+                    continue
                 if (name == "code" and not digits and scores[index] < WORD_CODE) or (
                     name == "contact" and (digits < 2 or text.count(".", start, end) > 2)
                 ):
@@ -246,21 +250,29 @@ class Tagger:
             category = _category(name, tokens, index)
             canvas.paint(start, end, category, float(min(scores[index], 0.9)))
 
+    @staticmethod
+    def _lone_letters(tokens: Tokens, names: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Single Latin letters that no other part of a name stands near: initials of nobody."""
+        letters = np.fromiter((len(w) == 1 and w.isascii() for w in tokens.words), bool, len(names))
+        padded = np.pad(names & ~letters, 2)
+        near = padded[:-4] | padded[1:-3] | padded[3:-1] | padded[4:]
+        lone: NDArray[np.bool_] = letters & ~near
+        return lone
+
     def probabilities(self, tokens: Tokens) -> Floats:
         """Of every label, [tokens, labels]: the model's, then smoothed by those around."""
         return softmax(around(self.logits(tokens), tokens) @ self._smoother)
 
     def logits(self, tokens: Tokens, hidden: NDArray[np.bool_] | None = None) -> Floats:
         """The model's for every token alone, [tokens, labels]."""
-        features = self._vocabulary.features(tokens, hidden)
-        logits = np.concatenate(
-            [
-                self._model.weights[features[start : start + 2048]].mean(axis=1)
-                for start in range(0, len(features), 2048)
-            ]
-        )
-        logits += self._model.bias
-        return logits
+        return self._model.logits(rows(self._vocabulary.features(tokens, hidden)))
+
+
+def rows(features: Ids) -> Rows:
+    """Feature ids [tokens, features] as the linear model takes them."""
+    count, width = features.shape
+    kind = np.int32 if count * width < 2**31 else np.int64
+    return Rows(features.reshape(-1), np.arange(count + 1, dtype=kind) * width)
 
 
 @functools.cache
@@ -331,12 +343,12 @@ def _may_date(words: list[str], index: int) -> bool:
     """Whether a number can be a part of a date, by what joins it to the numbers beside it."""
     low = high = index
     while (
-        low > 1 and index - low < 4 and words[low - 1] in DATE_JOINTS and words[low - 2].isdigit()
+        low > 1 and index - low < 6 and words[low - 1] in DATE_JOINTS and words[low - 2].isdigit()
     ):
         low -= 2
     while (
         high + 2 < len(words)
-        and high - index < 4
+        and high - index < 6
         and words[high + 1] in DATE_JOINTS
         and words[high + 2].isdigit()
     ):

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from attending.overlap import HAN
 
 WORD_MAX, NUMBER_MAX, GAP = 24, 24, 8
+LATIN = re.compile(rf"[^\W\d_{HAN}]")
+LONG = "…"  # stands for each piece of a word that is longer than a token may be
 LABEL_REACH, TABLE_REACH, CELL_REACH = 60, 1200, 80
 TOKEN = re.compile(
     rf"[^\W\d_{HAN}]{{1,{WORD_MAX}}}|\d{{1,{NUMBER_MAX}}}|[{HAN}]|\n|[^\S\n]{{{GAP}}}|[^\s]"
@@ -64,10 +66,22 @@ def tokenise(text: str) -> Tokens:
     words = [word for word, _ in found]
     starts = np.fromiter((start for _, start in found), np.int64, len(found))
     ends = starts + np.fromiter(map(len, words), np.int64, len(found))
+    _hide_long(words, starts, ends)
     labels = _labels(words)
     label, distance = _before(words, starts, ends, labels)
     column = _columns(text, starts, ends, labels)
     return Tokens(words, starts, ends, label, distance, column)
+
+
+def _hide_long(words: list[str], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+    """Replace all pieces of too long a word or number: where they begin is known far away only."""
+    kind = ""  # of the long run that the token before was a piece of
+    for index, word in enumerate(words):
+        own = "number" if word[0].isdigit() else "word" if LATIN.match(word) else ""
+        follows = own and own == kind and starts[index] == ends[index - 1]
+        kind = own if follows or len(word) == (NUMBER_MAX if own == "number" else WORD_MAX) else ""
+        if kind:
+            words[index] = LONG
 
 
 KINDS = ("", *TABLES["kinds"])

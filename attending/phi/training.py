@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 
 from attending import artifact
 from attending.errors import UsageError
-from attending.linear import Floats, Linear, Rows, fit
+from attending.linear import Floats, Ids, Linear, fit
 from attending.phi import tagger
 from attending.phi.generate import LANGUAGES, SLOT, Note, fragments, generate
 from attending.phi.generate import lexicon as word_lists
@@ -40,7 +40,7 @@ LISTS = {
     MEDICAL: "drug eponym herb formula",
 }
 COMMON_RANK, NAME_RANK = 4000, 2000  # of English words by frequency: frequent; likelier a name
-HAN_COUNT, HAN_LENGTH = 40, 4  # of jieba's words: least count to be ordinary, most characters
+HAN_COUNT, HAN_LENGTH = 100, 4  # of jieba's words: least count to be ordinary, most characters
 RATE, BATCH, RIDGE = 10.0, 32, 1e-5
 Add = Callable[[Iterable[str], int], None]
 
@@ -61,9 +61,8 @@ def run(config: PhiConfig, out: Path, progress: Progress) -> dict[str, float]:
         rng = np.random.default_rng(config.seed)
         ids, targets = _features(config, words, rng, progress)
         progress(0, None, f"fitting {len(ids):,} tokens, {config.epochs} times")
-        rows = Rows(ids.reshape(-1), np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1])
         model = fit(
-            rows,
+            tagger.rows(ids),
             targets,
             tagger.LABELS,
             buckets=tagger.BUCKETS,
@@ -125,13 +124,13 @@ def lexicon() -> tagger.Lexicon:
 
 def _features(
     config: PhiConfig, words: tagger.Lexicon, rng: np.random.Generator, progress: Progress
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+) -> tuple[Ids, NDArray[np.int64]]:
     vocabulary = tagger.Vocabulary(words)
     blocks, targets, done = [], [], 0
     for language in LANGUAGES:
         for note in generate(language, config.notes, config.seed):
             tokens, labels, hidden = sample(note, config.hide, rng)
-            blocks.append(vocabulary.features(tokens, hidden).astype(np.int32))
+            blocks.append(vocabulary.features(tokens, hidden))
             targets.append(labels)
             done += 1
             progress(done, len(LANGUAGES) * config.notes, "writing notes")
@@ -189,6 +188,9 @@ def _add_libraries(add: Add, entries: dict[str, int]) -> None:
             if bits and isinstance(value, Iterable):
                 latin = [word for word in value if isinstance(word, str) and max(word) < "\u0250"]
                 add(value if place.name == "zh_CN" else latin, bits)
+    census = importlib.import_module("names").full_path("dist.all.last")
+    rare = (line.split()[0].lower() for line in Path(census).read_text("ascii").splitlines())
+    add((word for word in rare if not entries.get(word, 0) & ORDINARY), FAMILY)
     add([*lists["female_names"], *lists["male_names"]], GIVEN)
     add(lists["surnames"], FAMILY)
     for rank, word in enumerate(lists["english_wikipedia"]):
@@ -198,15 +200,12 @@ def _add_libraries(add: Add, entries: dict[str, int]) -> None:
 
 
 def _add_chinese(add: Add, dictionary: Path) -> None:
-    """jieba's words by kind: nr a person, nrt a foreign one, ns a place, nt an organisation."""
-    surnames = set(word_lists("zh")["surname"])
+    """jieba's words by kind: nr a person, nrt a foreign name, ns a place, nt an organisation."""
     for line in dictionary.read_text("utf-8").splitlines():
         word, count, kind = line.split()
         if not 2 <= len(word) <= HAN_LENGTH or word.isascii():
             continue
-        if kind in ("nr", "nrfg"):
-            add([word], FAMILY * (word[0] in surnames and len(word) < 4))
-        elif kind in ("nrt", "ns"):
+        if kind in ("nrt", "ns"):
             add([word], GIVEN if kind == "nrt" else PLACE)
-        elif kind != "nt" and int(count) >= HAN_COUNT:
+        elif kind not in ("nr", "nrfg", "nt") and int(count) >= HAN_COUNT:
             add([word], ORDINARY)

@@ -51,7 +51,8 @@ def test_a_second_pass_finds_a_names_other_mentions() -> None:
     text = "Patient: Amara Okonkwo.\n" + "Stable. " * 300 + "so okonkwo Okonkwo went home; 王五."
     spans = scan(text)
     again = find_again(text, spans)
-    assert "Okonkwo" in [text[span.start : span.end] for span in again[1:]]
+    last = text.rindex("Okonkwo")
+    assert any(span.start <= last < span.end for span in again)
     assert find_again("No one here.", []) == []
     assert redact(redact(text), second_pass=True) == redact(text)
 
