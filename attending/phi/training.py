@@ -40,7 +40,7 @@ LISTS = {
     MEDICAL: "drug eponym herb formula",
 }
 COMMON_RANK, NAME_RANK = 4000, 2000  # of English words by frequency: frequent; likelier a name
-HAN_COUNT, HAN_LENGTH = 100, 4  # of jieba's words: least count to be ordinary, most characters
+HAN_COUNT, HAN_LENGTH = 200, 4  # of jieba's words: least count to be ordinary, most characters
 RATE, BATCH, RIDGE = 10.0, 32, 1e-5
 Add = Callable[[Iterable[str], int], None]
 
