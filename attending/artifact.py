@@ -27,7 +27,7 @@ import jinja2
 from attending.errors import CheckpointError, UsageError
 from attending.mesh import hardware
 
-DEPENDENCIES = ("attending", "torch", "numpy", "safetensors", "tokenizers", "gguf")
+DEPENDENCIES = ("attending", "torch", "numpy", "safetensors", "tokenizers", "gguf", "datatrove")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,26 @@ def publish(target: Path) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        yield draft
-        for path in [*draft.rglob("*"), draft]:
-            _flush(path)
-        draft.rename(target)
-        _flush(target.parent)
+        with disk_has_room(target):
+            yield draft
+            settle(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def settle(draft: Path, target: Path) -> None:
+    """Flush a finished draft to the disk and give it its name."""
+    for path in [*draft.rglob("*"), draft]:
+        _flush(path)
+    draft.rename(target)
+    _flush(target.parent)
+
+
+@contextmanager
+def disk_has_room(target: Path) -> Iterator[None]:
+    """Around what writes `target`: a full disk is a CheckpointError that says what to do."""
+    try:
+        yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -70,8 +85,6 @@ def publish(target: Path) -> Iterator[Path]:
             f"the disk is full ({free:,} bytes free): {target.name} was not written. "
             "Make room and run the command again."
         ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def finish(
@@ -82,7 +95,19 @@ def finish(
     note: str = "",
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write `run.json` and the model card, the last files of a draft."""
+    """Write `run.json` and the model card, the last files of a model's draft."""
+    run = write_run(draft, record, metrics)
+    source = (resources.files("attending") / "card.md.jinja").read_text(encoding="utf-8")
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
+    card = template.render(title=title, note=note, run=run, config=config)
+    (draft / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_run(
+    draft: Path, record: Record, metrics: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """Write `run.json`, which a corpus has too, and return what it says."""
     run = {
         "verb": record.verb,
         "command": command(),
@@ -97,11 +122,7 @@ def finish(
         "metrics": dict(metrics or {}),
     }
     write_json(draft / "run.json", run)
-    source = (resources.files("attending") / "card.md.jinja").read_text(encoding="utf-8")
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    card = template.render(title=title, note=note, run=run, config=config)
-    (draft / "README.md").write_text(card, encoding="utf-8")
+    return run
 
 
 def write_json(file: Path, values: object) -> None:

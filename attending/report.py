@@ -1,14 +1,15 @@
 """One self-contained page about a run, drawn from its `metrics.jsonl` and `run.json`.
 
-`metrics.jsonl` is the truth: the page shows no number that is not in one of the two files, loads
+`metrics.jsonl` is the truth: the page shows no number that is not in one of its files, loads
 nothing from a network, and shows every text as text. A run that has not ended has no `run.json`
-yet; the page says so.
+yet; the page says so. Where a `funnel.json` lies, the page says what each step removed.
 """
 
 import base64
 import io
 import json
 import math
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,27 @@ from attending.errors import CheckpointError, UsageError
 from attending.logs import read_metrics
 
 
+class Stage(NamedTuple):
+    """A step of a funnel for one domain, all sources together."""
+
+    name: str
+    domain: str
+    entered: dict[str, int]  # documents, bytes
+    left: dict[str, int]
+    removed: dict[str, int]  # documents by reason
+
+
 class Series(NamedTuple):
     """One metric over the steps that wrote it."""
 
     name: str
     steps: list[int]
     values: list[float]
+
+    @property
+    def is_curve(self) -> bool:
+        """One point is no curve: the table of final values says it all."""
+        return len(self.steps) > 1
 
 
 def write_report(folder: Path) -> Path:
@@ -40,13 +56,20 @@ def write_report(folder: Path) -> Path:
     found = _read_series(folder / "metrics.jsonl")
     for series in sorted(found, key=lambda one: one.name.startswith("run/")):  # the clock last
         areas.setdefault(series.name.partition("/")[0], []).append(series)
-    run = _read_run(folder / "run.json")
+    run = _read_object(folder / "run.json")
+    funnel = _read_object(folder / "funnel.json")
+    try:
+        stages = _stages(funnel["rows"]) if funnel else []
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder / "funnel.json", str(error)) from None
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(plot=_plot, show=_show)
+    environment.filters.update(plot=_plot, show=_show, funnel=_draw_funnel)
     source = (resources.files("attending") / "report.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(name=folder.resolve().name, areas=areas, run=run)
+    page = environment.from_string(source).render(
+        name=folder.resolve().name, areas=areas, run=run, funnel=funnel, stages=stages
+    )
     draft = folder / "report.html.tmp"
     draft.write_text(page, encoding="utf-8")
     return draft.replace(folder / "report.html")
@@ -73,17 +96,28 @@ def _read_series(path: Path) -> list[Series]:
     return list(found.values())
 
 
-def _read_run(path: Path) -> dict[str, Any] | None:
+def _read_object(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
     try:
-        run = json.loads(text)
+        values = json.loads(text)
     except json.JSONDecodeError:
         raise _damaged(path, text) from None
-    if not isinstance(run, dict):
+    if not isinstance(values, dict):
         raise _damaged(path, text)
-    return run
+    return values
+
+
+def _stages(rows: list[dict[str, Any]]) -> list[Stage]:
+    """The rows of all sources added up, in the order of the steps."""
+    found: dict[tuple[str, str], Stage] = {}
+    for row in rows:
+        key = row["step"], row["domain"]
+        stage = found.setdefault(key, Stage(*key, Counter(), Counter(), Counter()))
+        for total, part in zip(stage[2:], (row["in"], row["out"], row["removed"]), strict=True):
+            total.update(part)
+    return list(found.values())
 
 
 def _is_whole(row: object) -> bool:
@@ -111,6 +145,37 @@ def _plot(series: Series) -> str:
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    return _embedded(figure)
+
+
+def _draw_funnel(stages: list[Stage]) -> str:
+    """A panel a domain: what each step let through, and what it removed, in documents."""
+    from matplotlib.figure import Figure
+
+    domains = list(dict.fromkeys(stage.domain for stage in stages))
+    steps = list(dict.fromkeys(stage.name for stage in stages))
+    figure = Figure((5.2 * len(domains), 0.8 + 0.36 * len(steps)), layout="constrained")
+    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
+    for axes, domain in zip(panels, domains, strict=True):
+        own = [stage for stage in stages if stage.domain == domain]
+        places = [steps.index(stage.name) for stage in own]
+        kept = [stage.left.get("documents", 0) for stage in own]
+        gone = [sum(stage.removed.values()) for stage in own]
+        axes.barh(places, kept, 0.7, color="#3b6ea5", label="kept")
+        axes.barh(places, gone, 0.7, left=kept, color="#d1495b", label="removed")
+        for place, stays, goes in zip(places, kept, gone, strict=True):
+            label = f" {stays:,}" + (f"  (-{goes:,})" if goes else "")
+            axes.text(stays + goes, place, label, va="center", fontsize=8)
+        axes.set_xlim(0, 1.35 * max(map(sum, zip(kept, gone, strict=True)), default=1) or 1)
+        axes.set_yticks(range(len(steps)), steps)
+        axes.set_title(f"{domain}, documents", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return _embedded(figure)
+
+
+def _embedded(figure: Any) -> str:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=180, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()

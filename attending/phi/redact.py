@@ -6,10 +6,14 @@ still have to hide: what is within `RIGHT` of the end waits.
 
 import re
 
+from attending.overlap import HAN
+from attending.phi import tagger
 from attending.phi.actions import Policy
 from attending.phi.scan import Marker, Piece, scan
 from attending.phi.spans import CATEGORIES, MAX_SPAN, Canvas, Span
 
+WORD = re.compile(rf"[^\W\d_{HAN}]+(?:['’-][^\W\d_{HAN}]+)*")
+HAN_NAME = re.compile(rf"[{HAN}]{{2,5}}")
 STEP = 64  # a stream looks again when so many characters have come
 
 
@@ -34,28 +38,26 @@ def redact(text: str, policy: Policy | None = None, *, second_pass: bool = False
 
 
 def find_again(text: str, spans: list[Span]) -> list[Span]:
-    """Spans, and every other mention of the names in them; needs the whole text."""
+    """Spans, and every other mention of the names in them; needs the whole text.
+
+    A part of a name that is an ordinary word too ("Will", "May") is not looked for.
+    """
     names = {text[span.start : span.end] for span in spans if span.category == "name"}
-    words = {word for name in names for word in re.findall(r"[^\W\d_]+(?:['’-][^\W\d_]+)*", name)}
-    known = {word for word in words | names if _is_telling(word)}
-    if not known:
-        return spans
+    parts = {part.group() for name in names for part in WORD.finditer(name)}
+    known = {part for part in parts if len(part) > 2 and part[0].isupper()}
+    known -= tagger.shipped().ordinary(known)
+    han = {name for name in names if HAN_NAME.fullmatch(name)}
     canvas = Canvas(len(text))
-    longest_first = sorted(known, key=lambda word: (-len(word), word))
-    pattern = "|".join(
-        rf"(?<![^\W_]){re.escape(w)}(?![^\W_])" if w.isascii() else re.escape(w)
-        for w in longest_first
-    )
-    for match in re.finditer(pattern, text):
-        canvas.paint(match.start(), match.end(), "name", 0.9)
+    for word in WORD.finditer(text) if known else ():
+        if word.group() in known:
+            canvas.paint(word.start(), word.end(), "name", 0.9)
+    for first in re.finditer(f"[{''.join({name[0] for name in han})}]", text) if han else ():
+        for length in {len(name) for name in han}:
+            if text[first.start() : first.start() + length] in han:
+                canvas.paint(first.start(), first.start() + length, "name", 0.9)
     for span in spans:
         canvas.paint(span.start, span.end, span.category, max(span.score, 0.91))
     return canvas.spans(text)
-
-
-def _is_telling(word: str) -> bool:
-    """Long enough, and written as a name, so that finding it again is no accident."""
-    return len(word) >= 2 if not word.isascii() else len(word) >= 3 and word[0].isupper()
 
 
 class Stream:

@@ -7,7 +7,7 @@ decision waits for another, so a mark depends on a bounded window. Weights are t
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ LABELS = ("none", "name", "location", "date", "age", "contact", "code")
 WINDOW = 3
 ATOMS = 11
 SEQUENCE = 6
+ORDINARY = 8  # the bit of the fourth flag
 FLAGS = ("given", "family", "place", "ordinary", "frequent", "medical")
 CHUNK_REACH = 40  # characters over which a code's mark spreads inside one unbroken chunk
 EPONYM = 0.97  # least probability of a name inside a medical phrase
@@ -86,7 +87,7 @@ class Vocabulary:
 
     def __init__(self, lexicon: "Lexicon") -> None:
         """Knows no word yet but the one that stands outside of every text."""
-        self._lexicon = lexicon
+        self.lexicon = lexicon
         self._index: dict[str, int] = {"": 0}
         self._atoms = np.zeros((CACHE + 1, ATOMS), np.uint64)
 
@@ -171,14 +172,14 @@ class Vocabulary:
     def _kinds(self, words: Hashes) -> Hashes:
         """What the lexicon says of every token: of itself, and of the sequences that it is in."""
         count = len(words)
-        alone = self._lexicon.find(_key([words]))
+        alone = self.lexicon.find(_key([words]))
         inside = np.zeros(count, np.uint8)
         starts, ends = np.zeros((2, count), np.uint8)
         for length in range(2, SEQUENCE + 1):
             if count < length:
                 break
             keys = _key([words[at : count - length + 1 + at] for at in range(length)])
-            flags = self._lexicon.find(keys)
+            flags = self.lexicon.find(keys)
             for at in range(length):
                 inside[at : count - length + 1 + at] |= flags
             if length == 2:
@@ -249,6 +250,13 @@ class Tagger:
                     continue
             category = _category(name, tokens, index)
             canvas.paint(start, end, category, float(min(scores[index], 0.9)))
+
+    def ordinary(self, words: Iterable[str]) -> set[str]:
+        """Those of some single words that are ordinary ones too, by the lexicon."""
+        listed = sorted(words)
+        hashes = np.array([_hash(word.lower()) for word in listed], np.uint64)
+        flags = self._vocabulary.lexicon.find(_key([hashes]))
+        return {word for word, bits in zip(listed, flags.tolist(), strict=True) if bits & ORDINARY}
 
     @staticmethod
     def _lone_letters(tokens: Tokens, names: NDArray[np.bool_]) -> NDArray[np.bool_]:

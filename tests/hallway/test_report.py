@@ -54,6 +54,48 @@ class Page(HTMLParser):
         return "|".join(text for text in self.texts if text)
 
 
+FUNNEL = {
+    "rows": [
+        {
+            "step": "clean",
+            "domain": domain,
+            "source": source,
+            "in": {"documents": entered, "bytes": size},
+            "out": {"documents": entered - len(removed), "bytes": size - 100 * len(removed)},
+            "removed": removed,
+        }
+        for domain, source, entered, size, removed in (
+            ("medical", "a", 4, 400, {"empty": 1, "too_short": 1}),
+            ("medical", "b", 3, 300, {}),
+            ("general", "c", 1, 10, {}),
+        )
+    ],
+    "samples": [
+        {
+            "step": "clean",
+            "reason": "too_short",
+            "id": "1",
+            "source": "a",
+            "bytes": 5,
+            "text": "<b>bold</b> 胸痛",
+        },
+        {"step": "clean", "reason": "empty", "file": "x", "line": 3, "source": "a", "bytes": 0},
+    ],
+    "tokens": [
+        {
+            "part": "train",
+            "domain": "medical",
+            "source": "a",
+            "documents": 5,
+            "bytes": 500,
+            "tokens": 90,
+            "seen_tokens": 180,
+        }
+    ],
+    "notes": {"repeated_ids": 2},
+}
+
+
 def run_folder(tmp_path: Path, *, run: object = RUN) -> Path:
     folder = tmp_path / "a<b>run"
     folder.mkdir()
@@ -79,14 +121,16 @@ def test_the_page_lies_in_the_folder_and_no_draft_does(tmp_path: Path) -> None:
     assert names == {"metrics.jsonl", "run.json", "report.html"}
 
 
-def test_every_metric_has_its_final_values_and_one_plot(tmp_path: Path) -> None:
+def test_every_metric_has_its_final_values_and_a_plot_if_it_is_a_curve(
+    tmp_path: Path,
+) -> None:
     page = page_of(run_folder(tmp_path))
     assert "train/loss|1|4|1|2|5" in page.rows()
     assert "train/tokens|40,000|4|0|40,000|5" in page.rows()
     assert "eval/score|0.125|4|0.125|0.125|1" in page.rows()
     images = [value for name, value in page.attributes if name == "src"]
-    assert len(images) == 4  # with run/elapsed_seconds
-    assert len(set(images)) == 4
+    assert len(images) == 3  # with run/elapsed_seconds, without eval/score
+    assert len(set(images)) == 3
     for image in images:
         kind, _, data = image.partition(",")
         assert kind == "data:image/png;base64"
@@ -95,7 +139,7 @@ def test_every_metric_has_its_final_values_and_one_plot(tmp_path: Path) -> None:
 
 def test_plots_are_grouped_by_area_with_the_clock_last(tmp_path: Path) -> None:
     html = write_report(run_folder(tmp_path)).read_text(encoding="utf-8")
-    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Final values", "train", "eval", "run"]
+    assert re.findall(r"<h2>(.*?)</h2>", html) == ["Final values", "train", "run"]
 
 
 def test_the_run_is_told_with_command_commit_and_versions(tmp_path: Path) -> None:
@@ -198,3 +242,24 @@ def test_importing_the_module_does_not_import_matplotlib() -> None:
     code = "import sys, attending.report; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_funnel_is_drawn_told_and_sampled_and_its_texts_stay_text(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    (folder / "funnel.json").write_text(json.dumps(FUNNEL), encoding="utf-8")
+    page = page_of(folder)
+    rows = page.rows()
+    assert "clean|medical|7|5|700|500|empty 1, too_short 1" in rows
+    assert "clean|general|1|1|10|10|0" in rows
+    assert "train|medical|a|5|500|90|180" in rows
+    assert "<b>bold</b> 胸痛" in rows and "b" not in page.tags
+    images = [value for name, value in page.attributes if name == "src"]
+    assert len(images) == 4
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": 1}', '{"rows": [{}]}', '{"x": 1}'])
+def test_a_damaged_funnel_is_an_error(tmp_path: Path, text: str) -> None:
+    folder = run_folder(tmp_path)
+    (folder / "funnel.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"funnel\.json is damaged"):
+        write_report(folder)

@@ -24,11 +24,11 @@ class Room(NamedTuple):
 
 ROOMS = {
     HALLWAY: Room(0, 2_250),
-    "phi": Room(1, 900),
+    "phi": Room(1, 2_080),
     "tokenizer": Room(1, 250),
     "model": Room(1, 1_700),
     "verifier": Room(1, 2_000),
-    "corpus": Room(2, 1_000),
+    "corpus": Room(2, 2_200),
     "train": Room(2, 900),
     "engine": Room(2, 3_080),
     "evaluate": Room(3, 1_220),

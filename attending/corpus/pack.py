@@ -1,0 +1,175 @@
+"""Documents to shards: tokenise, put all repeats into one order, cut the order into shards.
+
+The order is by a hash of seed, id and repeat, so it depends on neither tasks nor machines. Every
+task works out the whole order from the tasks' indices and writes its share of the shards.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datatrove.data import Document
+from numpy.typing import NDArray
+
+from attending.chat import Tokenizer
+from attending.corpus.ledger import write_whole
+from attending.corpus.recipe import PackConfig
+from attending.corpus.split import draw
+from attending.corpus.steps import Part
+from attending.errors import TokenizerError
+from attending.model.files import gguf_in
+from attending.model.gguf_file import open_gguf
+from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
+from attending.shards import ShardInfo, ShardWriter
+from attending.sources import resolve
+
+DOMAINS = ("general", "medical")
+PARTS = ("train", "heldout/general", "heldout/medical")
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+ROW = np.dtype(  # one a repeat of a document
+    [
+        ("key", "<u8"),
+        ("start", "<u8"),  # tokens before it in its task's file
+        ("tokens", "<u4"),
+        ("bytes", "<u4"),
+        ("source", "<u2"),
+        ("domain", "u1"),
+        ("part", "u1"),
+        ("task", "<u4"),
+        ("repeat", "<u4"),
+    ]
+)
+Rows = NDArray[np.void]
+
+
+class Encoder(NamedTuple):
+    """A tokenizer and what ends a document."""
+
+    tokenizer: Tokenizer
+    end_of_text: int
+    sha256: str  # of the definition
+
+    @classmethod
+    @cache
+    def load(cls, config: PackConfig) -> "Encoder":
+        """From a folder, a tokenizer.json or a GGUF file on this machine.
+
+        Raises:
+            SourceError: It is not there.
+            TokenizerError: It has no control token that ends a text.
+        """
+        path = resolve(config.tokenizer).path
+        if gguf := gguf_in(path):
+            metadata = open_gguf(gguf).metadata
+            tokenizer = Tokenizer(tokenizer_json(metadata), tokenizer_config(metadata))
+        elif path.is_dir() or path.name == "tokenizer.json":
+            tokenizer = Tokenizer.from_folder(path if path.is_dir() else path.parent)
+        else:
+            raise TokenizerError(f"{path.name} is no folder, tokenizer.json or .gguf file.")
+        own = tokenizer.config.get("eos_token")
+        names = [config.end_of_text] if config.end_of_text else [*ENDS]
+        names += [own] if isinstance(own, str) and not config.end_of_text else []
+        ends = [i for name in names if (i := tokenizer.control_id(name)) is not None]
+        if not ends:
+            raise TokenizerError(
+                f"the tokenizer has none of {', '.join(names)} as a control token: name one that "
+                "ends a document with --set pack.end_of_text=..."
+            )
+        definition = json.dumps(tokenizer.definition, sort_keys=True).encode()
+        return cls(tokenizer, ends[0], hashlib.sha256(definition).hexdigest())
+
+
+class Tokenise(Part):
+    """Token ids of a task's documents, and a row for every time that one is seen."""
+
+    name = "tokenise"
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        encoder, seed = Encoder.load(self.config.pack), self.config.pack.seed
+        sources = {name: number for number, name in enumerate(self.config.sources)}
+        rows: list[tuple[int, ...]] = []
+        position = 0
+        path = self.work / "tokens" / f"{rank:05d}.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for document in data:
+                told = document.metadata
+                # The text's own `<|endoftext|>` is spelled; only ours is the control token.
+                ids = [*encoder.tokenizer.encode(document.text), encoder.end_of_text]
+                file.write(np.array(ids, "<u4").tobytes())
+                domain = DOMAINS.index(told["domain"])
+                part = 1 + domain if told["is_held_out"] else 0
+                size = len(document.text.encode())
+                same = (position, len(ids), size, sources[told["source"]], domain, part, rank)
+                rows += [
+                    (draw(seed, document.id, repeat), *same, repeat)
+                    for repeat in range(told["times"])
+                ]
+                position += len(ids)
+        write_whole(path.with_suffix(".rows"), np.array(rows, ROW).tobytes())
+
+
+class Shard(NamedTuple):
+    """A shard to write: rows [start, stop) of a part's order."""
+
+    part: int
+    number: int
+    rows: Rows
+
+
+def read_rows(draft: Path) -> Rows:
+    """All tasks' rows; every task of `Pack` holds all of them, 40 bytes a document."""
+    files = sorted((draft / "work" / "tokens").glob("*.rows"))
+    return np.concatenate([np.empty(0, ROW), *(np.fromfile(file, ROW) for file in files)])
+
+
+def layout(rows: Rows, tokens_per_shard: int) -> list[Shard]:
+    """The shards of every part: rows by key, as many in each as fit."""
+    found = []
+    for part in range(len(PARTS)):
+        own = rows[rows["part"] == part]
+        own = own[np.lexsort((own["start"], own["task"], own["key"]))]
+        ends = np.cumsum(own["tokens"], dtype=np.int64)
+        start = number = 0
+        while start < len(own):
+            full = tokens_per_shard + (int(ends[start - 1]) if start else 0)
+            stop = max(start + 1, int(np.searchsorted(ends, full, side="right")))
+            found.append(Shard(part, number, own[start:stop]))
+            start, number = stop, number + 1
+    return found
+
+
+class Pack(Part):
+    """Each task writes every n-th shard."""
+
+    name = "pack"
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
+        limit, written = self.config.pack.tokens_per_shard, []
+        for part, number, rows in layout(read_rows(self.draft), limit)[rank::world_size]:
+            files = {
+                int(task): np.memmap(self.work / "tokens" / f"{task:05d}.bin", "<u4", mode="r")
+                for task in np.unique(rows["task"])
+            }
+            most = max(limit, int(rows["tokens"][0]))
+            with ShardWriter(self.draft / PARTS[part], most, number) as writer:
+                for row in rows:
+                    start, size = int(row["start"]), int(row["tokens"])
+                    ids = files[int(row["task"])][start : start + size]
+                    writer.add(ids, int(row["bytes"]), int(row["source"]), int(row["domain"]))
+            written += [[part, *info] for info in writer.shards]
+        write_whole(self.work / "shards" / f"{rank:05d}.json", json.dumps(written).encode())
+
+
+def read_shards(draft: Path) -> list[tuple[str, list[ShardInfo]]]:
+    """What `Pack` has written, by part."""
+    files = sorted((draft / "work" / "shards").glob("*.json"))
+    found: list[list[Any]] = [one for file in files for one in json.loads(file.read_text("utf-8"))]
+    return [
+        (name, sorted(ShardInfo(*one[1:]) for one in found if one[0] == part))
+        for part, name in enumerate(PARTS)
+    ]
