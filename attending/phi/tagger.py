@@ -38,8 +38,8 @@ DATE_JOINTS = frozenset("/-.–．")
 DATE_WORD = re.compile(r"jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|st|nd|rd|th|[年月日号初]")
 CACHE = 50_000  # words whose features are remembered
 THRESHOLD = {
-    "name": 0.4,
-    "location": 0.5,
+    "name": 0.3,
+    "location": 0.35,
     "date": 0.5,
     "age": 0.3,
     "contact": 0.5,
