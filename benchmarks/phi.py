@@ -3,7 +3,7 @@
     python benchmarks/phi.py [PEER_PYTHON]
 
 PEER_PYTHON has presidio-analyzer and a small English spaCy model; without it only ours is measured.
-Budget: five sets of 200 notes, our filter three times, the peer once: about 5 minutes.
+Budget: four sets of 200 notes, our filter three times, the peer once: about 5 minutes.
 """
 
 import json
@@ -37,10 +37,9 @@ for line in sys.stdin:
 NOTES = """
 Notes written by nobody about nobody; no figure here is one of a hospital's real notes.
 *Generated* notes come from the fragments that the tagger was trained on, with another seed.
-*Tuned* notes were written apart, by authors who had seen neither rules nor fragments; what leaked
-there was read while the rules were made. *Blind* notes were written apart too (other templates,
-names, formats, noise, tables, dictation), and nobody looked at what leaks there: **the blind rows
-are the figures that count.**
+*Blind* notes were written apart, by authors who had seen neither rules nor fragments (other
+templates, names, formats, noise, tables, dictation), and nobody looked at what leaks there: **the
+blind rows are the figures that count.**
 
 *Recall* is strict: a span counts if every letter and digit of it is hidden. *Precision* is the
 share of our spans that touch an identifier, and, of characters, the share of hidden letters and
@@ -96,10 +95,8 @@ def sets() -> Iterator[tuple[str, list[tuple[str, list[tuple[int, int, str]]]]]]
             f"generated {language}",
             [(n.text, [(s.start, s.end, s.category) for s in n.spans]) for n in notes],
         )
-        for kind in ("tuned", "blind"):
-            lines = (HERE / "notes" / f"{kind}.{language}.jsonl").read_text("utf-8").splitlines()
-            rows = map(json.loads, lines)
-            yield f"{kind} {language}", [(row["text"], row["spans"]) for row in rows]
+        lines = (HERE / "notes" / f"blind.{language}.jsonl").read_text("utf-8").splitlines()
+        yield f"blind {language}", [(row["text"], row["spans"]) for row in map(json.loads, lines)]
 
 
 def judge(notes: list[tuple[str, list[tuple[int, int, str]]]], spans: Iterable[Spans]) -> Score:

@@ -44,7 +44,7 @@ from attending.errors import CheckFailed, ConfigError, UsageError
 from attending.shards import Shards, write_index
 
 # A trial of 23 MB on two cores took 61 s without private sources; benchmarks/corpus.py measures.
-BYTES_PER_CORE_SECOND = 190_000
+BYTES_PER_CORE_SECOND = 350_000
 DISK_FACTOR = 4  # of the input: documents between stages, tokens, shards, what is removed
 
 Progress = Callable[[str, float, int], object]  # stage, share done, documents
