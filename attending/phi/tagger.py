@@ -7,6 +7,7 @@ decision waits for another, so a mark depends on a bounded window. Weights are t
 
 import functools
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from attending.linear import Floats, Ids, Linear, Rows
 from attending.phi.spans import MARK, Canvas
-from attending.phi.tokens import KINDS, NUMBER_MAX, TOKEN, WORD_MAX, Tokens
+from attending.phi.tokens import KINDS, TOKEN, Tokens
 
 BUCKETS = 1 << 17
 LABELS = ("none", "name", "location", "date", "age", "contact", "code")
@@ -36,6 +37,7 @@ EXTENSIONS, BESIDE = 2, 0.05  # passes over, and least probability of, a marked 
 MONEY = re.compile(r"[$£€¥]\s?[\d,.]*$")
 DATE_JOINTS = frozenset("/-.–．")
 DATE_WORD = re.compile(r"jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|st|nd|rd|th|[年月日号初]")
+HAN_SIGN, CAPITAL, LETTER, TAGGABLE = 1, 2, 4, 8
 CACHE = 50_000  # words whose features are remembered
 THRESHOLD = {
     "name": 0.3,
@@ -90,6 +92,9 @@ class Vocabulary:
         self.lexicon = lexicon
         self._index: dict[str, int] = {"": 0}
         self._atoms = np.zeros((CACHE + 1, ATOMS), np.uint64)
+        self._traits = np.zeros(CACHE + 1, np.uint8)
+        self._last: tuple[list[str], NDArray[np.int64]] = ([], np.zeros(0, np.int64))
+        self._lock = threading.Lock()
 
     def features(self, tokens: Tokens, hidden: NDArray[np.bool_] | None = None) -> Ids:
         """Feature ids of every token, [tokens, features].
@@ -160,14 +165,24 @@ class Vocabulary:
         found: NDArray[np.bool_] = (kinds & Hash(8 * 64)) > 0
         return found
 
+    def traits(self, tokens: Tokens) -> NDArray[np.uint8]:
+        """What each token is: the bits HAN_SIGN, CAPITAL, LETTER and TAGGABLE."""
+        return self._traits[self._lookup(tokens.words)]
+
     def _lookup(self, words: list[str]) -> NDArray[np.int64]:
-        """The rows of words."""
-        if len(self._index) + len(words) > CACHE:
-            self._index = {"": 0}
-        for word in set(words) - self._index.keys():
-            self._atoms[len(self._index)] = _atoms(word)
-            self._index[word] = len(self._index)
-        return np.fromiter((self._index[word] for word in words), np.int64, len(words))
+        """The rows of words; those of the same list are asked for several times."""
+        with self._lock:  # several threads may share a tagger
+            if words is self._last[0]:
+                return self._last[1]
+            if len(self._index) + len(words) > CACHE:
+                self._index = {"": 0}
+            for word in set(words) - self._index.keys():
+                self._atoms[len(self._index)] = _atoms(word)
+                self._traits[len(self._index)] = _traits(word)
+                self._index[word] = len(self._index)
+            found = np.fromiter((self._index[word] for word in words), np.int64, len(words))
+            self._last = (words, found)
+            return found
 
     def _kinds(self, words: Hashes) -> Hashes:
         """What the lexicon says of every token: of itself, and of the sequences that it is in."""
@@ -225,29 +240,22 @@ class Tagger:
                 more = beside & ~sure & (chance >= BESIDE)
                 best, scores = np.where(more, label, best), np.where(more, chance, scores)
                 sure |= more
-        known = self._vocabulary.is_medical(tokens)
-        lone = self._lone_letters(tokens, sure & (best == 0))
+        traits = self._vocabulary.traits(tokens)
+        is_name = sure & (best == 0)
+        sure &= (traits & TAGGABLE) > 0
+        sure &= ~(is_name & self._vocabulary.is_medical(tokens) & (scores < EPONYM))
+        sure &= ~(is_name & _lone_letters(is_name, (traits & LETTER) > 0))
         for index in np.flatnonzero(sure).tolist():
-            word = tokens.words[index]
-            if not _is_taggable(word):
-                continue
+            name, word = LABELS[1 + best[index]], tokens.words[index]
             start, end = int(tokens.starts[index]), int(tokens.ends[index])
-            name = LABELS[1 + best[index]]
-            if name == "name" and ((known[index] and scores[index] < EPONYM) or lone[index]):
-                continue
+            if name in ("code", "contact") or word.isdigit():
+                start, end = _chunk(text, start, end)
+                if not _may_number(name, text, start, end, float(scores[index])):
+                    continue
             if name == "age" and not _is_old(word):
                 continue
             if name == "date" and word.isdigit() and not _may_date(tokens.words, index):
                 continue
-            if name in ("code", "contact") or word.isdigit():
-                start, end = _chunk(text, start, end)
-                digits = sum(map(str.isdigit, text[start:end]))
-                if MONEY.search(text, max(0, start - 16), start):
-                    continue
-                if (name == "code" and not digits and scores[index] < WORD_CODE) or (
-                    name == "contact" and (digits < 2 or text.count(".", start, end) > 2)
-                ):
-                    continue
             category = _category(name, tokens, index)
             canvas.paint(start, end, category, float(min(scores[index], 0.9)))
 
@@ -258,22 +266,28 @@ class Tagger:
         flags = self._vocabulary.lexicon.find(_key([hashes]))
         return {word for word, bits in zip(listed, flags.tolist(), strict=True) if bits & ORDINARY}
 
-    @staticmethod
-    def _lone_letters(tokens: Tokens, names: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Single Latin letters that no other part of a name stands near: initials of nobody."""
-        letters = np.fromiter((len(w) == 1 and w.isascii() for w in tokens.words), bool, len(names))
-        padded = np.pad(names & ~letters, 2)
-        near = padded[:-4] | padded[1:-3] | padded[3:-1] | padded[4:]
-        lone: NDArray[np.bool_] = letters & ~near
-        return lone
-
     def probabilities(self, tokens: Tokens) -> Floats:
         """Of every label, [tokens, labels]: the model's, then smoothed by those around."""
-        return softmax(around(self.logits(tokens), tokens) @ self._smoother)
+        _, wide = self.context(tokens)
+        return softmax(wide @ self._smoother)
 
-    def logits(self, tokens: Tokens, hidden: NDArray[np.bool_] | None = None) -> Floats:
-        """The model's for every token alone, [tokens, labels]."""
-        return self._model.logits(rows(self._vocabulary.features(tokens, hidden)))
+    def context(
+        self, tokens: Tokens, hidden: NDArray[np.bool_] | None = None
+    ) -> tuple[Floats, Floats]:
+        """The model's logits for every token alone, and what the smoother weighs.
+
+        That is log-probabilities of the tokens near, and a 1; the same where the token is a Han
+        character, and where it begins with a capital, else 0.
+        """
+        logits = self._model.logits(rows(self._vocabulary.features(tokens, hidden)))
+        logs = np.log(softmax(logits) + 1e-4).astype(np.float32)
+        count = len(logs)
+        padded = np.pad(logs, ((WINDOW, WINDOW), (0, 0)))
+        near = [padded[at : at + count] for at in range(2 * WINDOW + 1)]
+        wide = np.concatenate([*near, np.ones((count, 1), np.float32)], axis=1)
+        traits = self._vocabulary.traits(tokens)[:, None]
+        parts = [wide, wide * ((traits & HAN_SIGN) > 0), wide * ((traits & CAPITAL) > 0)]
+        return logits, np.concatenate(parts, axis=1)
 
 
 def rows(features: Ids) -> Rows:
@@ -297,19 +311,6 @@ def load(folder: Path) -> Tagger:
         Lexicon(words["keys"], words["flags"]),
         words["smoother"],
     )
-
-
-def around(logits: Floats, tokens: Tokens) -> Floats:
-    """What the smoother weighs: log-probabilities of near tokens, by kind of token, and a 1."""
-    logs = np.log(softmax(logits) + 1e-4).astype(np.float32)
-    count = len(logs)
-    padded = np.pad(logs, ((WINDOW, WINDOW), (0, 0)))
-    wide = np.concatenate([padded[at : at + count] for at in range(2 * WINDOW + 1)], axis=1)
-    wide = np.concatenate([wide, np.ones((count, 1), np.float32)], axis=1)
-    han = np.fromiter((len(w) == 1 and w > "\u2e80" for w in tokens.words), np.float32, count)
-    big = np.fromiter((w[0].isupper() for w in tokens.words), np.float32, count)
-    result: Floats = np.concatenate([wide, wide * han[:, None], wide * big[:, None]], axis=1)
-    return result
 
 
 def softmax(logits: Floats) -> Floats:
@@ -347,6 +348,24 @@ def _joins(text: str, at: int) -> bool:
     return sign in "-–_./·" and between and text[at + 1].isascii() and text[at - 1].isascii()
 
 
+def _lone_letters(names: NDArray[np.bool_], letters: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Single letters that no other part of a name stands near: initials of nobody."""
+    padded = np.pad(names & ~letters, 2)
+    near = padded[:-4] | padded[1:-3] | padded[3:-1] | padded[4:]
+    lone: NDArray[np.bool_] = letters & ~near
+    return lone
+
+
+def _may_number(name: str, text: str, start: int, end: int, score: float) -> bool:
+    """No amount of money; a code without a digit only if sure; a contact with two digits."""
+    digits = sum(map(str.isdigit, text[start:end]))
+    if MONEY.search(text, max(0, start - 16), start):
+        return False
+    if name == "code":
+        return digits > 0 or score >= WORD_CODE
+    return name != "contact" or (digits > 1 and text.count(".", start, end) < 3)
+
+
 def _may_date(words: list[str], index: int) -> bool:
     """Whether a number can be a part of a date, by what joins it to the numbers beside it."""
     low = high = index
@@ -379,9 +398,14 @@ def _is_old(word: str) -> bool:
     return 90 <= int(word) < 130 if word.isdigit() else not word.isdecimal()
 
 
-def _is_taggable(word: str) -> bool:
-    """No white space or mark, and no run so long that where its pieces end is unknown."""
-    return word.isalnum() and len(word) < (NUMBER_MAX if word.isdigit() else WORD_MAX)
+def _traits(word: str) -> int:
+    """Taggable is no white space or mark; a LETTER is a single Latin one."""
+    return (
+        HAN_SIGN * (len(word) == 1 and word > "\u2e80")
+        | CAPITAL * word[0].isupper()
+        | LETTER * (len(word) == 1 and word.isascii())
+        | TAGGABLE * word.isalnum()
+    )
 
 
 def _atoms(word: str) -> list[int]:

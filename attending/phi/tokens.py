@@ -75,6 +75,8 @@ def tokenise(text: str) -> Tokens:
 
 def _hide_long(words: list[str], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
     """Replace all pieces of too long a word or number: where they begin is known far away only."""
+    if max(map(len, words), default=0) < min(WORD_MAX, NUMBER_MAX):
+        return
     kind = ""  # of the long run that the token before was a piece of
     for index, word in enumerate(words):
         own = "number" if word[0].isdigit() else "word" if LATIN.match(word) else ""

@@ -140,14 +140,14 @@ def _features(
 def _fit_smoother(
     model: Linear, words: tagger.Lexicon, config: PhiConfig, rng: np.random.Generator
 ) -> tuple[Floats, dict[str, float]]:
-    """Softmax regression on what `tagger.around` gives for notes the model has not seen."""
+    """Softmax regression on what `Tagger.context` gives for notes the model has not seen."""
     raw = tagger.Tagger(model, words, np.zeros((1, 1), np.float32))
     inputs, targets, alone = [], [], []
     for language in LANGUAGES:
         for note in generate(language, max(1, config.notes // 8), config.seed + 1):
             tokens, labels, hidden = sample(note, config.hide, rng)
-            logits = raw.logits(tokens, hidden)
-            inputs.append(tagger.around(logits, tokens))
+            logits, wide = raw.context(tokens, hidden)
+            inputs.append(wide)
             alone.append(logits.argmax(axis=1))
             targets.append(labels)
     x, y = np.concatenate(inputs), np.concatenate(targets)
