@@ -68,7 +68,11 @@ def write_report(folder: Path) -> Path:
     environment.filters.update(plot=_plot, show=_show, funnel=_draw_funnel)
     source = (resources.files("attending") / "report.html").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
-        name=folder.resolve().name, areas=areas, run=run, funnel=funnel, stages=stages
+        name=folder.resolve().name.removesuffix(".tmp"),
+        areas=areas,
+        run=run,
+        funnel=funnel,
+        stages=stages,
     )
     draft = folder / "report.html.tmp"
     draft.write_text(page, encoding="utf-8")

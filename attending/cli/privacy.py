@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Find and replace identifiers of persons, English and Chinese.")
 
 FileArgument = Annotated[str, typer.Argument(help="A text file, or a .jsonl; `-` reads a pipe.")]
-FieldOption = Annotated[str, typer.Option(help="Of a .jsonl's records, what is scanned.")]
+FieldOption = Annotated[
+    str | None, typer.Option(help="Of JSON records, the one field that is read; default: text.")
+]
+RecordsFlag = Annotated[
+    bool, typer.Option("--records", help="Each line is a JSON record, as in a .jsonl.")
+]
 CAUTION = (
     "No filter finds everything: see docs/phi.md for what leaks. A person must check before "
     "anything leaves."
@@ -27,7 +32,12 @@ CAUTION = (
 
 
 @app.command()
-def scan(file: FileArgument, field: FieldOption = "text", as_json: JsonFlag = False) -> None:
+def scan(
+    file: FileArgument,
+    field: FieldOption = None,
+    records: RecordsFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Find identifiers: with --json one line of spans for every line of the file.
 
     Offsets count code points from the start of the line, or of the field of a .jsonl record.
@@ -39,8 +49,8 @@ def scan(file: FileArgument, field: FieldOption = "text", as_json: JsonFlag = Fa
     counts: dict[str, int] = {}
     with _open(file) as source:
         found: Iterator[list[Span]]
-        if file.endswith(".jsonl"):
-            found = (scan_text(text) for text, _ in _records(source, field))
+        if name := _field(file, field, records):
+            found = (scan_text(text) for text, _ in _records(source, name))
         else:
             found = scan_lines(_lines(source, file))
         for spans in found:
@@ -59,7 +69,8 @@ def scan(file: FileArgument, field: FieldOption = "text", as_json: JsonFlag = Fa
 @app.command()
 def redact(
     file: FileArgument,
-    field: FieldOption = "text",
+    field: FieldOption = None,
+    records: RecordsFlag = False,
     to: Annotated[Path | None, typer.Option(help="Write here, and nothing if it fails.")] = None,
     action: Annotated[
         str, typer.Option(help="placeholder, mask, surrogate, hash or keep, for all categories.")
@@ -71,6 +82,10 @@ def redact(
         str | None, typer.Option(help="Environment variable with the secret key.")
     ] = None,
     patient: Annotated[str, typer.Option(help="Whose dates are shifted together.")] = "",
+    patient_field: Annotated[
+        str | None,
+        typer.Option(help="The same, of JSON records: the field that names the patient."),
+    ] = None,
     second_pass: Annotated[
         bool, typer.Option("--second-pass", help="Hide known names' other mentions too.")
     ] = False,
@@ -78,25 +93,32 @@ def redact(
     """Write a text without its identifiers.
 
     Without --to, text goes to standard output as it is decided; with --second-pass a text is read
-    whole first.
+    whole first. Of JSON records only one field is redacted: the others stay as they are.
     """
     from attending.phi import Stream
     from attending.phi import redact as redact_text
 
-    policy = _policy(action, category or [], key_variable, patient)
+    name = _field(file, field, records)
+    if patient_field and not name:
+        raise UsageError("--patient-field needs JSON records: a .jsonl, or --records.")
+    policy = _policy(action, category or [], key_variable, patient or patient_field or "")
+    if to and (to.exists() or not to.parent.is_dir()):
+        what = "exists" if to.exists() else "is in no folder that exists"
+        raise UsageError(f"{to.name} {what}; choose another place for --to.")
     with ExitStack() as stack:
         source = stack.enter_context(_open(file))
         draft = to.with_name(to.name + ".tmp") if to else None
         target: IO[str] = sys.stdout
         if to and draft:
-            if to.exists():
-                raise UsageError(f"{to.name} exists; choose another name or remove it first.")
             target = stack.enter_context(draft.open("w", encoding="utf-8", newline=""))
             stack.callback(lambda: draft.unlink(missing_ok=True))
-        if file.endswith(".jsonl"):
-            for text, record in _records(source, field):
-                record[field] = redact_text(text, policy, second_pass=second_pass)
-                target.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if name:
+            for text, record in _records(source, name):
+                if patient_field and record:
+                    policy = dataclasses.replace(policy, patient=_named(record, patient_field))
+                if record:
+                    record[name] = redact_text(text, policy, second_pass=second_pass)
+                target.write(json.dumps(record, ensure_ascii=False) + "\n" if record else "\n")
         elif second_pass:
             target.write(redact_text("".join(_lines(source, file)), policy, second_pass=True))
         else:
@@ -154,7 +176,13 @@ def _open(file: str) -> IO[bytes]:
         return sys.stdin.buffer
     path = Path(file)
     if not path.is_file():
-        raise UsageError(f"{path.name} is no file; give a text file, a .jsonl, or - for a pipe.")
+        raise UsageError(
+            f"{path.name or file} is no file; give a text file, a .jsonl, or - for a pipe."
+        )
+    if path.suffix == ".gz":
+        raise UsageError(
+            f"{path.name} is packed: give it as a pipe, gunzip -c FILE | ... phi scan -"
+        )
     return path.open("rb")
 
 
@@ -179,14 +207,33 @@ def _lines(source: IO[bytes], file: str) -> Iterator[str]:
         ) from None
 
 
+def _field(file: str, field: str | None, records: bool) -> str:
+    """The field of JSON records that is read; nothing for a plain text."""
+    if not records and not file.lower().endswith(".jsonl"):
+        if field:
+            raise UsageError("--field needs JSON records: a .jsonl, or --records.")
+        return ""
+    return field or "text"
+
+
 def _records(source: IO[bytes], field: str) -> Iterator[tuple[str, dict[str, object]]]:
-    """The field of every record, and the record."""
+    """The field of every record, and the record; an empty line has neither."""
     for number, line in enumerate(source, 1):
+        if not line.strip():
+            yield "", {}
+            continue
         try:
             record = json.loads(line)
-            yield record[field] + "", record
-        except (ValueError, TypeError, KeyError):
-            raise UsageError(
-                f"line {number} is no JSON object with a text {field!r}: choose it with --field, "
-                "or give a plain text file another ending than .jsonl."
-            ) from None
+        except ValueError:
+            raise UsageError(f"line {number} is no JSON: expected a record a line.") from None
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise UsageError(f"line {number} has no text {field!r}: choose it with --field.")
+        yield record[field], record
+
+
+def _named(record: dict[str, object], field: str) -> str:
+    if not record.get(field):
+        raise UsageError(
+            f"a record has no {field!r}, which names the patient: nothing was shifted."
+        )
+    return str(record[field])

@@ -12,12 +12,15 @@ import os
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from attending.corpus.recipe import TEMPLATE, CorpusConfig, SourceConfig
 from attending.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 18
 PIECES_PER_TASK = 4  # so that tasks can be evened out
@@ -77,13 +80,24 @@ def source_files(config: CorpusConfig) -> dict[str, list[Path]]:
     if not any(files.values()):
         patterns = ", ".join(source.path for source in config.sources.values())
         raise ConfigError(f"no file below {config.root!r} matches any of {patterns}.")
+    if any("**" in source.path for source in config.sources.values()):
+        read = {path for paths in files.values() for path in paths}
+        rest = Counter(
+            p.suffix for p in Path(config.root).rglob("*") if p.is_file() and p not in read
+        )
+        if rest:
+            told = ", ".join(
+                f"{count} {ending or 'without ending'}" for ending, count in rest.items()
+            )
+            log.warning("files that no source reads: %s", told)
     return files
 
 
 def glob(root: str, pattern: str, *, may_be_absent: bool = False) -> list[Path]:
     """Files below the root, by name; ConfigError if there are none, or one cannot be read."""
     try:
-        found = sorted(path for path in Path(root).glob(pattern) if path.is_file())
+        globs = (Path(root).glob(part) for part in pattern.split("|"))
+        found = sorted({path for paths in globs for path in paths if path.is_file()})
     except (NotImplementedError, ValueError):
         raise ConfigError(f"{pattern!r} is no glob below the recipe's root.") from None
     if closed := [path.name for path in found if not os.access(path, os.R_OK)]:

@@ -15,7 +15,7 @@ class SourceConfig(Config):
     """Where documents of one kind are, and what is done with them."""
 
     path: str
-    """Files, as a glob below the recipe's `root`; `.gz` files are unpacked."""
+    """Files, as a glob below the recipe's `root`, or several with `|`; `.gz` is unpacked."""
     format: Format = "jsonl"
     """How they are read."""
     may_be_absent: bool = False

@@ -97,7 +97,12 @@ def build(
     """
     record = artifact.Record("corpus", config.model_dump(mode="json"), config.pack.seed, [])
     draft = out.absolute().with_name(out.name + ".tmp")
-    if not (resume and (out / "run.json").is_file()):
+    if resume and (out / "run.json").is_file():
+        if json.loads((out / "run.json").read_text("utf-8"))["recipe"] != config.model_dump(
+            mode="json"
+        ):
+            raise UsageError(f"{out.name} is finished, by another recipe: choose another --out.")
+    else:
         _check(config, out, draft, resume)
         with artifact.disk_has_room(out):
             tasks = _plan(config, draft)

@@ -53,12 +53,17 @@ class Policy:
         if unknown := used - {*ACTIONS}:
             raise UsageError(f"no action {sorted(unknown)[0]!r}. Known: {', '.join(ACTIONS)}.")
         if "shift" in {self.default, *(a for c, a in self.by_category.items() if c != "date")}:
-            raise UsageError("only dates can be shifted: use by_category={'date': 'shift'}.")
+            raise UsageError(
+                "only dates can be shifted: --category date=shift, and another action."
+            )
         if used & KEYED and len(self.key) < MIN_KEY_BYTES:
             raise UsageError(
                 f"{', '.join(sorted(used & KEYED))} needs a secret key of {MIN_KEY_BYTES} bytes or "
-                f"more, got {len(self.key)}. Without one replacements could be traced back."
+                f"more (--key-variable names the environment variable), got {len(self.key)}. "
+                "Without one replacements could be traced back."
             )
+        if "shift" in used and not self.patient:
+            raise UsageError("dates are shifted by patient: name one (--patient, --patient-field).")
 
     def replace(self, text: str, category: str) -> str:
         """What stands in the place of an identifier."""
@@ -92,8 +97,8 @@ def _hash(policy: Policy, text: str, category: str) -> str:
 
 def _surrogate(policy: Policy, text: str, category: str) -> str:
     """Of the same form; words come from the word lists, digits and letters from the key."""
-    if category == "date":
-        return _shift(policy, text, category)
+    if category == "date":  # not by the same days for everybody
+        return (_shift if policy.patient else _placeholder)(policy, text, category)
     if category == "age":
         return "90+" if text.isascii() else "九十多"
     if category in ("name", "location"):

@@ -13,6 +13,7 @@ from attending.phi.scan import Marker, Piece, scan
 from attending.phi.spans import CATEGORIES, MAX_SPAN, Canvas, Span
 
 WORD = re.compile(rf"[^\W\d_{HAN}]+(?:['’-][^\W\d_{HAN}]+)*")
+POSSESSIVE = re.compile("['’][sS]$")
 HAN_NAME = re.compile(rf"[{HAN}]{{2,5}}")
 STEP = 64  # a stream looks again when so many characters have come
 
@@ -40,16 +41,17 @@ def redact(text: str, policy: Policy | None = None, *, second_pass: bool = False
 def find_again(text: str, spans: list[Span]) -> list[Span]:
     """Spans, and every other mention of the names in them; needs the whole text.
 
-    A part of a name that is an ordinary word too ("Will", "May") is not looked for.
+    Capitals do not matter. A part of a name that is an ordinary word too ("Will", "May") is not
+    looked for.
     """
     names = {text[span.start : span.end] for span in spans if span.category == "name"}
     parts = {part.group() for name in names for part in WORD.finditer(name)}
-    known = {part for part in parts if len(part) > 2 and part[0].isupper()}
+    known = {part.casefold() for part in parts if len(part) > 2 and part[0].isupper()}
     known -= tagger.shipped().ordinary(known)
     han = {name for name in names if HAN_NAME.fullmatch(name)}
     canvas = Canvas(len(text))
     for word in WORD.finditer(text) if known else ():
-        if word.group() in known:
+        if POSSESSIVE.sub("", word.group()).casefold() in known:
             canvas.paint(word.start(), word.end(), "name", 0.9)
     for first in re.finditer(f"[{''.join({name[0] for name in han})}]", text) if han else ():
         for length in {len(name) for name in han}:

@@ -40,12 +40,12 @@ DATE_WORD = re.compile(r"jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|st|nd|r
 HAN_SIGN, CAPITAL, LETTER, TAGGABLE = 1, 2, 4, 8
 CACHE = 50_000  # words whose features are remembered
 THRESHOLD = {
-    "name": 0.3,
-    "location": 0.35,
-    "date": 0.5,
+    "name": 0.2,
+    "location": 0.25,
+    "date": 0.45,
     "age": 0.3,
-    "contact": 0.5,
-    "code": 0.5,
+    "contact": 0.4,
+    "code": 0.4,
 }
 """Least probability that marks a token."""
 

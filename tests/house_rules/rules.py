@@ -23,12 +23,12 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    HALLWAY: Room(0, 2_250),
-    "phi": Room(1, 2_080),
+    HALLWAY: Room(0, 2_260),
+    "phi": Room(1, 2_110),
     "tokenizer": Room(1, 250),
     "model": Room(1, 1_700),
     "verifier": Room(1, 2_000),
-    "corpus": Room(2, 2_200),
+    "corpus": Room(2, 2_220),
     "train": Room(2, 900),
     "engine": Room(2, 3_080),
     "evaluate": Room(3, 1_220),

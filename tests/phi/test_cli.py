@@ -65,7 +65,27 @@ def test_records_are_read_one_by_one(tmp_path: Path) -> None:
         {"id": 2, "note": "患者[NAME]，好转"},
     ]
     assert len(run("scan", str(path), "--field", "note", "--json").stdout.splitlines()) == 2
-    assert "line 1" in refused("scan", str(path))
+    assert "line 1 has no text 'text'" in refused("scan", str(path))
+    piped = run("redact", "-", "--records", "--field", "note", stdin=path.read_text())
+    assert piped.stdout == result.stdout
+    assert "--field needs JSON records" in refused("scan", "-", "--field", "note")
+    path.write_text('\n{"note": "MRN: 0012345"}\n{')
+    assert "line 3 is no JSON" in refused("redact", str(path), "--field", "note")
+
+
+def test_records_dates_are_shifted_by_their_own_patient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI_KEY", "sixteen bytes at least")
+    path = tmp_path / "notes.jsonl"
+    rows = [{"who": who, "text": "DOB: 13/05/1962"} for who in ("a", "b", "a")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["redact", str(path), "--category", "date=shift", "--key-variable", "PHI_KEY"]
+    told = run(*words, "--patient-field", "who").stdout.splitlines()
+    first, second, third = (json.loads(line)["text"] for line in told)
+    assert first == third != second
+    assert "name one" in refused(*words)
+    assert "no 'nobody'" in refused(*words, "--patient-field", "nobody")
 
 
 def test_redact_writes_the_text(note: Path) -> None:
@@ -75,6 +95,7 @@ def test_redact_writes_the_text(note: Path) -> None:
     assert run("redact", str(note), "--to", str(out), "--second-pass").exit_code == 0
     assert out.read_text(encoding="utf-8") == text
     assert "exists" in refused("redact", str(note), "--to", str(out))
+    assert "no folder" in refused("redact", str(note), "--to", str(out / "a" / "b.txt"))
 
 
 def test_redact_takes_actions_and_a_key(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
