@@ -29,7 +29,7 @@ class Measure(NamedTuple):
         """Median, and the whole spread."""
         low, high = min(self.values), max(self.values)
         if len(self.values) == 1:
-            return f"{low:,.2f}"
+            return f"{low:,.2f}" if abs(low) >= 1 else f"{low:.3f}"
         return f"{statistics.median(self.values):,.2f} ({low:,.2f} to {high:,.2f})"
 
 

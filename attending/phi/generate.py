@@ -32,7 +32,8 @@ SLOTS_OF = {
 CATEGORY = {name: name for name in CATEGORIES} | {
     slot: category for category, slots in SLOTS_OF.items() for slot in slots.split()
 }
-"""Slots that are identifiers; the others stand for ordinary words."""
+"""Slots that are identifiers; the others stand for ordinary words. Every `age` is marked, for the
+tagger to learn what an age is: it keeps those above 89 by itself."""
 ALPHABETS = {
     "#": "0123456789",
     "^": "ABCDEFGHJKLMNPRSTUVWXYZ",
@@ -123,7 +124,8 @@ class Writer:
             spans += [Span(s.start + length, s.end + length, s.category, 1.0) for s in found]
             parts += [text, gap]
             length += len(text) + len(gap)
-        return Note("".join(parts).rstrip(), spans)
+        text = "".join(parts).rstrip()  # a value may end in a space
+        return Note(text, [Span(s.start, min(s.end, len(text)), s.category, 1.0) for s in spans])
 
     def fill(self, fragment: str) -> tuple[str, list[Span]]:
         """A fragment with its slots filled, and where its identifiers are."""
