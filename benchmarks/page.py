@@ -79,11 +79,15 @@ def _draw(
     subjects: Sequence[str],
     found: dict[tuple[str, str], Measure],
 ) -> None:
+    columns = min(5, len(quantities))
+    rows = -(-len(quantities) // columns)
     figure, axes = pyplot.subplots(
-        1, len(quantities), figsize=(3.2 * len(quantities), 3), layout="constrained"
+        rows, columns, figsize=(3.2 * columns, 3 * rows), layout="constrained", squeeze=False
     )
-    panels = [axes] if len(quantities) == 1 else list(axes)
-    for panel, quantity in zip(panels, quantities, strict=True):
+    panels = list(axes.flat)
+    for panel in panels[len(quantities) :]:
+        panel.set_visible(False)
+    for panel, quantity in zip(panels, quantities, strict=False):
         shown = [s for s in subjects if (quantity, s) in found]
         for place, subject in enumerate(shown):
             values = found[quantity, subject].values

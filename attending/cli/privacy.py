@@ -149,7 +149,7 @@ def train(
         return
     from attending.phi import training
 
-    with progress_bar() as progress:
+    with progress_bar(of_bytes=False) as progress:
         metrics = training.run(config, to, progress)
     if as_json:
         print_json(metrics)

@@ -23,11 +23,12 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 
 
 @contextmanager
-def progress_bar() -> Iterator["Progress"]:
-    """A bar with rate and time left on standard error."""
+def progress_bar(*, of_bytes: bool = True) -> Iterator["Progress"]:
+    """A bar with time left, and for bytes the rate, on standard error."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
@@ -37,8 +38,7 @@ def progress_bar() -> Iterator["Progress"]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *([DownloadColumn(), TransferSpeedColumn()] if of_bytes else [MofNCompleteColumn()]),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err) as bar:
