@@ -110,9 +110,10 @@ def test_lines_hold_the_whole_texts_spans(text: str) -> None:
 
 @given(texts)
 @settings(max_examples=40, deadline=None)
-def test_what_has_been_redacted_stays_as_it_is(text: str) -> None:
-    once = redact(text)
-    assert redact(once).count("[") >= once.count("[")
+def test_no_identifier_that_was_found_is_left(text: str) -> None:
+    """Unless it stands elsewhere too, where nothing tells that it is one."""
+    redacted = redact(text)
     for span in scan(text):
         part = text[span.start : span.end]
-        assert len(part) < 4 or part.isspace() or part not in once or text.count(part) > 1
+        if len(part) > 3 and text.count(part) == 1:
+            assert part not in redacted
