@@ -50,7 +50,7 @@ def _parts() -> dict[str, str]:
     titles = sorted({*TABLES["titles"], *words["role"]}, key=len, reverse=True)
     own = {"single": f"[{single}]", "surname": f"(?:{double}|[{single}])"}
     ordinary = {word for name in ("word", "surname_words", "role") for word in words[name]}
-    own["ordinary"] = f"(?:{'|'.join(map(re.escape, {*TABLES['not_names'], *ordinary}))})"
+    own["ordinary"] = f"(?:{'|'.join(map(re.escape, sorted({*TABLES['not_names'], *ordinary})))})"
     own["title"] = f"(?:{'|'.join(map(re.escape, titles))})"
     return {**TABLES["parts"], **own}
 
@@ -167,16 +167,6 @@ def fill_places(text: str, canvas: Canvas) -> None:
 def _is_handle(text: str, start: int, found: str) -> bool:
     """A plain word is an account's name only behind a colon or an equals sign."""
     return not found.isalpha() or text[max(0, start - 9) : start].rstrip()[-1:] in (":", "=", "：")
-
-
-def _is_told(pattern: Pattern, tokens: Tokens, start: int) -> bool:
-    """Whether the labels of the token at a match's start allow it."""
-    index = min(int(np.searchsorted(tokens.starts, start)), len(tokens.words) - 1)
-    label, column = int(tokens.label[index]), int(tokens.column[index])
-    if pattern.unless & {label, column}:
-        return False
-    is_near = tokens.distance[index] <= pattern.near
-    return not pattern.labels or column in pattern.labels or (is_near and label in pattern.labels)
 
 
 def _paint_values(text: str, tokens: Tokens, canvas: Canvas) -> None:

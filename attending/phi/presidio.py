@@ -1,4 +1,4 @@
-"""Presidio's recognizers beside our own, as an option for whole texts; and ours for Presidio.
+"""Presidio's recognizers beside our own, as an option for whole texts.
 
 Nothing here imports Presidio: its recognizers and engines are told by their methods. Their
 decisions are not bounded to a window, so they are no part of `scan` and its stream.
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from attending.phi.scan import PhiError, scan
-from attending.phi.spans import MARK, Canvas, Span
+from attending.phi.spans import Canvas, Span
 
 CATEGORY = {
     "PERSON": "name",
@@ -64,10 +64,3 @@ def scan_with(text: str, recognizers: Iterable[Recognizer], *, least: float = 0.
     for span in scan(text):
         canvas.paint(span.start, span.end, span.category, max(span.score, 0.91))
     return canvas.spans(text)
-
-
-def entity_of(category: str) -> str:
-    """The entity under which Presidio knows one of our categories; ours, in capitals, if none."""
-    assert category in MARK, category
-    names = {ours: theirs for theirs, ours in reversed(CATEGORY.items())}
-    return names.get(category, category.upper())

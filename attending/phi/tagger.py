@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from attending.errors import CheckpointError
 from attending.linear import Floats, Ids, Linear, Rows
 from attending.phi.spans import MARK, Canvas
 from attending.phi.tokens import KINDS, TOKEN, Tokens
@@ -93,7 +94,11 @@ class Vocabulary:
         self._index: dict[str, int] = {"": 0}
         self._atoms = np.zeros((CACHE + 1, ATOMS), np.uint64)
         self._traits = np.zeros(CACHE + 1, np.uint8)
-        self._last: tuple[list[str], NDArray[np.int64]] = ([], np.zeros(0, np.int64))
+        self._last: tuple[list[str], Hashes, NDArray[np.uint8]] = (
+            [],
+            self._atoms[:0],
+            self._traits[:0],
+        )
         self._lock = threading.Lock()
 
     def features(self, tokens: Tokens, hidden: NDArray[np.bool_] | None = None) -> Ids:
@@ -103,7 +108,7 @@ class Vocabulary:
             tokens: Of a text.
             hidden: Tokens to treat as words never seen; for training, where every word is known.
         """
-        own = self._atoms[self._lookup(tokens.words)]
+        own = self._lookup(tokens.words)[0]
         kinds = self._kinds(own[:, 0])
         if hidden is not None:
             own = own.copy()
@@ -161,19 +166,23 @@ class Vocabulary:
 
     def is_medical(self, tokens: Tokens) -> NDArray[np.bool_]:
         """Whether each token is in a sequence that is an eponym's, a drug's or a formula's."""
-        kinds = self._kinds(self._atoms[self._lookup(tokens.words)][:, 0])
+        kinds = self._kinds(self._lookup(tokens.words)[0][:, 0])
         found: NDArray[np.bool_] = (kinds & Hash(8 * 64)) > 0
         return found
 
     def traits(self, tokens: Tokens) -> NDArray[np.uint8]:
         """What each token is: the bits HAN_SIGN, CAPITAL, LETTER and TAGGABLE."""
-        return self._traits[self._lookup(tokens.words)]
+        return self._lookup(tokens.words)[1]
 
-    def _lookup(self, words: list[str]) -> NDArray[np.int64]:
-        """The rows of words; those of the same list are asked for several times."""
-        with self._lock:  # several threads may share a tagger
-            if words is self._last[0]:
-                return self._last[1]
+    def _lookup(self, words: list[str]) -> tuple[Hashes, NDArray[np.uint8]]:
+        """Hashes and traits of words, not to be changed; asked for several times of one list.
+
+        Several threads may share a tagger: what one has read must not change when another forgets.
+        """
+        with self._lock:
+            last, atoms, traits = self._last
+            if words is last:
+                return atoms, traits
             if len(self._index) + len(words) > CACHE:
                 self._index = {"": 0}
             for word in set(words) - self._index.keys():
@@ -181,8 +190,8 @@ class Vocabulary:
                 self._traits[len(self._index)] = _traits(word)
                 self._index[word] = len(self._index)
             found = np.fromiter((self._index[word] for word in words), np.int64, len(words))
-            self._last = (words, found)
-            return found
+            self._last = (words, self._atoms[found], self._traits[found])
+            return self._last[1:]
 
     def _kinds(self, words: Hashes) -> Hashes:
         """What the lexicon says of every token: of itself, and of the sequences that it is in."""
@@ -211,8 +220,6 @@ class Tagger:
 
     def __init__(self, model: Linear, lexicon: Lexicon, smoother: Floats) -> None:
         """Raises CheckpointError where the weights are not a tagger's."""
-        from attending.errors import CheckpointError
-
         if model.labels != LABELS or len(model.weights) != BUCKETS:
             raise CheckpointError(
                 f"the tagger has labels {model.labels} and {len(model.weights)} buckets, expected "

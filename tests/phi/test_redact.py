@@ -1,9 +1,11 @@
 """Whole texts, streams, second looks, and what happens when a part fails."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from attending.phi import PhiError, Stream, find_again, matcher, redact, scan, tagger
-from attending.phi.presidio import entity_of, scan_with
+from attending.phi.presidio import scan_with
 
 NOTE = (
     "Patient: Amara Okonkwo, DOB 13/05/1962. Ms. Okonkwo called from (555) 123-4567.\n"
@@ -84,11 +86,17 @@ def test_presidios_recognizers_add_to_ours() -> None:
         ("name", "zzyzx"),
         ("mrn", "00123456"),
     ]
-    assert entity_of("name") == "PERSON"
-    assert entity_of("wechat") == "WECHAT"
 
 
 def test_a_presidio_recognizer_that_fails_lets_nothing_through() -> None:
     with pytest.raises(PhiError, match="Broken failed") as error:
         scan_with("Amara Okonkwo", [Broken()])
     assert "Amara" not in str(error.value)
+
+
+def test_threads_that_share_the_tagger_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tagger, "CACHE", 200)  # so that words are forgotten all the time
+    texts = [f"Patient: Amara Okonkwo{n}. " + NOTE * 2 + f"word{n} " * 5 for n in range(40)]
+    alone = [scan(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(scan, texts)) == alone
