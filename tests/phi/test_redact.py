@@ -1,11 +1,10 @@
 """Whole texts, streams, second looks, and what happens when a part fails."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from attending.phi import PhiError, Stream, find_again, matcher, redact, scan, tagger
 from attending.phi.presidio import scan_with
+from attending.phi.tokens import tokenise
 
 NOTE = (
     "Patient: Amara Okonkwo, DOB 13/05/1962. Ms. Okonkwo called from (555) 123-4567.\n"
@@ -94,9 +93,13 @@ def test_a_presidio_recognizer_that_fails_lets_nothing_through() -> None:
     assert "Amara" not in str(error.value)
 
 
-def test_threads_that_share_the_tagger_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tagger, "CACHE", 200)  # so that words are forgotten all the time
-    texts = [f"Patient: Amara Okonkwo{n}. " + NOTE * 2 + f"word{n} " * 5 for n in range(40)]
-    alone = [scan(text) for text in texts]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(scan, texts)) == alone
+def test_what_a_thread_has_looked_up_stays_when_another_forgets_it() -> None:
+    words = tagger.Vocabulary(tagger.Lexicon.build({}))
+    tokens = tokenise("Amara Okonkwo of Springfield")
+    before = words.features(tokens)
+    looked_up, _ = words._lookup(tokens.words)
+    kept = looked_up.copy()
+    for first in range(0, tagger.CACHE + 1000, 1000):  # more words than are remembered
+        words.features(tokenise(" ".join(f"{n:x}z" for n in range(first, first + 1000))))
+    assert (looked_up == kept).all()
+    assert (words.features(tokens) == before).all()
