@@ -82,7 +82,11 @@ class ShardWriter:
 
 
 def write_index(folder: Path, shards: Sequence[ShardInfo], **facts: Any) -> None:
-    """Write `index.json`: `end_of_text`, `tokenizer_sha256`, `sources`, `domains`, the shards."""
+    """Write `index.json`: the facts, and the shards.
+
+    The facts are `begin_of_text` (the id before every text, or None), `end_of_text`,
+    `tokenizer_sha256`, `sources` and `domains`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "index.json", {**facts, "shards": [one._asdict() for one in shards]})
 

@@ -6,6 +6,7 @@ task works out the whole order from the tasks' indices and writes its share of t
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,9 +22,7 @@ from attending.corpus.recipe import PackConfig
 from attending.corpus.split import draw
 from attending.corpus.steps import Part
 from attending.errors import TokenizerError
-from attending.model.files import gguf_in
-from attending.model.gguf_file import open_gguf
-from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
+from attending.model.files import read_tokenizer
 from attending.shards import ShardInfo, ShardWriter
 from attending.sources import resolve
 
@@ -47,9 +46,10 @@ Rows = NDArray[np.void]
 
 
 class Encoder(NamedTuple):
-    """A tokenizer and what ends a document."""
+    """A tokenizer, and what begins and ends a document."""
 
     tokenizer: Tokenizer
+    begin_of_text: int | None  # None: it puts nothing before a text
     end_of_text: int
     sha256: str  # of the definition
 
@@ -62,14 +62,7 @@ class Encoder(NamedTuple):
             SourceError: It is not there.
             TokenizerError: It has no control token that ends a text.
         """
-        path = resolve(config.tokenizer).path
-        if gguf := gguf_in(path):
-            metadata = open_gguf(gguf).metadata
-            tokenizer = Tokenizer(tokenizer_json(metadata), tokenizer_config(metadata))
-        elif path.is_dir() or path.name == "tokenizer.json":
-            tokenizer = Tokenizer.from_folder(path if path.is_dir() else path.parent)
-        else:
-            raise TokenizerError(f"{path.name} is no folder, tokenizer.json or .gguf file.")
+        tokenizer = read_tokenizer(resolve(config.tokenizer).path)
         own = tokenizer.config.get("eos_token")
         names = [config.end_of_text] if config.end_of_text else [*ENDS]
         names += [own] if isinstance(own, str) and not config.end_of_text else []
@@ -80,11 +73,12 @@ class Encoder(NamedTuple):
                 "ends a document with --set pack.end_of_text=..."
             )
         definition = json.dumps(tokenizer.definition, sort_keys=True).encode()
-        return cls(tokenizer, ends[0], hashlib.sha256(definition).hexdigest())
+        begin = next(iter(tokenizer.encode("")), None)
+        return cls(tokenizer, begin, ends[0], hashlib.sha256(definition).hexdigest())
 
 
 class Tokenise(Part):
-    """Token ids of a task's documents, and a row for every time that one is seen."""
+    """Token ids of a task's documents, a row for every time that one is seen, and the sample."""
 
     name = "tokenise"
 
@@ -94,8 +88,10 @@ class Tokenise(Part):
         rows: list[tuple[int, ...]] = []
         position = 0
         path = self.work / "tokens" / f"{rank:05d}.bin"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
+        sampled = self.work / "sample" / f"{rank:05d}.jsonl"
+        for folder in (path.parent, sampled.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file, sampled.open("wb") as sample:
             for document in data:
                 told = document.metadata
                 # The text's own `<|endoftext|>` is spelled; only ours is the control token.
@@ -110,7 +106,14 @@ class Tokenise(Part):
                     for repeat in range(told["times"])
                 ]
                 position += len(ids)
+                if self._is_sampled(document):
+                    row = {"text": document.text, "domain": told["domain"]}
+                    sample.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         write_whole(path.with_suffix(".rows"), np.array(rows, ROW).tobytes())
+
+    def _is_sampled(self, document: Document) -> bool:
+        told, drawn = self.config.pack, draw("sample text", self.config.pack.seed, document.id)
+        return not document.metadata["is_held_out"] and drawn < told.sample_share * 2**64
 
 
 class Shard(NamedTuple):
@@ -163,6 +166,14 @@ class Pack(Part):
                     writer.add(ids, int(row["bytes"]), int(row["source"]), int(row["domain"]))
             written += [[part, *info] for info in writer.shards]
         write_whole(self.work / "shards" / f"{rank:05d}.json", json.dumps(written).encode())
+
+
+def join_sample(draft: Path) -> None:
+    """What the tasks sampled, as one file."""
+    with (draft / "sample.jsonl").open("wb") as whole:
+        for file in sorted((draft / "work" / "sample").glob("*.jsonl")):
+            with file.open("rb") as part:
+                shutil.copyfileobj(part, whole)
 
 
 def read_shards(draft: Path) -> list[tuple[str, list[ShardInfo]]]:

@@ -140,6 +140,9 @@ class PackConfig(Config):
     """Size of a shard file, four bytes a token."""
     seed: int = 0
     """Of the order in which documents are mixed."""
+    sample_share: NonNegativeFloat = Field(0.0, le=1)
+    """So large a part of the training documents is also written, as text, to `sample.jsonl`: what a
+    tokenizer is trained on."""
 
 
 class ExecutorConfig(Config):

@@ -34,6 +34,7 @@ from attending.corpus.pack import (
     Pack,
     Rows,
     Tokenise,
+    join_sample,
     read_rows,
     read_shards,
 )
@@ -323,8 +324,11 @@ def _finish(
         )
     artifact.write_json(draft / "funnel.json", account)
     encoder = Encoder.load(config.pack)
-    facts = {"end_of_text": encoder.end_of_text, "tokenizer_sha256": encoder.sha256}
-    facts |= {"sources": list(config.sources), "domains": list(DOMAINS)}
+    facts: dict[str, Any] = {"sources": list(config.sources), "domains": list(DOMAINS)}
+    facts |= {"begin_of_text": encoder.begin_of_text, "end_of_text": encoder.end_of_text}
+    facts |= {"tokenizer_sha256": encoder.sha256}
+    if config.pack.sample_share:
+        join_sample(draft)
     metrics: dict[str, float] = {}
     for part, shards in read_shards(draft):
         write_index(draft / part, shards, **facts)

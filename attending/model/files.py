@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attending.errors import CheckpointError
+from attending.chat import Tokenizer
+from attending.errors import CheckpointError, TokenizerError
 from attending.model.architecture import Architecture, parse_config
 from attending.model.gguf_file import open_gguf
+from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,6 +27,21 @@ def read_config(path: Path) -> Architecture:
     if not file.is_file():
         raise CheckpointError(f"{path.name} has no config.json; {_found(path)}")
     return parse_config(read_json(file))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder, a `tokenizer.json` or a GGUF file.
+
+    Raises:
+        TokenizerError: There is none, or it cannot be read.
+        CheckpointError: The GGUF file is damaged.
+    """
+    if gguf := gguf_in(path):
+        metadata = open_gguf(gguf).metadata
+        return Tokenizer(tokenizer_json(metadata), tokenizer_config(metadata))
+    if not path.is_dir() and path.name != "tokenizer.json":
+        raise TokenizerError(f"{path.name} is no folder, tokenizer.json or .gguf file.")
+    return Tokenizer.from_folder(path if path.is_dir() else path.parent)
 
 
 def weight_files(folder: Path) -> list[Path]:

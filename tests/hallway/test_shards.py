@@ -11,7 +11,8 @@ from attending.errors import CheckpointError
 from attending.shards import Shards, ShardWriter, write_index
 
 END = 0
-FACTS = {"end_of_text": END, "tokenizer_sha256": "ab", "sources": ["a"], "domains": ["general"]}
+FACTS = {"begin_of_text": None, "end_of_text": END, "tokenizer_sha256": "ab"}
+FACTS |= {"sources": ["a"], "domains": ["general"]}
 
 
 def write(folder: Path, lengths: list[int], limit: int) -> list[np.ndarray]:
