@@ -30,6 +30,7 @@ for verb in (
     use.doctor,
     use.report,
     build.corpus,
+    build.tokenizer,
 ):
     app.command()(verb)
 app.add_typer(privacy.app, name="phi")

@@ -1,4 +1,4 @@
-"""The verbs that build: corpus, and the training stages to come."""
+"""The verbs that build: corpus, tokenizer, and the training stages to come."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attending.cli.terminal import JsonFlag, err, escape, out, print_json
+from attending.cli.terminal import JsonFlag, err, escape, out, print_json, print_table, progress_bar
 from attending.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +53,38 @@ def corpus(
     for part, tokens in result.tokens.items():
         err.print(f"{escape(part)}: {tokens:,} tokens, {result.documents[part]:,} documents")
     err.print(f"What was removed, and why: {escape(result.out / 'report.html')}")
+    out.print(str(result.out), markup=False)
+
+
+def tokenizer(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe, or a .toml file.")],
+    set_: SetOption = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a vocabulary on clean text; measure it beside others."""
+    from attending.tokenizer.recipe import TokenizerConfig
+
+    config = TokenizerConfig.load(recipe, "tokenizer", set_ or ())
+    from attending.tokenizer.train import estimate, train
+
+    if dry_run:
+        print_json({"recipe": config.model_dump(mode="json"), "takes": estimate(config)})
+        return
+    target = out_dir or Path("out") / f"tokenizer-{Path(recipe).stem}"
+    with progress_bar() as progress:
+        result = train(config, target, progress)
+    if as_json:
+        print_json({**result._asdict(), "out": str(result.out)})
+        return
+    for note in result.notes:
+        err.print(f"note: {escape(note)}")
+    head = ["sample", "tokenizer", *(f"tokens/{unit}" for unit in ("byte", "character", "word"))]
+    rows = [list(row.values()) for row in result.fertility]
+    shown = [[f"{v:.3f}" if isinstance(v, float) else str(v or "-") for v in row] for row in rows]
+    print_table(head, shown, to=err)
+    err.print(f"{config.vocab_size:,} tokens of {result.num_bytes:,} bytes of text")
     out.print(str(result.out), markup=False)
 
 

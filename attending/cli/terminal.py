@@ -55,7 +55,7 @@ def progress_bar(*, of_bytes: bool = True) -> Iterator["Progress"]:
         yield show
 
 
-def print_table(headers: list[str], rows: list[list[str]]) -> None:
+def print_table(headers: list[str], rows: list[list[str]], to: Console = out) -> None:
     """Columns without a frame; numbers stand to the right where there are several."""
     table = Table(box=None, pad_edge=False)
     for index, header in enumerate(headers):
@@ -64,7 +64,7 @@ def print_table(headers: list[str], rows: list[list[str]]) -> None:
         )
     for row in rows:
         table.add_row(*row)
-    out.print(table)
+    to.print(table)
 
 
 def print_json(values: object) -> None:

@@ -25,7 +25,7 @@ class Room(NamedTuple):
 ROOMS = {
     HALLWAY: Room(0, 2_260),
     "phi": Room(1, 2_110),
-    "tokenizer": Room(1, 250),
+    "tokenizer": Room(2, 250),
     "model": Room(1, 1_700),
     "verifier": Room(1, 2_000),
     "corpus": Room(2, 2_220),

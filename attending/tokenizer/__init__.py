@@ -1,0 +1,1 @@
+"""Trains the vocabulary: clean text in, a byte-level BPE with its chat template out."""
