@@ -28,7 +28,7 @@ ROOMS = {
     "tokenizer": Room(2, 250),
     "model": Room(1, 1_700),
     "verifier": Room(1, 2_000),
-    "corpus": Room(2, 2_220),
+    "corpus": Room(2, 2_230),
     "train": Room(2, 900),
     "engine": Room(2, 3_080),
     "evaluate": Room(3, 1_220),
