@@ -6,6 +6,7 @@ own strings still match, and the marks are taken out before the pieces between a
 """
 
 import datetime
+import hashlib
 import itertools
 import json
 import re
@@ -71,6 +72,17 @@ class Tokenizer:
             named = {entry["name"]: entry["template"] for entry in config["chat_template"]}
             config["chat_template"] = named.get("default")
         return cls(definition, config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the definition: what it says, however the file is spaced."""
+        return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id."""
+        known = [*self.definition["model"]["vocab"].values(), *self._by_id]
+        return int(max(known)) + 1
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, with the beginning-of-text id if this tokenizer adds one."""

@@ -47,6 +47,10 @@ class ReplyError(AttendingError, ValueError):
     """An endpoint answered, but the answer cannot be used; it is never scored as if it could."""
 
 
+class TrainingError(AttendingError, RuntimeError):
+    """Training cannot go on from here; the state saved last is whole. The message has a remedy."""
+
+
 class CheckFailed(AttendingError, RuntimeError):  # noqa: N818  (a result, not a fault)
     """A gate or a verification ran to its end and said no."""
 

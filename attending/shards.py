@@ -117,6 +117,10 @@ class Shards:
         found: np.void = self._rows[shard][row]
         return found
 
+    def column(self, field: str) -> NDArray[Any]:
+        """One field of every document's record, in order."""
+        return np.concatenate([np.empty(0, FIELDS[field]), *(rows[field] for rows in self._rows)])
+
     def document(self, number: int) -> Tokens:
         """The ids of a document, without a copy; IndexError if there is none."""
         start, length = int(self.record(number)["start"]), int(self.record(number)["tokens"])

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attending import __version__, logs
-from attending.cli import build, privacy, use
+from attending.cli import build, privacy, train, use
 from attending.cli.terminal import err, escape, out
 from attending.errors import AttendingError
 from attending.mesh import SHORT_SPIN
@@ -31,6 +31,7 @@ for verb in (
     use.report,
     build.corpus,
     build.tokenizer,
+    train.pretrain,
 ):
     app.command()(verb)
 app.add_typer(privacy.app, name="phi")

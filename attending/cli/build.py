@@ -1,4 +1,4 @@
-"""The verbs that build: corpus, tokenizer, and the training stages to come."""
+"""The verbs that prepare text: corpus and tokenizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from attending.corpus.run import Progress
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Change a value: a.b=value.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")]
 
 
 def corpus(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe, or a .toml file.")],
     set_: SetOption = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")] = False,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
     keep_work: Annotated[
         bool, typer.Option("--keep-work", help="Leave the documents between the stages.")
     ] = False,
@@ -60,7 +62,7 @@ def tokenizer(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe, or a .toml file.")],
     set_: SetOption = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a vocabulary on clean text; measure it beside others."""

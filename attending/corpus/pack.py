@@ -4,7 +4,6 @@ The order is by a hash of seed, id and repeat, so it depends on neither tasks no
 task works out the whole order from the tasks' indices and writes its share of the shards.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -72,9 +71,8 @@ class Encoder(NamedTuple):
                 f"the tokenizer has none of {', '.join(names)} as a control token: name one that "
                 "ends a document with --set pack.end_of_text=..."
             )
-        definition = json.dumps(tokenizer.definition, sort_keys=True).encode()
         begin = next(iter(tokenizer.encode("")), None)
-        return cls(tokenizer, begin, ends[0], hashlib.sha256(definition).hexdigest())
+        return cls(tokenizer, begin, ends[0], tokenizer.sha256)
 
 
 class Tokenise(Part):

@@ -7,7 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from attending.engine.scheduler import Output, Request, Scheduler
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
-from attending.model.checkpoint import load_decoder, open_checkpoint, save_weights
+from attending.model.checkpoint import load_decoder, open_checkpoint, save_model
 from attending.model.files import read_json
 from attending.sources import Resolved, resolve
 
@@ -221,21 +221,12 @@ class Model:
     def save(self, folder: Path | str, max_shard_bytes: int = 5_000_000_000) -> Path:
         """Write a Hugging Face model folder with its `run.json`; refuses to overwrite."""
         target = Path(folder)
-        stored = next(self.decoder.parameters()).dtype
-        arch = replace(self.arch, dtype=str(stored).removeprefix("torch."))
         parent = {"uri": self.origin.uri, "sha256": artifact.digest(self.origin.path)}
         record = artifact.Record("save", recipe={}, seed=None, parents=[parent])
         with artifact.publish(target) as draft:
-            artifact.write_json(draft / "config.json", arch.to_config())
-            artifact.write_json(draft / "tokenizer.json", self.tokenizer.definition)
-            config = {k: v for k, v in self.tokenizer.config.items() if k != "chat_template"}
-            artifact.write_json(draft / "tokenizer_config.json", config)
-            if self.tokenizer.template:
-                template = draft / "chat_template.jinja"
-                template.write_text(self.tokenizer.template, encoding="utf-8")
             generation = {**self._settings, "eos_token_id": sorted(self.stop_ids)}
-            artifact.write_json(draft / "generation_config.json", generation)
-            save_weights(self.decoder.state_dict(), draft, max_shard_bytes)
+            weights = self.decoder.state_dict()
+            save_model(draft, self.arch, weights, self.tokenizer, generation, max_shard_bytes)
             artifact.finish(draft, record, title=target.name, note=self.origin.note)
         return target
 

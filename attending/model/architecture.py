@@ -72,6 +72,8 @@ class Architecture:
     out_bias: bool
     mlp_bias: bool
     tied: bool
+    conv_window: int
+    """Tokens that Baichuan-M1's convolution over K and V mixes: 2, or 1 for none (an ablation)."""
     eos_ids: tuple[int, ...]
     initializer_range: float
     dtype: str
@@ -138,7 +140,8 @@ class Architecture:
             shapes["o_proj.bias"] = (hidden,)
         if self.is_m1:
             shapes["W_pack.weight"] = (rows + 2 * kv_rows, hidden)
-            shapes["conv_k"] = shapes["conv_v"] = (1, 1, spec.num_kv_heads, 1, 2)
+            if self.conv_window > 1:
+                shapes["conv_k"] = shapes["conv_v"] = (1, 1, spec.num_kv_heads, 1, 2)
             return shapes
         for name, size in (("q_proj", rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
             shapes[f"{name}.weight"] = (size, hidden)
@@ -183,6 +186,7 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
         out_bias=attention_bias,
         mlp_bias=family == "llama" and read.flag("mlp_bias", False),
         tied=read.flag("tie_word_embeddings", False),
+        conv_window=read.integer("conv_window", 2) if family == "baichuan_m1" else 1,
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         initializer_range=read.number("initializer_range", 0.02),
         dtype=_dtype(config, "bfloat16" if qwen else "float32"),
@@ -232,10 +236,10 @@ def _refuse_unimplemented(config: Mapping[str, Any], family: Family) -> None:
     if (config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not implemented.")
     if family == "baichuan_m1":
-        for key, value in (("conv_window", 2), ("tie_word_embeddings", False)):
-            if config.get(key, value) != value:
+        for key, values in (("conv_window", (2, 1)), ("tie_word_embeddings", (False,))):
+            if config.get(key, values[0]) not in values:
                 raise CheckpointError(
-                    f"config.json: {key} is {config[key]!r}; Baichuan-M1 has {value}."
+                    f"config.json: {key} is {config[key]!r}; Baichuan-M1 has {values[0]}."
                 )
 
 

@@ -25,6 +25,8 @@ class Packed:
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])
         self._is_first = (self.positions == 0)[:, None, None]
+        ends = list(accumulate(self.lengths, initial=0))
+        self._ends = torch.tensor(ends, dtype=torch.int32, device=device)
 
     def previous(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The rows one earlier; zero at every sequence's start."""
@@ -34,12 +36,35 @@ class Packed:
         )
 
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention by segment; segments of one length go as one batch."""
+        """Attention by segment; segments of one length go as one batch.
+
+        On CUDA in half precision all segments are one call of FlashAttention.
+        """
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self._varlen(spec, q, k, v)
         if len(set(self.lengths)) == 1:
             parts = (x.reshape(-1, self.lengths[0], *x.shape[1:]) for x in (q, k, v))
             return self._segments(spec, *parts).flatten(0, 1)
         rows = zip(*(torch.split(x, self.lengths) for x in (q, k, v)), strict=True)
         return torch.cat([self._segments(spec, *(x[None] for x in row))[0] for row in rows])
+
+    def _varlen(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.10; needed on CUDA alone
+
+        longest = max(self.lengths)
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            self._ends,
+            self._ends,
+            longest,
+            longest,
+            window_size=(-1 if spec.window is None else spec.window - 1, 0),
+            enable_gqa=spec.num_heads != spec.num_kv_heads,
+        )
+        assert isinstance(out, Tensor), "asked for nothing else"
+        return out
 
     def _segments(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[1]

@@ -7,14 +7,16 @@ them all. There is no partial load, and no format that can run code.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attending.artifact import write_json
 from attending.chat import Tokenizer
 from attending.errors import CheckpointError
 from attending.model.architecture import Architecture, parse_config
@@ -79,6 +81,35 @@ def load_decoder(
         weights = dict(zip(names, threads.map(convert, names), strict=True))
     decoder.load_state_dict(weights, strict=True, assign=True)
     return decoder.requires_grad_(False).eval()
+
+
+def save_model(
+    folder: Path,
+    arch: Architecture,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    generation: Mapping[str, Any],
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write what makes a Hugging Face model folder: configurations, tokenizer, template, weights.
+
+    Args:
+        folder: An existing folder.
+        arch: Its dtype becomes that of the tensors.
+        tensors: Official name -> tensor.
+        tokenizer: With its chat template, if it has one.
+        generation: What `generation_config.json` holds.
+        max_shard_bytes: As in `save_weights`.
+    """
+    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", replace(arch, dtype=stored).to_config())
+    write_json(folder / "tokenizer.json", tokenizer.definition)
+    config = {k: v for k, v in tokenizer.config.items() if k != "chat_template"}
+    write_json(folder / "tokenizer_config.json", config)
+    if tokenizer.template:
+        (folder / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    write_json(folder / "generation_config.json", generation)
+    save_weights(tensors, folder, max_shard_bytes)
 
 
 def save_weights(

@@ -8,14 +8,18 @@ Shapes: T tokens of all sequences, D hidden size, N heads, K key-value heads, H 
 vocabulary.
 """
 
+import dataclasses
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
 from attending.model.architecture import Architecture, LayerSpec, Rope
+
+Result = TypeVar("Result")
 
 
 class Attend(Protocol):
@@ -68,24 +72,55 @@ class Decoder(nn.Module):
             return at_least_float32(F.linear(hidden, self.model.embed_tokens.weight))
         return at_least_float32(self.lm_head(hidden))
 
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal(0, initializer_range) matrices, unit norms, zero biases; convolution as M1 has it.
+    def head_weight(self) -> Tensor:
+        """[V, D]: hidden states times its transpose are the logits."""
+        if self.arch.tied:
+            return self.model.embed_tokens.weight
+        if not self.arch.is_m1:
+            return self.lm_head.weight
+        weight = self.lm_head.weight
+        return (at_least_float32(weight) / vocabulary_norms(weight)[:, None]).to(weight.dtype)
 
-        M1's taps start as a softmax of normals: positive, summing to one per head.
+    def measure(
+        self, ids: Tensor, attend: Attend, of: Callable[[Tensor, Tensor], Result]
+    ) -> Result:
+        """What `of` makes of the hidden states [T, D] and the head's weight [V, D].
+
+        A loss goes through here, so that under FSDP one forward holds all it needs.
         """
+        return of(self(ids, attend), self.head_weight())
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Another base from here on, as a stage with a longer context has it."""
+        rope = dataclasses.replace(self.arch.rope, theta=theta)
+        self.arch = dataclasses.replace(self.arch, rope=rope)
+        self.model.set_rope(rope)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every weight, see `init_weight`."""
         for name, weight in self.named_parameters():
-            if name.endswith(("conv_k", "conv_v")):
-                weight.copy_(torch.randn(weight.shape, generator=generator).softmax(-1))
-            elif name.endswith("bias"):
-                weight.zero_()
-            elif weight.dim() == 1:
-                weight.fill_(1.0)
-            elif name == "lm_head.weight" and self.arch.is_m1:
-                bound = 1 / math.sqrt(self.arch.hidden_size)  # kaiming_uniform(a=sqrt(5))
-                weight.uniform_(-bound, bound, generator=generator)
-            else:
-                weight.normal_(0.0, self.arch.initializer_range, generator=generator)
+            init_weight(self.arch, name, weight, generator)
+
+
+@torch.no_grad()
+def init_weight(
+    arch: Architecture, name: str, weight: Tensor, generator: torch.Generator | None = None
+) -> None:
+    """Normal(0, initializer_range) matrices, unit norms, zero biases; convolution as M1 has it.
+
+    M1's taps start as a softmax of normals: positive, summing to one per head.
+    """
+    if name.endswith(("conv_k", "conv_v")):
+        weight.copy_(torch.randn(weight.shape, generator=generator).softmax(-1))
+    elif name.endswith("bias"):
+        weight.zero_()
+    elif weight.dim() == 1:
+        weight.fill_(1.0)
+    elif name == "lm_head.weight" and arch.is_m1:
+        bound = 1 / math.sqrt(arch.hidden_size)  # kaiming_uniform(a=sqrt(5))
+        weight.uniform_(-bound, bound, generator=generator)
+    else:
+        weight.normal_(0.0, arch.initializer_range, generator=generator)
 
 
 class Backbone(nn.Module):
@@ -93,13 +128,16 @@ class Backbone(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.rope = arch.rope
         self.embed_tokens = Embedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList(Block(arch, spec) for spec in arch.layers)
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        sizes = {spec.head_dim for spec in arch.layers}
+        self.sizes = {spec.head_dim for spec in arch.layers}
+        self.set_rope(arch.rope)
+
+    def set_rope(self, rope: Rope) -> None:
         # Not buffers: casting the model must not round them, and checkpoints do not hold them.
-        self.frequencies = {size: inverse_frequencies(arch.rope, size) for size in sizes}
+        self.rope = rope
+        self.frequencies = {size: inverse_frequencies(rope, size) for size in self.sizes}
 
     def forward(self, ids: Tensor, attend: Attend) -> Tensor:
         rotations = {
@@ -177,12 +215,16 @@ class M1Attention(Attention):
     def build_projections(self, arch: Architecture) -> None:
         spec = self.spec
         self.W_pack = Linear(arch.hidden_size, self.rows + 2 * self.kv_rows, bias=False)
-        self.conv_k = nn.Parameter(torch.empty(1, 1, spec.num_kv_heads, 1, 2))
-        self.conv_v = nn.Parameter(torch.empty(1, 1, spec.num_kv_heads, 1, 2))
+        self.has_conv = arch.conv_window > 1
+        if self.has_conv:
+            self.conv_k = nn.Parameter(torch.empty(1, 1, spec.num_kv_heads, 1, 2))
+            self.conv_v = nn.Parameter(torch.empty(1, 1, spec.num_kv_heads, 1, 2))
 
     def project(self, x: Tensor, attend: Attend) -> tuple[Tensor, Tensor, Tensor]:
         packed = self.W_pack(x).split([self.rows, self.kv_rows, self.kv_rows], dim=-1)
         q, k, v = (self.heads(part) for part in packed)
+        if not self.has_conv:
+            return q, k, v
         k_before, v_before = attend.previous(self.spec, k, v)
         return q, two_taps(k_before, k, self.conv_k), two_taps(v_before, v, self.conv_v)
 

@@ -1,0 +1,1 @@
+"""A base model from token shards, in Baichuan-M1's stages."""

@@ -1,0 +1,100 @@
+"""What a pretraining run is told: the record behind `recipes/pretrain/NAME.toml`."""
+
+from typing import Any
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from attending.config import Config
+from attending.train.recipe import (
+    AssumedConfig,
+    BatchConfig,
+    ComputeConfig,
+    HeldoutConfig,
+    OptimizerConfig,
+    StateConfig,
+)
+from attending.train.schedule import Phase, Rates, Shape, SkipRule
+
+
+class StageConfig(Config):
+    """A stretch of training with one context, mixture and shape of the learning rate."""
+
+    name: str = Field(pattern=r"[a-z0-9_]+")
+    """Used in folders and metrics."""
+    tokens: PositiveInt
+    """Targets; rounded up to whole steps."""
+    context: PositiveInt
+    """Targets of a row; documents are packed into rows and cut at their ends."""
+    rope_theta: PositiveFloat
+    """Base of the rotary embedding."""
+    mixture: dict[str, NonNegativeFloat] = Field(min_length=1)
+    """Share of the tokens by the corpus' domains."""
+    schedule: Shape = "constant"
+    """The learning rate stays, or falls as a cosine from the peak to the final one."""
+
+
+class PretrainConfig(Config):
+    """From token shards to a base model."""
+
+    corpus: str
+    """Folder that `attending corpus` wrote."""
+    tokenizer: str
+    """The tokenizer that the corpus was encoded with: a source, such as a folder."""
+    model: dict[str, Any]
+    """What stands in `config.json`; end-of-text and begin-of-text ids are the tokenizer's."""
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """In order."""
+    batch: BatchConfig
+    """Tokens of a step."""
+    optimizer: OptimizerConfig
+    """AdamW, schedule, guards."""
+    compute: ComputeConfig = ComputeConfig()
+    """How it is computed."""
+    state: StateConfig
+    """What it can be resumed from."""
+    heldout: HeldoutConfig
+    """Watching."""
+    assumed: AssumedConfig = AssumedConfig()
+    """Hardware for `--dry-run`."""
+    seed: int = 0
+    """Of the first weights."""
+    data_seed: int = 0
+    """Of the order of documents, so that runs may share it."""
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The stages as the schedule sees them."""
+        return [Phase(-(-s.tokens // self.batch.tokens), s.schedule) for s in self.stages]
+
+    @property
+    def rates(self) -> Rates:
+        """Of the schedule."""
+        return Rates(self.optimizer.peak, self.optimizer.final)
+
+    @property
+    def rule(self) -> SkipRule:
+        """Of the adaptive gradient update."""
+        optimizer = self.optimizer
+        return SkipRule(optimizer.skip_window, optimizer.skip_factor, optimizer.skip_margin)
+
+    def stage_at(self, step: int) -> StageConfig:
+        """The stage that makes a step; after the end, the last one."""
+        for stage, phase in zip(self.stages, self.phases, strict=True):
+            if step < phase.steps:
+                return stage
+            step -= phase.steps
+        return self.stages[-1]
+
+    def rows_at(self, stage: StageConfig) -> int:
+        """Rows of a step, over all ranks."""
+        return self.batch.tokens // stage.context
+
+    @property
+    def num_steps(self) -> int:
+        """Of all stages."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Rounded up."""
+        return -(-self.optimizer.warmup_tokens // self.batch.tokens)

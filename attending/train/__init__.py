@@ -1,0 +1,1 @@
+"""What every training stage shares: batches, losses, schedules, the step, its state, its scale."""

@@ -1,0 +1,106 @@
+"""What training takes, by arithmetic: operations, memory of a rank, time."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from attending.model.architecture import Architecture
+from attending.model.scoring import CHUNK
+
+GIB = 2**30
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    """Blocks that are whole for a moment: this one and the next, and the head's unit."""
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def flops_per_token(arch: Architecture, context: int) -> float:
+    """Of forward and backward: six a matrix weight, and attention over what is seen.
+
+    The embedding is looked up, not multiplied. A token of a full layer sees half the context on
+    average, of a windowed layer at most its window. Norms, rotations and the like are left out.
+    """
+    matrices = sum(rows * cols for rows, cols in _matrices(arch))
+    attention = 0.0
+    for spec in arch.layers:
+        window = min(spec.window or context, context)
+        seen = window - window * (window - 1) / (2 * context)  # mean over the context's positions
+        attention += 2 * spec.num_heads * spec.head_dim * seen  # scores, and values
+    return 6 * (matrices + attention)
+
+
+def memory(
+    arch: Architecture, micro_tokens: int, ranks: int, *, half: bool, recompute: bool
+) -> Memory:
+    """Of one rank under FSDP2; with one rank nothing is cut or gathered."""
+    weights = arch.num_parameters()
+    size = 2 if half else 4
+    block = max(_block_weights(arch, index) for index in range(len(arch.layers)))
+    outside = weights - sum(_block_weights(arch, index) for index in range(len(arch.layers)))
+    # Whole for a moment: two blocks and the head's unit as products read them, and their
+    # gradients as they are reduced.
+    gathered = (2 * block + outside) * size + (block + outside) * 4 if ranks > 1 or half else 0
+    per_layer = max(_kept_per_token(arch, index) for index in range(len(arch.layers)))
+    layers = len(arch.layers)
+    kept = arch.hidden_size * layers + per_layer if recompute else per_layer * layers
+    chunk = min(CHUNK, micro_tokens) * arch.vocab_size
+    return Memory(
+        weights=4 * weights // ranks,
+        gradients=4 * weights // ranks,
+        optimizer=8 * weights // ranks,
+        gathered=gathered,
+        activations=(kept + 3 * arch.hidden_size) * size * micro_tokens,
+        logits=3 * 4 * chunk + 4 * arch.vocab_size * arch.hidden_size,
+    )
+
+
+def matrix_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations a second of the best of several large products on this device."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.monotonic()
+        (a @ b)[0, 0].item()  # waits for a GPU, too
+        best = max(best, 2 * size**3 / (time.monotonic() - began))
+    return best
+
+
+def _matrices(arch: Architecture) -> list[tuple[int, ...]]:
+    """What every token is multiplied with."""
+    shapes = arch.tensor_shapes()
+    embedding = shapes.pop("model.embed_tokens.weight")
+    return [s for s in shapes.values() if len(s) == 2] + ([embedding] if arch.tied else [])
+
+
+def _block_weights(arch: Architecture, index: int) -> int:
+    at = f"model.layers.{index}."
+    shapes = [shape for name, shape in arch.tensor_shapes().items() if name.startswith(at)]
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def _kept_per_token(arch: Architecture, index: int) -> int:
+    """Values that the backward pass of one block needs of each token.
+
+    Around the attention: input, normed, its scale's product; q, k, v before and after the rotation
+    (M1: and the convolution), the output. Around the MLP: input, normed, gate, its activation, up,
+    their product.
+    """
+    spec = arch.layers[index]
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    attention = 3 * q + 4 * kv + (4 * kv if arch.is_m1 else 0)
+    return 6 * arch.hidden_size + attention + 4 * arch.intermediate_size

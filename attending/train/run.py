@@ -1,0 +1,135 @@
+"""What surrounds a stage's loop: its draft folder, signals, errors that name a setting."""
+
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from attending.errors import CheckpointError, TrainingError, UsageError
+from attending.mesh import World
+from attending.model.decoder import Decoder
+from attending.train.parallel import barrier, total
+from attending.train.state import require_unchanged, states
+from attending.train.step import Gradients
+
+
+class Stopped(UsageError):  # noqa: N818  (asked for, not a fault)
+    """The run was asked to stop, and has saved its state."""
+
+
+def begin(
+    out: Path, recipe: Mapping[str, Any], place: World, *, resume: bool, accept_changes: bool
+) -> Path:
+    """The draft folder `OUT.tmp` of a run that begins or goes on; every rank calls it.
+
+    Raises:
+        UsageError: OUT exists, or a stopped run lies there and `resume` was not asked for.
+        ConfigError: The recipe has changed and `accept_changes` was not asked for.
+    """
+    draft = out.with_name(out.name + ".tmp")
+    if out.exists():
+        raise UsageError(f"{out.name} exists; choose another name or remove it first.")
+    if states(draft) and not resume:
+        raise UsageError(
+            f"{draft.name} holds a stopped run: --resume goes on with it; to begin anew, remove it."
+        )
+    if resume and not states(draft):
+        raise UsageError(f"{draft.name} holds no state to go on from: run without --resume.")
+    barrier()  # all have looked before one writes
+    if place.rank == 0:
+        draft.mkdir(parents=True, exist_ok=True)
+        require_unchanged(draft, recipe, accept=accept_changes or not resume)
+    barrier()
+    return draft
+
+
+def newest(draft: Path) -> Path | None:
+    """The state to go on from, if any."""
+    return next(iter(reversed(states(draft))), None)
+
+
+class Signals:
+    """Interrupts and terminations become a question that is asked after every step."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        """Take over both signals; a second one of either acts at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop_asked(self, device: torch.device) -> bool:
+        """Whether any rank was asked, so that all stop after the same step."""
+        asked = torch.tensor(float(self._asked), device=device)
+        return bool(total(asked))
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(number, self._before[number])
+
+
+@contextmanager
+def out_of_memory_advice(micro_tokens: int) -> Iterator[None]:
+    """Around a loop: when memory ends, say which setting to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_full and "allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory with batch.micro_tokens={micro_tokens}. Halve it (the result does not "
+            "change) or set compute.recompute=true, then go on with --resume --accept-changes."
+        ) from None
+
+
+def require_finite(found: Gradients, step: int, data: str) -> None:
+    """Before an update that would spoil every weight.
+
+    Raises:
+        TrainingError: The loss or the norm is no finite number; names the step and its data.
+    """
+    if not (torch.tensor(found.loss).isfinite() and torch.tensor(found.norm).isfinite()):
+        raise TrainingError(
+            f"step {step}: the loss is {found.loss} and the gradient's norm {found.norm}; the step "
+            f"was not made and the last saved state is whole. Its data: {data}. Look at these "
+            "documents, or lower optimizer.peak, and go on with --resume --accept-changes."
+        )
+
+
+def whole_weights(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Official name -> tensor on the CPU; complete on rank 0, empty elsewhere."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_model_state_dict(decoder, options=options)
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def due(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return after // every > before // every
+
+
+def require_vocabulary(largest: int, vocab_size: int) -> None:
+    """An id that the embedding does not have would be read from beyond its end.
+
+    Raises:
+        CheckpointError: The tokenizer knows more ids than the model.
+    """
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer's ids go up to {largest} and the model's vocabulary is {vocab_size}: "
+            f"set model.vocab_size to at least {largest + 1}, best a multiple of 128."
+        )
