@@ -158,7 +158,7 @@ def filter_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 def test_the_sample_is_of_training_texts_behind_the_filter(
     tmp_path: Path, filter_of: dict[str, Any]
 ) -> None:
-    rows = [{"text": f"{prose(n)} Alice came."} for n in range(400)] + [{"text": "short Alice"}]
+    rows = [{"text": f"{prose(n)} Alice came."} for n in range(120)] + [{"text": "short Alice"}]
     write_jsonl(tmp_path / "a.jsonl", [*rows, *rows[:50]])
     told = {"pack": recipe(tmp_path).pack.model_dump()}
     samples = {}
