@@ -69,7 +69,8 @@ def _ratio(ours: Measure | None, theirs: Measure | None) -> str:
     if ours is None or theirs is None:
         return ""
     ratios = [a / b for a, b in zip(ours.values, theirs.values, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}{spread}"
 
 
 def _draw(
@@ -96,7 +97,8 @@ def _draw(
             color = f"C{subjects.index(subject)}"
             panel.bar(place, middle, 0.7, yerr=spread, capsize=4, color=color)
         panel.set_xlim(-0.8, max(len(shown), 2) - 0.2)
-        panel.set_xticks(range(len(shown)), shown, fontsize=8)
+        slope = {"rotation": 35, "ha": "right"} if len(shown) > 3 else {}
+        panel.set_xticks(range(len(shown)), shown, fontsize=8, **slope)
         panel.set_title(quantity, fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)

@@ -97,6 +97,7 @@ class Found:
         """Every file whose bytes must not depend on how the run went."""
         folders = [self.out / name for name in ("train", "heldout", "removed")]
         files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        files += self.out.glob("sample.jsonl")
         found = {str(path.relative_to(self.out)): path.read_bytes() for path in files}
         same = {name: value for name, value in self.funnel.items() if name != "seconds"}
         return found | {"funnel.json": json.dumps(same).encode()}

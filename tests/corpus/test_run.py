@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from attending.chat import Tokenizer
 from attending.config import recipe_names
@@ -97,7 +99,7 @@ def test_shards_are_whole_and_documents_end_with_end_of_text(mixed: Found) -> No
     assert len(train.shards) > 1 and train.num_tokens == sum(
         row["seen_tokens"] for row in mixed.funnel["tokens"] if row["part"] == "train"
     )
-    assert train.index["sources"] == ["notes"]
+    assert train.index["sources"] == ["notes"] and train.index["begin_of_text"] is None
 
 
 def test_the_layout_is_complete_and_nothing_else_is_left(mixed: Found) -> None:
@@ -151,6 +153,44 @@ def filter_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     module.redact = redact  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "attending.phi", module)
     yield told
+
+
+def test_the_sample_is_of_training_texts_behind_the_filter(
+    tmp_path: Path, filter_of: dict[str, Any]
+) -> None:
+    rows = [{"text": f"{prose(n)} Alice came."} for n in range(120)] + [{"text": "short Alice"}]
+    write_jsonl(tmp_path / "a.jsonl", [*rows, *rows[:50]])
+    told = {"pack": recipe(tmp_path).pack.model_dump()}
+    samples = {}
+    for share in (0.0, 0.3, 1.0):
+        told["pack"]["sample_share"] = share
+        found = build(private(tmp_path, **told), tmp_path / f"out{share}")
+        file = found.out / "sample.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        samples[share] = [json.loads(line) for line in lines]
+    assert not (tmp_path / "out0.0" / "sample.jsonl").exists()
+    (domain,) = {row["domain"] for row in samples[1.0]}
+    assert domain in ("medical", "general")
+    tokenizer = Tokenizer.from_folder(tmp_path / "tokenizer")
+    shards = Shards(found.out / "train")
+    texts = {tokenizer.decode(shards.document(n)) for n in range(shards.num_documents)}
+    all_, some = ([row["text"] for row in samples[share]] for share in (1.0, 0.3))
+    assert sorted(all_) == sorted(texts)  # each once, however often it is seen, and none held out
+    assert set(some) < set(all_) and 0.2 < len(some) / len(all_) < 0.4
+    assert all("[NAME]" in text and "Alice" not in text for text in all_)
+
+
+def test_the_index_says_what_begins_a_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": prose(n)} for n in range(20)])
+    config = recipe(tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "$A $B", [("<s>", 300)])
+    tokenizer.save(str(file))
+    shards = Shards(build(config, tmp_path / "out").out / "train")
+    assert shards.index["begin_of_text"] == 300
+    assert {int(shards.document(n)[0]) for n in range(shards.num_documents)} == {300}
 
 
 def private(root: Path, **changes: Any) -> CorpusConfig:

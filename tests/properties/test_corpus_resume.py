@@ -37,8 +37,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
         write_jsonl(root / f"{number}.jsonl", rows)
     write_jsonl(root / "z.jsonl.gz", [{"text": prose(n)} for n in range(60, 80)])
     write_jsonl(root / "eval" / "q.jsonl", [{"q": prose(7)}])
+    pack = recipe(root).pack.replace(sample_share=0.5)
     return recipe(
         root,
+        pack=pack.model_dump(),
         decontamination={"paths": ["eval/*.jsonl"]},
         weights={"general": 1.5},
         executor={"tasks": 5, "workers": 1},
@@ -50,6 +52,7 @@ def whole(config: CorpusConfig, tmp_path_factory: pytest.TempPathFactory) -> dic
     """An uninterrupted run's bytes."""
     found = build(config, tmp_path_factory.mktemp("whole") / "out")
     assert {"exact_duplicate", "near_duplicate", "test_question"} <= found.reasons().keys()
+    assert found.bytes()["sample.jsonl"]
     return found.bytes()
 
 
