@@ -46,8 +46,19 @@ def write(name: str, title: str, notes: str, measures: Sequence[Measure]) -> Pat
         cells += [_ratio(row[0], other) for other in row[1:]]
         lines.append(f"| {' | '.join([quantity, *cells])} |")
     repeats = len(measures[0].values)
+    how = f"Medians of {repeats} repeats, with the spread." if repeats > 1 else "One run."
+    text = [f"# {title}", "", notes.strip(), "", how, ""]
+    text += [*lines, "", f"![{title}]({name}.svg)", "", *facts(), ""]
+    page = HERE / f"{name}.md"
+    page.write_text("\n".join(text), encoding="utf-8")
+    _draw(HERE / f"{name}.svg", title, quantities, subjects, found)
+    return page
+
+
+def facts() -> list[str]:
+    """What it takes to repeat a figure: date, command, commit, hardware, versions."""
     machine = hardware()
-    facts = [
+    return [
         f"- date: {datetime.datetime.now(datetime.UTC).date()}",
         f"- command: `python benchmarks/{artifact.command()}`",
         f"- commit: {artifact.commit()}",
@@ -55,13 +66,6 @@ def write(name: str, title: str, notes: str, measures: Sequence[Measure]) -> Pat
         f"{int(str(machine['memory_bytes'])) / 2**30:.1f} GiB, {', '.join(machine['simd'])}",  # type: ignore[arg-type]
         "- versions: " + ", ".join(f"{k} {v}" for k, v in artifact.versions().items()),
     ]
-    how = f"Medians of {repeats} repeats, with the spread." if repeats > 1 else "One run."
-    text = [f"# {title}", "", notes.strip(), "", how, ""]
-    text += [*lines, "", f"![{title}]({name}.svg)", "", *facts, ""]
-    page = HERE / f"{name}.md"
-    page.write_text("\n".join(text), encoding="utf-8")
-    _draw(HERE / f"{name}.svg", title, quantities, subjects, found)
-    return page
 
 
 def _ratio(ours: Measure | None, theirs: Measure | None) -> str:

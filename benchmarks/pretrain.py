@@ -9,7 +9,6 @@ one thread each, and writes pretrain.md. A run that was stopped is gone on with.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -17,10 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from page import HERE, facts
-from matplotlib import pyplot
+from page import HERE
 
 RECIPES = HERE / "pretrain"
 SEEDS = (0, 1, 2)

@@ -11,6 +11,7 @@ import typer
 
 from attending.cli.build import DryRunOption, ResumeOption, SetOption
 from attending.cli.terminal import JsonFlag, err, escape, out, print_json
+from attending.mesh import world
 
 if TYPE_CHECKING:
     from attending.train.watch import Progress as Told
@@ -44,6 +45,8 @@ def pretrain(
     target = out_dir or Path("out") / f"pretrain-{Path(recipe).stem}"
     with _training_bar() as show:
         made = run(config, target, resume=resume, accept_changes=accept_changes, show=show)
+    if world().rank:
+        return
     if as_json:
         print_json(json.loads((made / "run.json").read_text("utf-8"))["metrics"])
         return
@@ -52,7 +55,7 @@ def pretrain(
 
 @contextmanager
 def _training_bar() -> Iterator["Show"]:
-    """Steps, loss, tokens a second, share of the matrix ceiling, time left."""
+    """Steps, loss, tokens a second, share of the matrix ceiling, time left; rank 0 draws them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
@@ -61,7 +64,7 @@ def _training_bar() -> Iterator["Show"]:
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
         TextColumn("{task.fields[share]:.0%} of the matrix ceiling, {task.fields[left]} left"),
     )
-    with Progress(*columns, console=err) as bar:
+    with Progress(*columns, console=err, disable=world().rank > 0) as bar:
         task = bar.add_task("", total=None, loss=0.0, speed=0.0, share=0.0, left="?")
 
         def show(at: "Told") -> None:

@@ -6,7 +6,9 @@ are part of the cache: one row per layer and page, the last one written, so that
 from any whole page (a shared prefix) or from the end is right.
 """
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -27,6 +29,7 @@ class Packed:
         self._is_first = (self.positions == 0)[:, None, None]
         ends = list(accumulate(self.lengths, initial=0))
         self._ends = torch.tensor(ends, dtype=torch.int32, device=device)
+        self._masks: dict[tuple[int, int], Tensor] = {}
 
     def previous(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The rows one earlier; zero at every sequence's start."""
@@ -38,21 +41,25 @@ class Packed:
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention by segment; segments of one length go as one batch.
 
-        On CUDA in half precision all segments are one call of FlashAttention.
+        In half precision, on CUDA all segments are one call of FlashAttention; on a CPU attention
+        is done in float32, which is exact and, beside torch's half-precision kernel, faster.
         """
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return self._varlen(spec, q, k, v)
+        if q.dtype in (torch.bfloat16, torch.float16):
+            if q.is_cuda and (varlen := _varlen_attention()):
+                return self._varlen(varlen, spec, q, k, v)
+            if not q.is_cuda:
+                return self(spec, q.float(), k.float(), v.float()).to(q.dtype)
         if len(set(self.lengths)) == 1:
             parts = (x.reshape(-1, self.lengths[0], *x.shape[1:]) for x in (q, k, v))
             return self._segments(spec, *parts).flatten(0, 1)
         rows = zip(*(torch.split(x, self.lengths) for x in (q, k, v)), strict=True)
         return torch.cat([self._segments(spec, *(x[None] for x in row))[0] for row in rows])
 
-    def _varlen(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn  # torch 2.10; needed on CUDA alone
-
+    def _varlen(
+        self, attention: Callable[..., Tensor], spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
         longest = max(self.lengths)
-        out = varlen_attn(
+        return attention(
             q,
             k,
             v,
@@ -63,8 +70,6 @@ class Packed:
             window_size=(-1 if spec.window is None else spec.window - 1, 0),
             enable_gqa=spec.num_heads != spec.num_kv_heads,
         )
-        assert isinstance(out, Tensor), "asked for nothing else"
-        return out
 
     def _segments(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[1]
@@ -73,10 +78,29 @@ class Packed:
         if spec.window is None or spec.window >= length:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
         else:
-            at = torch.arange(length, device=q.device)
-            mask = _visible(at, at, spec.window)
+            mask = self._mask(length, spec.window, q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
         return out.transpose(1, 2)
+
+    def _mask(self, length: int, window: int, dtype: torch.dtype) -> Tensor:
+        """[length, length] to add to the scores; made once for all layers."""
+        if (length, window) not in self._masks:
+            at = torch.arange(length, device=self.positions.device)
+            hidden = ~_visible(at, at, window)
+            mask = torch.zeros(length, length, dtype=dtype, device=at.device)
+            self._masks[length, window] = mask.masked_fill(hidden, -torch.inf)
+        return self._masks[length, window]
+
+
+@functools.cache
+def _varlen_attention() -> Callable[..., Tensor] | None:
+    """FlashAttention over segments with windows and grouped heads, if this torch has it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.10
+    except ImportError:
+        return None
+    needed = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn if needed else None  # type: ignore[return-value]
 
 
 class PagePool:

@@ -13,8 +13,33 @@ from attending.shards import ShardWriter, write_index
 
 DOMAINS = ("general", "medical")
 WORDS = {
-    "general": "the river runs past a mill where two and two are four".split(),
-    "medical": "aspirin may cause bleeding and asthma is treated with inhaled steroids".split(),
+    "general": [
+        "the",
+        "river",
+        "runs",
+        "past",
+        "a",
+        "mill",
+        "where",
+        "two",
+        "and",
+        "two",
+        "are",
+        "four",
+    ],
+    "medical": [
+        "aspirin",
+        "may",
+        "cause",
+        "bleeding",
+        "and",
+        "asthma",
+        "is",
+        "treated",
+        "with",
+        "inhaled",
+        "steroids",
+    ],
 }
 M1 = {
     "model_type": "baichuan_m1",

@@ -1,0 +1,256 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import attending
+from attending.errors import CheckpointError, ConfigError, TrainingError, UsageError
+from attending.logs import read_metrics
+from attending.pretrain.loop import pretrain
+from attending.train import run, step
+from attending.train.state import states
+from attending.train.watch import Progress
+from tests.train.making import LLAMA, M1, make_corpus, make_tokenizer, recipe
+
+Text = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    return make_corpus(folder / "corpus", tokenizer), tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = recipe(
+        *text,
+        stages=[
+            {
+                "name": "only",
+                "tokens": 12_000,
+                "context": 64,
+                "rope_theta": 1e4,
+                "mixture": {"general": 1, "medical": 1},
+            }
+        ],
+        heldout={"every_tokens": 6000, "prompts": ["aspirin may"], "sample_tokens": 8},
+    )
+    return pretrain(config, tmp_path_factory.mktemp("run") / "base")
+
+
+def test_a_model_learns_its_text(trained: Path) -> None:
+    rows = list(read_metrics(trained / "metrics.jsonl"))
+    for domain in ("general", "medical"):
+        scores = [row[key] for row in rows if (key := f"heldout/{domain}_bits_per_byte") in row]
+        assert len(scores) == 3 and scores[-1] < 0.6 * scores[0]
+    losses = [row["train/loss_nats"] for row in rows if "train/loss_nats" in row]
+    assert len(losses) == 94 and losses[-1] < 0.6 * losses[0]
+
+
+def test_what_comes_out_is_a_model_folder(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "run.json", "README.md"} <= names
+    assert "state" not in names
+    told = json.loads((trained / "run.json").read_text("utf-8"))
+    assert told["verb"] == "pretrain" and len(told["parents"]) == 2
+    assert set(told["metrics"]) >= {"heldout/medical_bits_per_byte_low"}
+    samples = [json.loads(x) for x in (trained / "samples.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in samples] == [0, 47, 94]
+    assert all(row["prompt"] == "aspirin may" for row in samples)
+    model = attending.load(trained)
+    assert model.arch.eos_ids and model.arch.rope.theta == 1e4
+
+
+def test_held_out_bits_are_those_of_the_model_that_comes_out(trained: Path, text: Text) -> None:
+    from attending.shards import Shards
+
+    model, shards = attending.load(trained), Shards(text[0] / "heldout" / "medical")
+    nats = 0.0
+    for number in range(shards.num_documents):
+        ids = torch.from_numpy(shards.document(number).astype(np.int64))
+        for start in range(0, len(ids) - 1, 64):  # the context of the run, documents begin anew
+            part = ids[start : start + 65]
+            logits = model.logits([part[:-1].tolist()])[0]
+            nats += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
+    told = json.loads((trained / "run.json").read_text("utf-8"))["metrics"]
+    wanted = nats / np.log(2) / shards.column("bytes").sum()
+    assert told["heldout/medical_bits_per_byte"] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model", [LLAMA, {**LLAMA, "model_type": "qwen3", "head_dim": 8}, {**M1, "conv_window": 1}]
+)
+def test_other_architectures_train_too(text: Text, tmp_path: Path, model: dict[str, Any]) -> None:
+    out = pretrain(recipe(*text, model=model), tmp_path / "out")
+    assert attending.load(out).arch.family == model["model_type"]
+
+
+def test_half_precision_keeps_float32_weights_and_learns(text: Text, tmp_path: Path) -> None:
+    config = recipe(*text, compute={"precision": "bfloat16"})
+    plain = pretrain(recipe(*text), tmp_path / "plain")
+    half = pretrain(config, tmp_path / "half")
+    assert {w.dtype for w in load_file(half / "model.safetensors").values()} == {torch.float32}
+    first, second = ([*read_metrics(out / "metrics.jsonl")][1:] for out in (plain, half))
+    for name, index, near in (
+        ("train/loss_nats", 0, 1e-3),
+        ("train/gradient_norm", 0, 0.02),
+        ("train/loss_nats", -2, 0.1),
+    ):
+        assert second[index][name] == pytest.approx(first[index][name], rel=near)
+
+
+def test_the_rope_base_and_the_context_change_with_the_stage(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, loss = [], step.next_token_loss
+
+    def look(decoder: Any, batch: Any, scale: float) -> Any:
+        seen.append((decoder.model.rope.theta, max(batch.lengths)))
+        return loss(decoder, batch, scale)
+
+    monkeypatch.setattr("attending.pretrain.loop.next_token_loss", look)
+    out = pretrain(recipe(*text), tmp_path / "out")
+    assert {theta for theta, _ in seen[:20]} == {1e4} and {theta for theta, _ in seen[20:]} == {1e5}
+    assert max(n for _, n in seen[:20]) <= 32 < max(n for _, n in seen[20:]) <= 64
+    assert json.loads((out / "config.json").read_text("utf-8"))["rope_theta"] == 1e5
+
+
+# What goes wrong
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(text: Text, tmp_path: Path) -> None:
+    small = {**M1, "vocab_size": 256}
+    with pytest.raises(CheckpointError, match=r"up to 257.*vocabulary is 256.*at least 258"):
+        pretrain(recipe(*text, model=small), tmp_path / "out")
+
+
+def test_another_tokenizer_than_the_corpus_is_refused(text: Text, tmp_path: Path) -> None:
+    other = make_tokenizer(tmp_path / "other")
+    definition = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    definition["model"]["vocab"]["zz"] = 300
+    (other / "tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    with pytest.raises(ConfigError, match="not encoded with the tokenizer"):
+        pretrain(recipe(text[0], other), tmp_path / "out")
+
+
+def test_a_shard_cut_short_is_refused(text: Text, tmp_path: Path) -> None:
+    corpus = shutil.copytree(text[0], tmp_path / "corpus")
+    shard = next(iter(sorted((corpus / "train").glob("*.bin"))))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=f"{shard.name} is absent or not whole"):
+        pretrain(recipe(corpus, text[1]), tmp_path / "out")
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_state(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loss = [], step.next_token_loss
+
+    def spoil(decoder: Any, batch: Any, scale: float) -> Any:
+        calls.append(1)
+        total, values = loss(decoder, batch, scale)
+        return (total * torch.nan, values * torch.nan) if len(calls) == 23 else (total, values)
+
+    monkeypatch.setattr("attending.pretrain.loop.next_token_loss", spoil)
+    config, out = recipe(*text), tmp_path / "out"
+    with pytest.raises(TrainingError, match=r"step 11: the loss is nan.*made #\d+"):
+        pretrain(config, out)
+    assert states(tmp_path / "out.tmp")[-1].name == "step_000000010"
+    monkeypatch.undo()
+    pretrain(config, out, resume=True)
+    whole = pretrain(config, tmp_path / "whole")
+    first, second = (load_file(path / "model.safetensors") for path in (out, whole))
+    assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def test_a_changed_recipe_is_listed_and_refused_unless_told(text: Text, tmp_path: Path) -> None:
+    def halt(progress: Progress) -> None:
+        if progress.step == 6 and progress.tokens_per_second:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe(*text), out, show=halt)
+    changed = recipe(
+        *text, optimizer={"peak": 2e-2, "final": 1e-3, "warmup_tokens": 256, "clip_norm": 0.5}
+    )
+    with pytest.raises(ConfigError) as error:
+        pretrain(changed, out, resume=True)
+    assert "optimizer.peak: 0.01 -> 0.02" in str(error.value)
+    assert "optimizer.clip_norm: 1.0 -> 0.5" in str(error.value)
+    assert "warmup" not in str(error.value) and "--accept-changes" in str(error.value)
+    pretrain(changed, out, resume=True, accept_changes=True)
+    told = json.loads((out / "run.json").read_text("utf-8"))
+    assert told["recipe"]["optimizer"]["peak"] == 2e-2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_ends_names_the_setting(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr("attending.pretrain.loop.next_token_loss", fail)
+    with pytest.raises(TrainingError, match=r"batch.micro_tokens=64. Halve it.*recompute"):
+        pretrain(recipe(*text), tmp_path / "out")
+
+
+def test_other_runtime_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), run.out_of_memory_advice(64):
+        raise RuntimeError("shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": {"tokens": 100, "micro_tokens": 64}}, "rows of 32"),
+        ({"batch": {"tokens": 128, "micro_tokens": 32}}, "rows of 64"),
+        ({"model": {**M1, "max_position_embeddings": 32}}, r"context of 64.*is 32: raise it"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    text: Text, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pretrain(recipe(*text, **changes), tmp_path / "out")
+
+
+def test_nothing_is_overwritten_and_no_run_is_begun_twice(
+    text: Text, tmp_path: Path, trained: Path
+) -> None:
+    with pytest.raises(UsageError, match="exists"):
+        pretrain(recipe(*text), trained)
+    with pytest.raises(UsageError, match="no state to go on from"):
+        pretrain(recipe(*text), tmp_path / "out", resume=True)
+    (tmp_path / "out.tmp" / "state" / "step_000000002").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds a stopped run: --resume"):
+        pretrain(recipe(*text), tmp_path / "out")
+
+
+def test_a_damaged_state_says_so(text: Text, tmp_path: Path) -> None:
+    def halt(progress: Progress) -> None:
+        if progress.step == 6 and progress.tokens_per_second:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe(*text), tmp_path / "out", show=halt)
+    state = states(tmp_path / "out.tmp")[-1]
+    for file in state.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"{state.name} is not whole"):
+        pretrain(recipe(*text), tmp_path / "out", resume=True)

@@ -1,0 +1,89 @@
+from shutil import which
+
+import pytest
+import torch
+
+from attending.mesh import world
+from attending.model.architecture import parse_config
+from attending.model.attend import Packed
+from attending.model.decoder import init_weight
+from attending.train.parallel import Opaque, build, process_group
+from attending.train.reader import Batch
+from attending.train.recipe import ComputeConfig
+from attending.train.step import accumulate, clip, next_token_loss
+from tests.train.making import M1
+
+
+def fill(values: dict[str, object]) -> object:
+    arch = parse_config(values)
+
+    def draw(name: str, weight: torch.Tensor) -> None:
+        init_weight(arch, name, weight, torch.Generator().manual_seed(len(name)))
+
+    return draw
+
+
+def made(values: dict[str, object], **compute: object) -> torch.nn.Module:
+    config = ComputeConfig.build(compute)
+    return build(parse_config(values), fill(values), world(), torch.device("cpu"), config)  # type: ignore[arg-type, return-value]
+
+
+def batch(lengths: list[int]) -> Batch:
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    ids, targets = torch.randint(384, (2, tokens))
+    return Batch(ids, targets, torch.ones(tokens), lengths, torch.zeros(tokens, dtype=torch.long))
+
+
+@pytest.mark.skipif(not which("g++"), reason="compiling needs a C++ compiler")
+def test_compiled_equals_plain() -> None:
+    grads = []
+    for is_compiled in (False, True):
+        decoder = made(M1, precision="float64", compile=is_compiled)
+        for lengths in ([5, 20, 7], [32]):
+            found = accumulate(decoder, [batch(lengths)], next_token_loss, 1, ["text"])  # type: ignore[arg-type]
+        grads.append((found.norm, [p.grad for p in decoder.parameters()]))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-9)
+    for one, other in zip(grads[0][1], grads[1][1], strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_opaque_attends_as_what_it_hides() -> None:
+    arch = parse_config(M1)
+    packed = Packed([3, 5])
+    q, k, v = (torch.randn(8, n, 16) for n in (2, 1, 1))
+    hidden = Opaque(packed)
+    assert torch.equal(hidden(arch.layers[0], q, k, v), packed(arch.layers[0], q, k, v))
+    assert torch.equal(hidden.positions, packed.positions)
+
+
+def test_weights_of_nought_leave_the_gradient_alone() -> None:
+    first, second = made(M1, precision="float64"), made(M1, precision="float64")
+    whole = batch([8, 8])
+    masked = Batch(
+        whole.ids, whole.targets, torch.tensor([1.0] * 8 + [0.0] * 8), [8, 8], whole.kinds
+    )
+    part = Batch(*(x[:8] for x in (whole.ids, whole.targets, whole.weights)), [8], whole.kinds[:8])
+    one = accumulate(first, [masked], next_token_loss, 1, ["text"])  # type: ignore[arg-type]
+    two = accumulate(second, [part], next_token_loss, 1, ["text"])  # type: ignore[arg-type]
+    assert one.loss == pytest.approx(two.loss, rel=1e-9) and one.by_kind == {"text": one.loss}
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert torch.allclose(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_scales_only_what_is_too_long() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    clip([weight], 10.0, 5.0)
+    assert weight.grad.tolist() == [3.0, 4.0]
+    clip([weight], 1.0, 5.0)
+    assert weight.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
+
+
+def test_a_single_process_has_no_group_but_for_half_precision() -> None:
+    with process_group("float32") as (place, _):
+        assert not torch.distributed.is_initialized() and place.size == 1
+    with process_group("bfloat16") as (place, _):
+        assert torch.distributed.is_initialized() and place.size == 1
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,81 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from attending.model.architecture import parse_config
+from attending.model.decoder import Decoder
+from attending.sources import shipped_config
+from attending.train.plan import flops_per_token, matrix_ceiling, memory
+from tests.train.making import LLAMA, M1
+
+
+def test_operations_by_hand() -> None:
+    # One layer: q, o 8x8; k, v 4x8; gate, up, down 12x8; head 16x8. Context 4: a token sees
+    # itself and those before it, 2.5 on average; scores and values, 2 heads of size 4.
+    config = {
+        "model_type": "llama",
+        "vocab_size": 16,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4,
+    }
+    matrices = 2 * 64 + 2 * 32 + 3 * 96 + 128
+    assert flops_per_token(parse_config(config), 4) == 6 * (matrices + 2 * 8 * 2.5)
+
+
+@pytest.mark.parametrize(("window", "seen"), [(1, 1.0), (2, 1.75), (3, 2.25), (4, 2.5), (9, 2.5)])
+def test_a_window_bounds_what_is_seen(window: int, seen: float) -> None:
+    config = {**M1, "sliding_window": window, "sliding_window_layers": [0, 1, 2, 3]}
+    full = parse_config({**M1, "sliding_window_layers": []})
+    arch = parse_config(config)
+    per_key = 2 * 6 * sum(spec.num_heads * spec.head_dim for spec in arch.layers)
+    base = flops_per_token(arch, 4) - per_key * seen
+    assert base == pytest.approx(flops_per_token(full, 4) - per_key * 2.5 + 0)
+
+
+def test_memory_is_cut_among_ranks_and_m1_is_as_large_as_published() -> None:
+    found = shipped_config("m1")
+    assert found is not None
+    arch = parse_config(found)
+    alone, cut = (memory(arch, 8192, n, half=True, recompute=True) for n in (1, 8))
+    assert alone.weights == 4 * 14_470_764_320
+    assert cut.weights == alone.weights // 8 and cut.optimizer == alone.optimizer // 8
+    assert cut.activations == alone.activations
+    kept = memory(arch, 8192, 8, half=True, recompute=False)
+    assert kept.activations > 10 * cut.activations
+
+
+@pytest.mark.parametrize("values", [M1, LLAMA])
+def test_kept_activations_are_near_what_autograd_keeps(values: dict[str, Any]) -> None:
+    from attending.model.attend import Packed
+
+    # Without attention's own workspace: what is saved for backward, each storage once.
+    config = {**values, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    arch = parse_config({**config, "sliding_window": 64})
+    decoder = Decoder(arch)
+    decoder.init_weights()
+    weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(arch.vocab_size, (512,))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = decoder(ids, Packed([64] * 8))
+    planned = memory(arch, 512, 1, half=False, recompute=False).activations
+    assert hidden.requires_grad
+    assert 0.75 < planned / sum(kept.values()) < 1.35
+
+
+def test_the_ceiling_is_a_plausible_number() -> None:
+    found = matrix_ceiling(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert math.isfinite(found) and 1e9 < found < 1e14
