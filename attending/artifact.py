@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -113,7 +114,7 @@ def write_run(
         "command": command(),
         "commit": commit(),
         "seed": record.seed,
-        "recipe": dict(record.recipe),
+        "recipe": _without_folders(record.recipe),
         "parents": [dict(parent) for parent in record.parents],
         "versions": versions(),
         "hardware": hardware(),
@@ -169,7 +170,18 @@ def commit() -> str | None:
 def command() -> str:
     """This process's command line, absolute paths cut to their last name."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join(Path(word).name if word.startswith(os.sep) else word for word in words)
+    return shlex.join(map(_without_folders, words))
+
+
+def _without_folders(value: Any) -> Any:
+    """Absolute paths cut to their last name, wherever they stand: they are nobody's business."""
+    if isinstance(value, str):
+        return re.sub(r"(?<![\w.:/])/(?:[^\s/,;'\"]+/)*([^\s/,;'\"]+)/?", r"\1", value)
+    if isinstance(value, Mapping):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(one) for one in value]
+    return value
 
 
 def _flush(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small pretraining runs side by side: parts of Baichuan-M1's block, and mixtures of text.
+"""Small pretraining runs side by side: Baichuan-M1's block, mixtures of text, three sizes.
 
 python benchmarks/pretrain.py DATA_DIR WORK_DIR
 
@@ -8,15 +8,24 @@ one thread each, and writes pretrain.md. A run that was stopped is gone on with.
 
 import argparse
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from page import HERE
+import numpy as np
+from matplotlib import pyplot
+from numpy.typing import NDArray
+from page import HERE, facts
+
+from attending.logs import read_metrics
+from attending.model.architecture import parse_config
 
 RECIPES = HERE / "pretrain"
 SEEDS = (0, 1, 2)
@@ -29,33 +38,68 @@ LLAMA = {
 # What each run changes in m1_block.toml.
 BLOCKS: dict[str, dict[str, Any]] = {
     "M1 block": {},
-    "no convolution": {"model": {"conv_window": 1}},
-    "full attention only": {"model": {"sliding_window_layers": []}},
-    "Llama block": {"model": LLAMA},
+    "no convolution": {"conv_window": 1},
+    "full attention only": {"sliding_window_layers": []},
+    "Llama block": LLAMA,
 }
 MIXTURES: dict[str, dict[str, float]] = {
-    "mixed": {"general": 0.5, "medical": 0.5},
+    "mixed": {"general": 0.5, "medical": 0.5},  # the M1 block's own run
     "medical only": {"medical": 1.0},
     "general only": {"general": 1.0},
+}
+SIZES: dict[str, dict[str, Any]] = {  # of m1_small
+    "small, 256 x 4": {"num_hidden_layers": 4, "sliding_window_layers": [1, 3]},
+    "small, 256 x 8": {},
+    "small, 384 x 4": {
+        "hidden_size": 384,
+        "intermediate_size": 896,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_swa_attention_heads": 6,
+        "sliding_window_layers": [1, 3],
+    },
 }
 DOMAINS = ("medical", "general")
 
 
-def runs() -> list[tuple[str, int, list[str]]]:
-    """Name, seed and settings of every run; a seed's runs before the next seed's."""
-    found = []
+class Run(NamedTuple):
+    """One training: its recipe, its settings, its weights' seed."""
+
+    name: str
+    seed: int
+    recipe: str
+    settings: list[str]
+
+    @property
+    def folder(self) -> str:
+        """Below WORK_DIR."""
+        return f"{re.sub('[^A-Za-z0-9]+', '_', self.name)}_{self.seed}"
+
+
+def runs() -> list[Run]:
+    """Every run; a seed's runs before the next seed's, the sizes last."""
+    block, found = str(RECIPES / "m1_block.toml"), []
     for seed in SEEDS:
-        for name, change in BLOCKS.items():
-            pairs = change.get("model", {}).items()
-            found.append((name, seed, [f"model.{k}={json.dumps(v)}" for k, v in pairs]))
+        for name, model in BLOCKS.items():
+            found.append(Run(name, seed, block, of_model(model)))
         for name, mixture in MIXTURES.items():
-            if name != "mixed":  # which is the M1 block's own run
-                found.append((name, seed, [f"stages={stages(mixture)}"]))
-    return found
+            if name != "mixed":
+                found.append(Run(name, seed, block, [f"stages={stages(mixture)}"]))
+    same = [f"stages={stages(MIXTURES['mixed'])}", "batch.tokens=4096", "batch.micro_tokens=4096"]
+    same += ["compute.precision=bfloat16", "optimizer.warmup_tokens=200000"]
+    same += ["heldout.every_tokens=500000", "heldout.prompts=[]"]
+    return found + [
+        Run(name, SEEDS[0], "m1_small", [*of_model(model), *same]) for name, model in SIZES.items()
+    ]
+
+
+def of_model(values: dict[str, Any]) -> list[str]:
+    """Settings."""
+    return [f"model.{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def stages(mixture: dict[str, float]) -> str:
-    """The recipe's stages with another mixture, as TOML."""
+    """The stages of m1_block.toml with another mixture, as TOML."""
     recipe = tomllib.loads((RECIPES / "m1_block.toml").read_text("utf-8"))
     shares = ",".join(f"{k}={v}" for k, v in mixture.items())
     rows = []
@@ -66,7 +110,7 @@ def stages(mixture: dict[str, float]) -> str:
 
 
 def attending(*words: str, threads: int = 2) -> None:
-    """Run a verb of the command line; its progress goes to WORK_DIR's log."""
+    """Run a verb of the command line."""
     command = [sys.executable, "-m", "attending.cli", *words]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -88,18 +132,132 @@ def prepare(data: Path, work: Path) -> tuple[Path, Path]:
     return tokenizer, corpus
 
 
-def train(work: Path, tokenizer: Path, corpus: Path, name: str, seed: int, sets: list[str]) -> Path:
+def train(work: Path, tokenizer: Path, corpus: Path, run: Run) -> None:
     """One run, if it is not there."""
-    out = work / f"{name.replace(' ', '_')}_{seed}"
-    if not out.exists():
-        sets = [*sets, f"seed={seed}", f"corpus={corpus}", f"tokenizer={tokenizer}"]
-        words = [word for pair in sets for word in ("--set", pair)]
-        states = out.with_name(out.name + ".tmp") / "state"
-        resume = ["--resume"] if any(states.glob("step_*[0-9]")) else []
-        recipe = str(RECIPES / "m1_block.toml")
-        attending("pretrain", recipe, *words, *resume, "--out", str(out), threads=1)
-        print(out.name, flush=True)
-    return out
+    out = work / run.folder
+    if out.exists():
+        return
+    sets = [*run.settings, f"seed={run.seed}", f"corpus={corpus}", f"tokenizer={tokenizer}"]
+    words = [word for pair in sets for word in ("--set", pair)]
+    states = out.with_name(out.name + ".tmp") / "state"
+    resume = ["--resume"] if any(states.glob("step_*[0-9]")) else []
+    attending("pretrain", run.recipe, *words, *resume, "--out", str(out), threads=1)
+    print(run.folder, flush=True)
+
+
+class Scores(NamedTuple):
+    """Of all seeds of one kind of run, on one domain's held-out documents."""
+
+    nats: NDArray[np.float64]  # [seeds, documents]
+    num_bytes: NDArray[np.float64]  # [documents]
+
+    @classmethod
+    def read(cls, work: Path, runs: Sequence[Run], domain: str) -> "Scores":
+        """The last measure of every run."""
+        texts = [(work / r.folder / f"heldout_{domain}.jsonl").read_text("utf-8") for r in runs]
+        rows = [[json.loads(line) for line in text.splitlines()] for text in texts]
+        nats = [[row["nats"] for row in file] for file in rows]
+        return cls(np.array(nats), np.array([row["num_bytes"] for row in rows[0]], float))
+
+    @property
+    def by_seed(self) -> NDArray[np.float64]:
+        """Bits per byte."""
+        return self.nats.sum(1) / self.num_bytes.sum() / math.log(2)
+
+    def beyond(self, other: "Scores") -> tuple[float, float, float]:
+        """Difference in bits per byte, seeds averaged, and its 95 % interval.
+
+        Seeds and documents are both drawn anew, in pairs: the same ones of both sides.
+        """
+        random = np.random.default_rng(0)
+        gap = (self.nats - other.nats) / math.log(2)
+        seeds, documents = gap.shape
+        draws = []
+        for _ in range(2000):
+            at = random.integers(documents, size=documents)
+            chosen = random.integers(seeds, size=seeds)
+            draws.append(gap[chosen][:, at].mean(0).sum() / self.num_bytes[at].sum())
+        low, high = np.percentile(draws, (2.5, 97.5))
+        return float(gap.mean(0).sum() / self.num_bytes.sum()), float(low), float(high)
+
+
+def table(work: Path, names: Sequence[str], found: Sequence[Run]) -> list[str]:
+    """Markdown: bits per byte of each, and how far it is from the first."""
+    heads = [f"{domain}, bits per byte | from the first" for domain in DOMAINS]
+    lines = [f"| | parameters | {' | '.join(heads)} |", "|---" * (2 + 2 * len(DOMAINS)) + "|"]
+    for name in names:
+        own, first = ([run for run in found if run.name == n] for n in (name, names[0]))
+        config = json.loads((work / own[0].folder / "config.json").read_text("utf-8"))
+        cells = [name, f"{parse_config(config).num_parameters():,}"]
+        for domain in DOMAINS:
+            scores = Scores.read(work, own, domain)
+            seeds = scores.by_seed
+            spread = f" ({seeds.min():.3f} to {seeds.max():.3f})" if len(seeds) > 1 else ""
+            gap = scores.beyond(Scores.read(work, first, domain))
+            cells.append(f"{seeds.mean():.3f}{spread}")
+            cells.append("" if name == names[0] else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def curve(folder: Path, domain: str) -> tuple[list[float], list[float]]:
+    """Millions of tokens, bits per byte; the last point is of all documents, the others of some."""
+    tokens, values, at = [], [], 0.0
+    for row in read_metrics(folder / "metrics.jsonl"):
+        at = row.get("train/consumed_tokens", at)
+        if (key := f"heldout/{domain}_bits_per_byte") in row:
+            tokens.append(at / 1e6)
+            values.append(row[key])
+    return tokens[1:], values[1:]
+
+
+def draw(work: Path, groups: dict[str, list[str]], found: Sequence[Run]) -> None:
+    """A row of panels a group, a panel a domain: mean and range over seeds as training goes on."""
+    size = (9, 3.2 * len(groups))
+    figure, axes = pyplot.subplots(len(groups), len(DOMAINS), figsize=size, layout="constrained")
+    for row, (title, names) in zip(axes, groups.items(), strict=True):
+        for panel, domain in zip(row, DOMAINS, strict=True):
+            for name in names:
+                folders = [work / run.folder for run in found if run.name == name]
+                tokens, seeds = zip(*(curve(folder, domain) for folder in folders), strict=True)
+                values = np.array(seeds)
+                panel.plot(tokens[0], values.mean(0), marker=".", label=name)
+                panel.fill_between(tokens[0], values.min(0), values.max(0), alpha=0.15)
+            panel.set_title(f"{title}: {domain}", fontsize=10)
+            panel.set_xlabel("M tokens")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.legend(frameon=False, fontsize=8)
+        row[0].set_ylabel("held-out bits per byte")
+    figure.savefig(HERE / "pretrain.svg", metadata={"Date": None})
+
+
+def page(work: Path) -> None:
+    """Write pretrain.md and its figure."""
+    found = runs()
+    groups = {
+        "block": [*BLOCKS],
+        "text": ["M1 block", "medical only", "general only"],
+        "size of m1_small, one seed": [*SIZES],
+    }
+    draw(work, groups, found)
+    counts = {d: len(Scores.read(work, found[:1], d).num_bytes) for d in DOMAINS}
+    recipe = tomllib.loads((RECIPES / "m1_block.toml").read_text("utf-8"))
+    tokens = sum(stage["tokens"] for stage in recipe["stages"])
+    text = [
+        "# Pretraining: Baichuan-M1's block, mixtures of text, three sizes",
+        "",
+        (RECIPES / "notes.md").read_text("utf-8").strip(),
+        "",
+        f"Every run saw {tokens / 1e6:g} M tokens, those of a seed the same text in the same order "
+        f"where the mixture is the same. Held out: {counts['medical']} medical and "
+        f"{counts['general']} general documents. In brackets the range over {len(SEEDS)} seeds, "
+        "and of differences the 95 % interval over seeds and documents, drawn in pairs.",
+        "",
+    ]
+    for title, names in groups.items():
+        text += [f"## The {title}", "", *table(work, names, found), ""]
+    text += ["![held-out bits per byte](pretrain.svg)", "", *facts(), ""]
+    (HERE / "pretrain.md").write_text("\n".join(text), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -107,9 +265,10 @@ if __name__ == "__main__":
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     told = parser.parse_args()
-    told.work.mkdir(parents=True, exist_ok=True)
-    tokenizer, corpus = prepare(told.data.resolve(), told.work.resolve())
+    work = told.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    paths = prepare(told.data.resolve(), work)
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(train, told.work.resolve(), tokenizer, corpus, *run) for run in runs()]
-        for job in jobs:
+        for job in [pool.submit(train, work, *paths, run) for run in runs()]:
             job.result()
+    page(work)

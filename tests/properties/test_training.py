@@ -49,14 +49,14 @@ def told(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
 
 
-class Halted(Exception):
+class HaltedError(Exception):
     pass
 
 
 def halt_at(step: int) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
         if progress.step == step and progress.tokens_per_second:
-            raise Halted
+            raise HaltedError
 
     return show
 
@@ -74,7 +74,7 @@ def test_resume_is_bitwise(
     out = tmp_path / "stopped"
     for number, step in enumerate((*steps[:2], config.num_steps - 2)):  # right after a skipped one
         # Halted within step + 1, whose state is not saved yet; so it is made again.
-        with pytest.raises(Halted):
+        with pytest.raises(HaltedError):
             pretrain(config, out, resume=number > 0, show=halt_at(step + 1))
     pretrain(config, out, resume=True)
     found, wanted = weights(out), weights(whole)

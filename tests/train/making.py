@@ -12,34 +12,9 @@ from attending.pretrain.recipe import PretrainConfig
 from attending.shards import ShardWriter, write_index
 
 DOMAINS = ("general", "medical")
-WORDS = {
-    "general": [
-        "the",
-        "river",
-        "runs",
-        "past",
-        "a",
-        "mill",
-        "where",
-        "two",
-        "and",
-        "two",
-        "are",
-        "four",
-    ],
-    "medical": [
-        "aspirin",
-        "may",
-        "cause",
-        "bleeding",
-        "and",
-        "asthma",
-        "is",
-        "treated",
-        "with",
-        "inhaled",
-        "steroids",
-    ],
+SENTENCES = {
+    "general": "the river runs past a mill where two and two are four",
+    "medical": "aspirin may cause bleeding and asthma is treated with inhaled steroids",
 }
 M1 = {
     "model_type": "baichuan_m1",
@@ -101,7 +76,9 @@ def make_corpus(folder: Path, tokenizer: Path, *, documents: int = 200) -> Path:
         with ShardWriter(folder / part, tokens_per_shard=4000) as writer:
             for number in range(count):
                 domain = only or DOMAINS[number % 2]
-                text = " ".join(random.choice(WORDS[domain], size=random.integers(1, 20)))
+                text = " ".join(
+                    random.choice(SENTENCES[domain].split(), size=random.integers(1, 20))
+                )
                 ids = np.array([*encoder.encode(text), end], np.uint32)
                 writer.add(ids, len(text.encode()), 0, DOMAINS.index(domain))
         write_index(folder / part, writer.shards, **facts)
