@@ -41,8 +41,9 @@ def pretrain(
     """
     with process_group(config.compute.precision) as (place, device):
         recipe = config.model_dump(mode="json")
-        draft = run.begin(out, recipe, place, resume=resume, accept_changes=accept_changes)
         record = artifact.Record("pretrain", recipe, config.seed, parents(config))
+        told = {**recipe, "parents": record.parents}
+        draft = run.begin(out, told, place, resume=resume, accept_changes=accept_changes)
         setup = prepare(config, place, device)
         state, decoder, reader = setup.state, setup.decoder, setup.state.reader
         if newest := run.newest(draft):
@@ -74,11 +75,8 @@ def pretrain(
                 if is_last or run.due(config.heldout.every_tokens, before, state.tokens):
                     watch.measure(stage.context, is_last)
                 is_end = is_last or config.stage_at(state.step) != stage
-                if (
-                    is_end
-                    or is_stopping
-                    or run.due(config.state.every_tokens, before, state.tokens)
-                ):
+                is_due = run.due(config.state.every_tokens, before, state.tokens)
+                if is_end or is_stopping or is_due:
                     state.save(draft, config.state.keep)
                 if is_stopping and not is_last:
                     raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")

@@ -66,7 +66,8 @@ def prepare(config: PretrainConfig, place: World, device: torch.device) -> Setup
     decoder = build(arch, fill, place, device, config.compute)
     optimizer = adamw(decoder.named_parameters(), config.optimizer)
     state = TrainState(decoder, optimizer, reader, place)
-    watched = Watched(decoder, tokenizer, heldout, config.batch.micro_tokens, device)
+    dtype = getattr(torch, config.compute.precision)
+    watched = Watched(decoder, tokenizer, heldout, config.batch.micro_tokens, device, dtype)
     return Setup(state, decoder, tokenizer, watched, shards, shards.index["domains"], place, device)
 
 

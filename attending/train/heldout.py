@@ -44,7 +44,9 @@ def score_documents(
         _, start, stop = whole(shards, documents)
         pieces += [Piece(documents, i, min(i + context, stop)) for i in range(start, stop, context)]
         documents, tokens = documents + 1, tokens + stop - start
-    batches = list(_batches(pieces, micro_tokens))
+    if not pieces:
+        return []
+    batches = _batches(pieces, micro_tokens)
     nats = torch.zeros(documents, dtype=torch.float64, device=device)
     for first in range(0, len(batches), place.size):
         mine = first + place.rank

@@ -1,6 +1,7 @@
 """What surrounds a stage's loop: its draft folder, signals, errors that name a setting."""
 
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from attending.errors import CheckpointError, TrainingError, UsageError
 from attending.mesh import World
 from attending.model.decoder import Decoder
 from attending.train.parallel import barrier, total
-from attending.train.state import require_unchanged, states
+from attending.train.state import STATES, require_unchanged, states
 from attending.train.step import Gradients
 
 
@@ -23,9 +24,16 @@ class Stopped(UsageError):  # noqa: N818  (asked for, not a fault)
 
 
 def begin(
-    out: Path, recipe: Mapping[str, Any], place: World, *, resume: bool, accept_changes: bool
+    out: Path, told: Mapping[str, Any], place: World, *, resume: bool, accept_changes: bool
 ) -> Path:
     """The draft folder `OUT.tmp` of a run that begins or goes on; every rank calls it.
+
+    Args:
+        out: Where it will be when it is whole.
+        told: What decides the run: its recipe, and the hashes of what it reads.
+        place: Among all ranks.
+        resume: It is to go on.
+        accept_changes: Although `told` has changed.
 
     Raises:
         UsageError: OUT exists, or a stopped run lies there and `resume` was not asked for.
@@ -42,8 +50,8 @@ def begin(
         raise UsageError(f"{draft.name} holds no state to go on from: run without --resume.")
     barrier()  # all have looked before one writes
     if place.rank == 0:
-        draft.mkdir(parents=True, exist_ok=True)
-        require_unchanged(draft, recipe, accept=accept_changes or not resume)
+        (draft / STATES).mkdir(parents=True, exist_ok=True)
+        require_unchanged(draft / STATES, told, accept=accept_changes or not resume)
     barrier()
     return draft
 
@@ -62,7 +70,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         """Take over both signals; a second one of either acts at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        is_main = threading.current_thread() is threading.main_thread()  # else nothing can be taken
+        for number in (signal.SIGINT, signal.SIGTERM) if is_main else ():
             self._before[number] = signal.signal(number, self._note)
         return self
 

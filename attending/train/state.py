@@ -141,21 +141,19 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "")
     return found
 
 
-def require_unchanged(
-    out: Path, recipe: Mapping[str, Any], *, accept: bool, name: str = "recipe.json"
-) -> None:
-    """Remember a run's recipe at its start; later, refuse another one unless told to accept it.
+def require_unchanged(folder: Path, told: Mapping[str, Any], *, accept: bool) -> None:
+    """Remember what a run was told at its start; later, refuse all else unless it is accepted.
 
     Raises:
         ConfigError: It has changed; the message lists how.
     """
-    file = out / name
+    file = folder / "told.json"
     if file.is_file() and not accept:
-        changed = differences(json.loads(file.read_text(encoding="utf-8")), recipe)
+        changed = differences(json.loads(file.read_text(encoding="utf-8")), told)
         if changed:
             raise ConfigError(
                 "the run was begun with another recipe:\n  "
                 + "\n  ".join(changed)
                 + "\nSet these back, or go on with the new values by --accept-changes."
             )
-    write_json(file, recipe)
+    write_json(file, told)

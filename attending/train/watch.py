@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attending.chat import Tokenizer
-from attending.logs import MetricLog
+from attending.logs import MetricLog, read_metrics
 from attending.model.decoder import Decoder
 from attending.model.scoring import bits_per_byte
 from attending.shards import Shards
@@ -52,6 +52,8 @@ class Watched:
     """By domain."""
     micro_tokens: int
     device: torch.device
+    dtype: torch.dtype
+    """Of the products, whose ceiling the speed is compared with."""
 
 
 class Watch:
@@ -71,14 +73,16 @@ class Watch:
         self._num_steps = num_steps
         self._is_first = state.place.rank == 0
         self._show = show if self._is_first else None
-        dtype = next(watched.decoder.parameters()).dtype
-        self._ceiling = matrix_ceiling(watched.device, dtype) * state.place.size
+        self._ceiling = matrix_ceiling(watched.device, watched.dtype) * state.place.size
         self._recent: list[tuple[int, float]] = []
         self.measured: dict[str, float] = {}
         """The newest held-out measures."""
         if self._is_first:
             self._log = MetricLog(draft / "metrics.jsonl", resume_step=state.step)
-            _drop_rows_after(draft / "samples.jsonl", state.step)
+            for row in read_metrics(draft / "metrics.jsonl"):
+                self.measured |= {k: v for k, v in row.items() if k.startswith("heldout/")}
+            for file in (draft / "samples.jsonl", *draft.glob("heldout_*.jsonl")):
+                _drop_rows_after(file, state.step)
 
     def step(self, found: Gradients, rate: float, began: float, context: int) -> None:
         """Log a step that was just made and began at `time.monotonic() == began`."""

@@ -254,3 +254,43 @@ def test_a_damaged_state_says_so(text: Text, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=f"{state.name} is not whole"):
         pretrain(recipe(*text), tmp_path / "out", resume=True)
+
+
+def test_a_corpus_built_anew_is_no_way_to_go_on(text: Text, tmp_path: Path) -> None:
+    def halt(progress: Progress) -> None:
+        if progress.step == 6 and progress.tokens_per_second:
+            raise KeyboardInterrupt
+
+    corpus = shutil.copytree(text[0], tmp_path / "corpus")
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe(corpus, text[1]), tmp_path / "out", show=halt)
+    shutil.rmtree(corpus)
+    make_corpus(corpus, text[1], documents=150)
+    with pytest.raises(ConfigError, match="parents"):
+        pretrain(recipe(corpus, text[1]), tmp_path / "out", resume=True)
+
+
+def test_killed_before_it_is_published_it_is_only_published(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attending.pretrain.loop.export", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe(*text), tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr("attending.pretrain.loop.accumulate", fail)
+    out = pretrain(recipe(*text), tmp_path / "out", resume=True)
+    told = json.loads((out / "run.json").read_text("utf-8"))["metrics"]
+    assert told["heldout/general_documents"] == 4
+    assert len((out / "heldout_general.jsonl").read_text("utf-8").splitlines()) == 4
+    assert not list(out.glob("told.json"))
+
+
+def test_a_corpus_without_held_out_text_trains_unwatched(text: Text, tmp_path: Path) -> None:
+    corpus = shutil.copytree(text[0], tmp_path / "corpus")
+    shutil.rmtree(corpus / "heldout" / "general")
+    out = pretrain(recipe(corpus, text[1]), tmp_path / "out")
+    told = json.loads((out / "run.json").read_text("utf-8"))["metrics"]
+    assert {name.split("_")[0] for name in told} == {"heldout/medical"}
