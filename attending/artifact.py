@@ -115,7 +115,7 @@ def write_run(
         "commit": commit(),
         "seed": record.seed,
         "recipe": _without_folders(record.recipe),
-        "parents": [dict(parent) for parent in record.parents],
+        "parents": [_without_folders(parent) for parent in record.parents],
         "versions": versions(),
         "hardware": hardware(),
         "started": record.started.isoformat(timespec="seconds"),

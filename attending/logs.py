@@ -39,18 +39,22 @@ def setup(*, debug: bool = False, as_json: bool = False) -> None:
 class MetricLog:
     """Appends one JSON object a step to `metrics.jsonl`; whole lines only, flushed at once.
 
-    After a crash a half-written last line is cut off, and with `resume_step` every line past the
-    step that is resumed from, so a resumed run's file equals an uninterrupted one's.
+    After a crash a half-written last line is cut off, and with `keep_bytes` all that was written
+    after the state that is resumed from, so a resumed run's file equals an uninterrupted one's.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = None) -> None:
-        """Open for appending, after the repair described above."""
-        self._start = time.monotonic()
-        if path.exists():
-            last = math.inf if resume_step is None else resume_step
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= last]
-            path.write_text("".join(kept), encoding="utf-8")
+    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
+        """Open for appending, after the repair described above; the clock goes on."""
+        cut(path, keep_bytes)
+        last = _whole_lines(path)[-1:] if path.exists() else []
+        before = json.loads(last[0])["run/elapsed_seconds"] if last else 0.0
+        self._start = time.monotonic() - before
         self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, the time between a stop and its resumption left out."""
+        return time.monotonic() - self._start
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Record the values of one step.
@@ -63,8 +67,7 @@ class MetricLog:
                 raise ValueError(f"metric {name!r} is not of the form area/noun_unit")
             if not math.isfinite(value):
                 raise ValueError(f"metric {name} is {value} at step {step}")
-        seconds = round(time.monotonic() - self._start, 3)
-        row = {"step": step, "run/elapsed_seconds": seconds, **values}
+        row = {"step": step, "run/elapsed_seconds": round(self.seconds, 3), **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -76,6 +79,13 @@ class MetricLog:
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a half-written last line is left out."""
     return (json.loads(line) for line in _whole_lines(path))
+
+
+def cut(path: Path, keep_bytes: int | None = None) -> None:
+    """Shorten a file of lines to what it held at some time, or to its last whole line."""
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1 if keep_bytes is None else keep_bytes
+        os.truncate(path, min(whole, path.stat().st_size))
 
 
 def _whole_lines(path: Path) -> list[str]:

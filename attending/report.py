@@ -73,6 +73,7 @@ def write_report(folder: Path) -> Path:
         run=run,
         funnel=funnel,
         stages=stages,
+        written=_read_samples(folder / "samples.jsonl"),
     )
     draft = folder / "report.html.tmp"
     draft.write_text(page, encoding="utf-8")
@@ -98,6 +99,18 @@ def _read_series(path: Path) -> list[Series]:
     if not found:
         raise CheckpointError(f"{path} is empty: the run has not finished its first step. Wait.")
     return list(found.values())
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """What a model wrote while it trained: rows of `step`, `prompt` and `text`."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in ("step", "prompt", "text")})
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise _damaged(path, line) from None
+    return rows
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

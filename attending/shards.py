@@ -117,9 +117,9 @@ class Shards:
         found: np.void = self._rows[shard][row]
         return found
 
-    def column(self, field: str) -> NDArray[Any]:
-        """One field of every document's record, in order."""
-        return np.concatenate([np.empty(0, FIELDS[field]), *(rows[field] for rows in self._rows)])
+    def shard(self, number: int) -> tuple[int, NDArray[np.void]]:
+        """The number of a shard's first document, and the records of all of its documents."""
+        return int(self._documents[number]), self._rows[number]
 
     def document(self, number: int) -> Tokens:
         """The ids of a document, without a copy; IndexError if there is none."""

@@ -58,6 +58,8 @@ def _training_bar() -> Iterator["Show"]:
     """Steps, loss, tokens a second, share of the matrix ceiling, time left; rank 0 draws them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from attending.train.watch import Notes
+
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -67,13 +69,20 @@ def _training_bar() -> Iterator["Show"]:
     with Progress(*columns, console=err, disable=world().rank > 0) as bar:
         task = bar.add_task("", total=None, loss=0.0, speed=0.0, share=0.0, left="?")
 
-        def show(at: "Told") -> None:
-            for note in at.notes:
-                bar.console.print(f"[dim]step {at.step}: {escape(note)}[/]")
-            bar.update(task, completed=at.step, total=at.num_steps)
-            if at.tokens_per_second:
-                left = str(timedelta(seconds=round(at.seconds_left)))
-                speed, share = at.tokens_per_second, at.ceiling_share
-                bar.update(task, loss=at.loss, speed=speed, share=share, left=left)
+        def show(told: "Told | Notes") -> None:
+            if isinstance(told, Notes):
+                for line in told.lines:
+                    bar.console.print(f"[dim]step {told.step}: {escape(line)}[/]")
+                return
+            left = str(timedelta(seconds=round(told.seconds_left)))
+            bar.update(
+                task,
+                completed=told.step,
+                total=told.num_steps,
+                loss=told.loss,
+                speed=told.tokens_per_second,
+                share=told.ceiling_share,
+                left=left,
+            )
 
         yield show

@@ -29,7 +29,7 @@ class Packed:
         self._is_first = (self.positions == 0)[:, None, None]
         ends = list(accumulate(self.lengths, initial=0))
         self._ends = torch.tensor(ends, dtype=torch.int32, device=device)
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def previous(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The rows one earlier; zero at every sequence's start."""
@@ -84,12 +84,12 @@ class Packed:
 
     def _mask(self, length: int, window: int, dtype: torch.dtype) -> Tensor:
         """[length, length] to add to the scores; made once for all layers."""
-        if (length, window) not in self._masks:
+        if (length, window, dtype) not in self._masks:
             at = torch.arange(length, device=self.positions.device)
             hidden = ~_visible(at, at, window)
             mask = torch.zeros(length, length, dtype=dtype, device=at.device)
-            self._masks[length, window] = mask.masked_fill(hidden, -torch.inf)
-        return self._masks[length, window]
+            self._masks[length, window, dtype] = mask.masked_fill(hidden, -torch.inf)
+        return self._masks[length, window, dtype]
 
 
 @functools.cache

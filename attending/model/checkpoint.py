@@ -129,6 +129,7 @@ def save_weights(
         file = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
         part = {name: tensors[name].detach().cpu().contiguous() for name in names}
         save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library's own choice is for its user alone
         where |= dict.fromkeys(names, file)
     if total > 1:
         size = sum(tensor.nbytes for tensor in tensors.values())

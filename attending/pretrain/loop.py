@@ -1,6 +1,8 @@
 """The pretraining loop: Baichuan-M1's stages over packed documents."""
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from attending import artifact
@@ -9,7 +11,7 @@ from attending.pretrain.setup import export, micro_batches, parents, prepare, wh
 from attending.train import run
 from attending.train.optimizer import set_learning_rate
 from attending.train.parallel import process_group
-from attending.train.schedule import adaptive_update, learning_rate
+from attending.train.schedule import adaptive_update, due, learning_rate
 from attending.train.step import accumulate, clip, next_token_loss
 from attending.train.watch import Show, Watch
 
@@ -24,8 +26,8 @@ def pretrain(
 ) -> Path:
     """Shards in, base model out.
 
-    Order of a step: stage, read, forward and backward, check, skip or update, log; then, where they
-    are due, held-out measures, state, stop. Under torchrun every rank calls this.
+    Order of a step: held-out measures if they are due, read, forward and backward, check, skip or
+    update, log, state if it is due, stop if asked. Under torchrun every rank calls this.
 
     Args:
         config: The recipe.
@@ -45,24 +47,25 @@ def pretrain(
         told = {**recipe, "parents": record.parents}
         draft = run.begin(out, told, place, resume=resume, accept_changes=accept_changes)
         setup = prepare(config, place, device)
-        state, decoder, reader = setup.state, setup.decoder, setup.state.reader
+        state, decoder, reader = setup.state, setup.state.decoder, setup.state.reader
         if newest := run.newest(draft):
             state.restore(newest)
-        watch = Watch(draft, state, setup.watched, config.heldout, config.num_steps, show)
-        with run.Signals() as signals, run.out_of_memory_advice(config.batch.micro_tokens):
+        stage = config.stage_at(state.step - 1)
+        decoder.set_rope_theta(stage.rope_theta)
+        with run.Signals() as signals, run.memory_and_disk(config.batch.micro_tokens, out):
+            watch = Watch(draft, state, setup.watched, config.heldout, config.num_steps, show)
             while state.step < config.num_steps:
-                stage = config.stage_at(state.step)
+                if state.owes_measure:
+                    watch.measure(stage.context)
+                began, before, stage = time.monotonic(), state.tokens, config.stage_at(state.step)
                 decoder.set_rope_theta(stage.rope_theta)
                 reader.remix(stage.mixture)
-                if state.step == 0:
-                    watch.measure(stage.context)
-                began, before = time.monotonic(), state.tokens
                 rows = [reader.row(stage.context) for _ in range(config.rows_at(stage))]
                 batches = micro_batches(config, setup, rows)
                 found = accumulate(decoder, batches, next_token_loss, place.size, setup.domains)
-                run.require_finite(found, state.step, where(setup, rows))
-                rate = learning_rate(state.step, config.phases, config.warmup_steps, config.rates)
+                run.require_finite(found, state.step + 1, partial(where, setup, rows))
                 made, state.norms = adaptive_update(state.norms, found.norm, config.rule)
+                rate = learning_rate(state.step, config.phases, config.warmup_steps, config.rates)
                 if made:
                     clip(decoder.parameters(), config.optimizer.clip_norm, found.norm)
                     set_learning_rate(state.optimizer, rate)
@@ -70,15 +73,15 @@ def pretrain(
                 state.optimizer.zero_grad()
                 state.step, state.tokens = state.step + 1, state.tokens + found.tokens
                 state.skipped += not made
-                watch.step(found, rate, began, stage.context)
+                watch.step(found, rate, began, [n for batch in batches for n in batch.lengths])
+                state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
                 is_last, is_stopping = state.step == config.num_steps, signals.stop_asked(device)
-                if is_last or run.due(config.heldout.every_tokens, before, state.tokens):
-                    watch.measure(stage.context, is_last)
                 is_end = is_last or config.stage_at(state.step) != stage
-                is_due = run.due(config.state.every_tokens, before, state.tokens)
-                if is_end or is_stopping or is_due:
+                if is_end or is_stopping or due(config.state.every_tokens, before, state.tokens):
+                    state.files = watch.sizes()
                     state.save(draft, config.state.keep)
                 if is_stopping and not is_last:
                     raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
-        watch.close()
-        return export(setup, draft, out, record, watch.measured)
+            measured = watch.finish(stage.context)
+            record = replace(record, began_seconds=watch.began)
+            return export(setup, draft, out, record, measured)

@@ -1,8 +1,15 @@
 """What a pretraining run is told: the record behind `recipes/pretrain/NAME.toml`."""
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from attending.config import Config
 from attending.train.recipe import (
@@ -19,8 +26,8 @@ from attending.train.schedule import Phase, Rates, Shape, SkipRule
 class StageConfig(Config):
     """A stretch of training with one context, mixture and shape of the learning rate."""
 
-    name: str = Field(pattern=r"[a-z0-9_]+")
-    """Used in folders and metrics."""
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    """For messages."""
     tokens: PositiveInt
     """Targets; rounded up to whole steps."""
     context: PositiveInt
@@ -31,6 +38,12 @@ class StageConfig(Config):
     """Share of the tokens by the corpus' domains."""
     schedule: Shape = "constant"
     """The learning rate stays, or falls as a cosine from the peak to the final one."""
+
+    @model_validator(mode="after")
+    def _draws(self) -> Self:
+        if not sum(self.mixture.values()):
+            raise ValueError(f"mixture of stage {self.name} has no weight above 0")
+        return self
 
 
 class PretrainConfig(Config):
@@ -58,8 +71,17 @@ class PretrainConfig(Config):
     """Hardware for `--dry-run`."""
     seed: int = 0
     """Of the first weights."""
-    data_seed: int = 0
+    data_seed: NonNegativeInt = 0
     """Of the order of documents, so that runs may share it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        if len({*names}) < len(names):
+            raise ValueError(f"stages must have names of their own, not {names}")
+        if self.warmup_steps > self.num_steps:
+            raise ValueError("optimizer.warmup_tokens is more than all stages have")
+        return self
 
     @property
     def phases(self) -> list[Phase]:
@@ -78,7 +100,7 @@ class PretrainConfig(Config):
         return SkipRule(optimizer.skip_window, optimizer.skip_factor, optimizer.skip_margin)
 
     def stage_at(self, step: int) -> StageConfig:
-        """The stage that makes a step; after the end, the last one."""
+        """The stage that makes a step; before the first, the first, after the last, the last."""
         for stage, phase in zip(self.stages, self.phases, strict=True):
             if step < phase.steps:
                 return stage

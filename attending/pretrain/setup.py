@@ -11,18 +11,18 @@ from torch import Tensor
 
 from attending import artifact
 from attending.chat import Tokenizer
-from attending.errors import ConfigError
+from attending.errors import CheckpointError, ConfigError
 from attending.mesh import World
 from attending.model.architecture import Architecture, parse_config
 from attending.model.checkpoint import save_model
-from attending.model.decoder import Decoder, init_weight
+from attending.model.decoder import init_weight
 from attending.model.files import read_tokenizer
 from attending.pretrain.recipe import PretrainConfig
 from attending.shards import Shards
 from attending.sources import resolve
 from attending.train import run
 from attending.train.optimizer import adamw
-from attending.train.parallel import barrier, build
+from attending.train.parallel import barrier, build, whole_weights
 from attending.train.reader import Batch, PackedReader, Row
 from attending.train.state import STATES, TrainState
 from attending.train.watch import Watched
@@ -38,14 +38,14 @@ class Setup:
     """What a run works with."""
 
     state: TrainState
-    decoder: Decoder
-    tokenizer: Tokenizer
     watched: Watched
     shards: Shards
-    domains: list[str]
-    """Names of the kinds in batches."""
-    place: World
-    device: torch.device
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the kinds in batches."""
+        found: list[str] = self.shards.index["domains"]
+        return found
 
 
 def prepare(config: PretrainConfig, place: World, device: torch.device) -> Setup:
@@ -53,8 +53,10 @@ def prepare(config: PretrainConfig, place: World, device: torch.device) -> Setup
     shards, heldout = open_corpus(Path(config.corpus))
     tokenizer = read_tokenizer(resolve(config.tokenizer).path)
     arch = architecture(config, shards.index, tokenizer)
-    check_rows(config, place)
+    check_rows(config, place.size)
     reader = PackedReader(shards, config.stages[0].mixture, config.data_seed)
+    for stage in config.stages:
+        reader.require(stage.mixture)
 
     def fill(name: str, weight: Tensor) -> None:
         # Seeded by name: the same weights however the model is made or cut among ranks.
@@ -65,10 +67,9 @@ def prepare(config: PretrainConfig, place: World, device: torch.device) -> Setup
     torch.manual_seed(config.seed + place.rank)
     decoder = build(arch, fill, place, device, config.compute)
     optimizer = adamw(decoder.named_parameters(), config.optimizer)
-    state = TrainState(decoder, optimizer, reader, place)
     dtype = getattr(torch, config.compute.precision)
-    watched = Watched(decoder, tokenizer, heldout, config.batch.micro_tokens, device, dtype)
-    return Setup(state, decoder, tokenizer, watched, shards, shards.index["domains"], place, device)
+    watched = Watched(tokenizer, heldout, config.batch.micro_tokens, device, dtype)
+    return Setup(TrainState(decoder, optimizer, reader, place), watched, shards)
 
 
 def open_corpus(folder: Path) -> tuple[Shards, dict[str, Shards]]:
@@ -105,7 +106,7 @@ def architecture(
     return arch
 
 
-def check_rows(config: PretrainConfig, place: World) -> None:
+def check_rows(config: PretrainConfig, ranks: int) -> None:
     """Every rank makes as many forward passes as the others, each of as many rows.
 
     Raises:
@@ -114,23 +115,32 @@ def check_rows(config: PretrainConfig, place: World) -> None:
     tokens, micro = config.batch.tokens, config.batch.micro_tokens
     for stage in config.stages:
         rows, each = tokens // stage.context, micro // stage.context
-        if tokens % stage.context or rows % place.size or not each or rows // place.size % each:
+        if tokens % stage.context or rows % ranks or not each or rows // ranks % each:
             raise ConfigError(
                 f"stage {stage.name}: a step of batch.tokens={tokens} is to be rows of "
-                f"{stage.context}, dealt out evenly to {place.size} ranks, in passes "
+                f"{stage.context}, dealt out evenly to {ranks} ranks, in passes "
                 f"of batch.micro_tokens={micro}. Choose tokens = context x ranks x a whole number, "
                 "and micro_tokens = context x a divisor of that number."
             )
 
 
 def micro_batches(config: PretrainConfig, setup: Setup, rows: Sequence[Row]) -> list[Batch]:
-    """This rank's share of a step's rows, as forward passes."""
-    mine = rows[setup.place.rank :: setup.place.size]
-    context = config.batch.tokens // len(rows)
-    each = config.batch.micro_tokens // context
-    reader = setup.state.reader
-    parts = [mine[start : start + each] for start in range(0, len(mine), each)]
-    return [reader.batch(part).to(setup.device) for part in parts]
+    """This rank's share of a step's rows, as forward passes.
+
+    Raises:
+        CheckpointError: A token that the model does not have; torch would not say where from.
+    """
+    state, device = setup.state, setup.watched.device
+    mine = rows[state.place.rank :: state.place.size]
+    each = config.batch.micro_tokens // (config.batch.tokens // len(rows))
+    batches = [state.reader.batch(mine[i : i + each]) for i in range(0, len(mine), each)]
+    largest = max(int(batch.targets.max()) for batch in batches)
+    if largest >= state.decoder.arch.vocab_size:
+        raise CheckpointError(
+            f"a shard is damaged: token {largest} in a step with {where(setup, rows)}, and the "
+            f"vocabulary is {state.decoder.arch.vocab_size}. Build the corpus again."
+        )
+    return [batch.to(device) for batch in batches]
 
 
 def where(setup: Setup, rows: Sequence[Row]) -> str:
@@ -144,10 +154,14 @@ def where(setup: Setup, rows: Sequence[Row]) -> str:
 def parents(config: PretrainConfig) -> list[dict[str, str]]:
     """The corpus and the tokenizer."""
     index = Path(config.corpus) / "train" / "index.json"
-    tokenizer = resolve(config.tokenizer).path
+    if not index.is_file():
+        raise CheckpointError(
+            f"{config.corpus} has no train/index.json: give the folder that `attending corpus` "
+            "wrote, with --set corpus=..."
+        )
     return [
-        {"uri": Path(config.corpus).name, "sha256": artifact.digest(index)},
-        {"uri": Path(config.tokenizer).name, "sha256": artifact.digest(tokenizer)},
+        {"uri": config.corpus, "sha256": artifact.digest(index)},
+        {"uri": config.tokenizer, "sha256": artifact.digest(resolve(config.tokenizer).path)},
     ]
 
 
@@ -155,13 +169,13 @@ def export(
     setup: Setup, draft: Path, out: Path, record: artifact.Record, measured: Mapping[str, float]
 ) -> Path:
     """Write the model folder; every rank calls it, rank 0 writes."""
-    weights = run.whole_weights(setup.decoder)
-    if setup.place.rank == 0:
-        with artifact.disk_has_room(out):
-            generation = {"eos_token_id": list(setup.decoder.arch.eos_ids)}
-            save_model(draft, setup.decoder.arch, weights, setup.tokenizer, generation)
-            artifact.finish(draft, record, title=out.name, note=NOTE, metrics=measured)
-            shutil.rmtree(draft / STATES)
-            artifact.settle(draft, out)
+    decoder = setup.state.decoder
+    weights = whole_weights(decoder)
+    if setup.state.place.rank == 0:
+        generation = {"eos_token_id": list(decoder.arch.eos_ids)}
+        save_model(draft, decoder.arch, weights, setup.watched.tokenizer, generation)
+        artifact.finish(draft, record, title=out.name, note=NOTE, metrics=measured)
+        artifact.settle(draft, out)
+        shutil.rmtree(out / STATES)  # not before all else is safe
     barrier()
     return out

@@ -12,7 +12,7 @@ from attending.model.attend import Packed
 from attending.model.decoder import Decoder
 from attending.model.scoring import cross_entropy, over_logits
 from attending.shards import Shards
-from attending.train.parallel import total
+from attending.train.parallel import total, uncompiled
 from attending.train.reader import Piece, gather, whole
 
 
@@ -30,7 +30,7 @@ def score_documents(
     *,
     context: int,
     micro_tokens: int,
-    max_tokens: int | None,
+    max_tokens: int,
     place: World,
     device: torch.device,
 ) -> list[DocumentScore]:
@@ -40,7 +40,7 @@ def score_documents(
     """
     pieces: list[Piece] = []
     documents = tokens = 0
-    while documents < shards.num_documents and (max_tokens is None or tokens < max_tokens):
+    while documents < shards.num_documents and tokens < max_tokens:
         _, start, stop = whole(shards, documents)
         pieces += [Piece(documents, i, min(i + context, stop)) for i in range(start, stop, context)]
         documents, tokens = documents + 1, tokens + stop - start
@@ -56,12 +56,13 @@ def score_documents(
         def of(hidden: Tensor, head: Tensor, targets: Tensor = batch.targets) -> Tensor:
             return over_logits(hidden, head, cross_entropy, torch.ones_like(targets), targets)[1]
 
-        values = decoder.measure(batch.ids, Packed(batch.lengths, device=device), of)
+        with uncompiled(decoder):
+            values = decoder.measure(batch.ids, Packed(batch.lengths, device=device), of)
         if mine < len(batches):
             owner = torch.tensor([piece.document for piece in chosen], device=device)
             lengths = torch.tensor(batch.lengths, device=device)
             nats.index_add_(0, owner.repeat_interleave(lengths), values.double())
-    sizes = shards.column("bytes")[:documents].tolist()
+    sizes = [int(shards.record(number)["bytes"]) for number in range(documents)]
     return list(map(DocumentScore, total(nats).tolist(), sizes))
 
 
@@ -86,7 +87,8 @@ def sample(
         def of(hidden: Tensor, head: Tensor, ends: Tensor = ends) -> Tensor:
             return (hidden[ends] @ head.T).argmax(-1)
 
-        best = decoder.measure(ids, Packed(lengths, device=device), of).tolist()
+        with uncompiled(decoder):
+            best = decoder.measure(ids, Packed(lengths, device=device), of).tolist()
         for row, token in zip(rows, best, strict=True):
             row.append(token)
     return [tokenizer.decode(row[start:]) for row, start in zip(rows, starts, strict=True)]

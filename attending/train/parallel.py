@@ -4,13 +4,14 @@ A world of one is not wrapped at all. Under torchrun each block is a unit of FSD
 gradients and optimizer state are cut among the ranks; embedding, last norm and head are one more.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from attending.mesh import World, world
 from attending.model.architecture import Architecture, LayerSpec
 from attending.model.attend import Packed
-from attending.model.decoder import Decoder
+from attending.model.decoder import Attend, Decoder
 from attending.train.recipe import ComputeConfig
 
 Fill = Callable[[str, Tensor], object]
@@ -70,6 +71,11 @@ def build(
         compute: Precision (with bfloat16 the weights that are updated stay float32), recomputation,
             compilation.
     """
+    if compute.compile:
+        from torch._dynamo import config as dynamo  # seconds that only this choice should pay
+
+        # Else a block that meets too many shapes is run uncompiled, and nothing says so.
+        dynamo.fail_on_recompile_limit_hit = True
     with torch.device("meta"):
         decoder = Decoder(arch)
     is_sharded = dist.is_initialized()
@@ -113,8 +119,14 @@ def barrier() -> None:
         dist.barrier()
 
 
+def attend_to(lengths: Sequence[int], device: torch.device, is_compiled: bool) -> Attend:
+    """Segments side by side; behind a wall that the compiler does not look through, if it looks."""
+    packed = Packed(lengths, device=device)
+    return Opaque(packed) if is_compiled else packed
+
+
 class Opaque:
-    """An `attend` that the compiler does not look into: its segments differ from batch to batch."""
+    """An `attend` for compiled blocks: its segments differ from batch to batch."""
 
     def __init__(self, attend: Packed) -> None:
         self.positions = attend.positions
@@ -125,6 +137,28 @@ class Opaque:
         """As `Packed`'s."""
         out: Tensor = self._attend(spec, q, k, v)
         return out
+
+
+def is_compiled(decoder: Decoder) -> bool:
+    """Whether `build` was told to compile its blocks."""
+    return any(block._compiled_call_impl is not None for block in decoder.model.layers)
+
+
+@contextmanager
+def uncompiled(decoder: Decoder) -> Iterator[None]:
+    """For batches of any length: as each would be compiled anew, nothing is."""
+    if not is_compiled(decoder):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def whole_weights(decoder: Decoder) -> dict[str, Tensor]:
+    """Official name -> tensor on the CPU; complete on rank 0, empty elsewhere."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    found = get_model_state_dict(decoder, options=options)
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

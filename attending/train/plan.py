@@ -1,6 +1,8 @@
 """What training takes, by arithmetic: operations, memory of a rank, time."""
 
+import math
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,8 @@ class Memory(NamedTuple):
     gathered: int
     """Blocks that are whole for a moment: this one and the next, and the head's unit."""
     activations: int
-    logits: int
+    head: int
+    """Logits of a chunk and their gradients; what is made of the head's weight in the meantime."""
 
     @property
     def total(self) -> int:
@@ -28,19 +31,25 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def flops_per_token(arch: Architecture, context: int) -> float:
-    """Of forward and backward: six a matrix weight, and attention over what is seen.
+def flops(arch: Architecture, lengths: Sequence[int]) -> float:
+    """Of forward and backward over segments: six a matrix weight and token, and attention.
 
-    The embedding is looked up, not multiplied. A token of a full layer sees half the context on
-    average, of a windowed layer at most its window. Norms, rotations and the like are left out.
+    The embedding is looked up, not multiplied. A token of a full layer sees what is before it in
+    its segment, of a windowed layer at most its window. Norms, rotations and the like are left out.
     """
-    matrices = sum(rows * cols for rows, cols in _matrices(arch))
-    attention = 0.0
-    for spec in arch.layers:
-        window = min(spec.window or context, context)
-        seen = window - window * (window - 1) / (2 * context)  # mean over the context's positions
-        attention += 2 * spec.num_heads * spec.head_dim * seen  # scores, and values
-    return 6 * (matrices + attention)
+    matrices = sum(math.prod(shape) for shape in _matrices(arch))
+    seen = {spec.window: _pairs(lengths, spec.window) for spec in arch.layers}
+    attention = sum(2 * s.num_heads * s.head_dim * seen[s.window] for s in arch.layers)
+    return 6.0 * (matrices * sum(lengths) + attention)
+
+
+def _pairs(lengths: Sequence[int], window: int | None) -> int:
+    """Pairs of a token and one that it sees, itself among them."""
+    total = 0
+    for length in lengths:
+        reach = min(window or length, length)
+        total += length * reach - reach * (reach - 1) // 2
+    return total
 
 
 def memory(
@@ -64,7 +73,8 @@ def memory(
         optimizer=8 * weights // ranks,
         gathered=gathered,
         activations=(kept + 3 * arch.hidden_size) * size * micro_tokens,
-        logits=3 * 4 * chunk + 4 * arch.vocab_size * arch.hidden_size,
+        # M1's is also normalised: seven copies were counted while they lived, of others' three.
+        head=3 * 4 * chunk + (7 if arch.is_m1 else 3) * 4 * arch.vocab_size * arch.hidden_size,
     )
 
 
@@ -90,7 +100,7 @@ def _matrices(arch: Architecture) -> list[tuple[int, ...]]:
 def _block_weights(arch: Architecture, index: int) -> int:
     at = f"model.layers.{index}."
     shapes = [shape for name, shape in arch.tensor_shapes().items() if name.startswith(at)]
-    return sum(torch.Size(shape).numel() for shape in shapes)
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _kept_per_token(arch: Architecture, index: int) -> int:

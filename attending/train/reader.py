@@ -66,17 +66,13 @@ class PackedReader:
         """
         self.shards = shards
         self._seed = seed
-        domains = shards.column("domain")
-        self._documents = {
-            name: np.flatnonzero(domains == number)
-            for number, name in enumerate(shards.index["domains"])
-        }
-        self._orders: dict[str, tuple[int, NDArray[np.int64]]] = {}
-        self._next: dict[str, list[int]] = {name: [0, 0] for name in self._documents}
-        self._pools: dict[str, list[Piece]] = {name: [] for name in self._documents}
+        self._numbers = {name: number for number, name in enumerate(shards.index["domains"])}
+        self._orders: dict[str, tuple[tuple[int, int], NDArray[np.int64]]] = {}
+        self._next: dict[str, list[int]] = {name: [0, 0, 0] for name in self._numbers}
+        self._pools: dict[str, list[Piece]] = {name: [] for name in self._numbers}
         self._mixture: dict[str, float] = {}
         self._read: dict[str, int] = {}
-        self.num_cut = 0
+        self.num_cuts = 0
         self.remix(mixture)
 
     def remix(self, mixture: Mapping[str, float]) -> None:
@@ -84,14 +80,18 @@ class PackedReader:
         mixture = {name: weight for name, weight in mixture.items() if weight}
         if mixture == self._mixture:
             return
-        for name in mixture:
-            if not len(self._documents.get(name, ())):
-                has = ", ".join(name for name, found in self._documents.items() if len(found))
+        self.require(mixture)
+        self._mixture = mixture
+        self._read = dict.fromkeys(mixture, 0)
+
+    def require(self, mixture: Mapping[str, float]) -> None:
+        """ConfigError if these shards lack a domain that a mixture wants."""
+        for name, weight in mixture.items():
+            if weight and not self._has(name):
+                has = ", ".join(name for name in self._numbers if self._has(name))
                 raise ConfigError(
                     f"the mixture wants {name!r} documents and the corpus has none (it has: {has})."
                 )
-        self._mixture = mixture
-        self._read = dict.fromkeys(mixture, 0)
 
     def row(self, context: int) -> Row:
         """The next row: pieces that sum to `context` targets."""
@@ -112,7 +112,7 @@ class PackedReader:
             "read": self._read,
             "next": self._next,
             "pools": {name: [list(piece) for piece in pool] for name, pool in self._pools.items()},
-            "num_cut": self.num_cut,
+            "num_cuts": self.num_cuts,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -121,16 +121,18 @@ class PackedReader:
         self._next = {name: list(place) for name, place in state["next"].items()}
         pools = state["pools"].items()
         self._pools = {name: [Piece(*piece) for piece in pool] for name, pool in pools}
-        self.num_cut = int(state["num_cut"])
+        self.num_cuts = int(state["num_cuts"])
 
     @property
     def epochs(self) -> dict[str, float]:
-        """Times that each domain has been read."""
-        return {
-            name: epoch + at / len(self._documents[name])
-            for name, (epoch, at) in self._next.items()
-            if len(self._documents[name])
-        }
+        """Times that each domain of the mixture has been read, by shards."""
+        count = len(self.shards.shards)
+        found = {}
+        for name in self._mixture:
+            epoch, shard, at = self._next[name]
+            share = at / max(1, len(self._order(name, epoch, shard)))
+            found[name] = epoch + (shard + share) / count
+        return found
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Read some rows' tokens."""
@@ -141,7 +143,7 @@ class PackedReader:
         pool = self._refilled(name)
         document, start, stop = pool.pop(index)
         if stop - start > room:
-            self.num_cut += 1
+            self.num_cuts += 1
             pool.append(Piece(document, start + room, stop))
             stop = start + room
         return Piece(document, start, stop)
@@ -154,15 +156,33 @@ class PackedReader:
 
     def _draw(self, name: str) -> Piece:
         """The next document of a domain."""
-        epoch, at = self._next[name]
-        if self._orders.get(name, (-1,))[0] != epoch:
-            number = list(self._documents).index(name)
-            random = np.random.default_rng((self._seed, number, epoch))
-            self._orders[name] = epoch, random.permutation(self._documents[name])
-        document = int(self._orders[name][1][at])
-        is_last = at + 1 == len(self._documents[name])
-        self._next[name] = [epoch + 1, 0] if is_last else [epoch, at + 1]
-        return whole(self.shards, document)
+        epoch, shard, at = self._next[name]
+        while at >= len(self._order(name, epoch, shard)):
+            shard, at = shard + 1, 0
+            if shard == len(self.shards.shards):
+                epoch, shard = epoch + 1, 0
+        self._next[name] = [epoch, shard, at + 1]
+        return whole(self.shards, int(self._order(name, epoch, shard)[at]))
+
+    def _order(self, name: str, epoch: int, shard: int) -> NDArray[np.int64]:
+        """A domain's documents in the shard that comes at some place of an epoch, shuffled.
+
+        The corpus put all documents into one random order, so shuffling the shards and within each
+        is enough, and no rank holds a list of all documents.
+        """
+        if self._orders.get(name, ((-1, -1),))[0] != (epoch, shard):
+            number = self._numbers[name]
+            shards = np.random.default_rng((self._seed, number, epoch))
+            which = int(shards.permutation(len(self.shards.shards))[shard])
+            first, rows = self.shards.shard(which)
+            own = first + np.flatnonzero(rows["domain"] == number)
+            within = np.random.default_rng((self._seed, number, epoch, which))
+            self._orders[name] = (epoch, shard), within.permutation(own)
+        return self._orders[name][1]
+
+    def _has(self, name: str) -> bool:
+        number, count = self._numbers.get(name), len(self.shards.shards)
+        return any((self.shards.shard(i)[1]["domain"] == number).any() for i in range(count))
 
 
 def whole(shards: Shards, document: int) -> Piece:

@@ -1,22 +1,31 @@
 """What every training recipe has in common; a stage's recipe is made of these and its own."""
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from attending.config import Config
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
     """AdamW, its schedule and its guards."""
 
     peak: PositiveFloat
-    """Learning rate after warm-up."""
+    """Learning rate after the warm-up."""
     final: PositiveFloat
     """Learning rate that a cosine stage ends with."""
     warmup_tokens: NonNegativeInt
     """Length of the linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the two moments."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment. Baichuan-M1's is not published."""
@@ -30,6 +39,12 @@ class OptimizerConfig(Config):
     """A step is skipped if its norm exceeds this times their mean ..."""
     skip_margin: NonNegativeFloat = 0.1
     """... plus this."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
+        if self.final > self.peak:
+            raise ValueError(f"final ({self.final}) must not exceed peak ({self.peak})")
+        return self
 
 
 class BatchConfig(Config):
@@ -51,7 +66,14 @@ class ComputeConfig(Config):
     """Keep only the blocks' inputs and compute the rest again in the backward pass: a third more
     work, and a small part of the activations' memory."""
     compile: bool = False
-    """Compile the blocks. Takes about half a minute and, on a CPU, a C++ compiler."""
+    """Compile the blocks. Takes about half a minute and, on a CPU, a C++ compiler. Not together
+    with `recompute`, behind which nothing would be compiled."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        if self.compile and self.recompute:
+            raise ValueError("compile and recompute exclude each other")
+        return self
 
 
 class StateConfig(Config):
@@ -67,10 +89,12 @@ class HeldoutConfig(Config):
     """Watching on held-out text."""
 
     every_tokens: PositiveInt
-    """Measure after so many targets, at the start and at the end."""
+    """Measure at the start, after so many targets, and at the end."""
     max_tokens: PositiveInt = 100_000
-    """Of each domain: whole documents until there are so many; at the end of the run, all."""
-    prompts: tuple[str, ...] = ()
+    """Of each domain: whole documents until there are so many."""
+    final_tokens: PositiveInt = 10_000_000
+    """The same at the end of the run."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts to go on with; the samples are kept in samples.jsonl."""
     sample_tokens: PositiveInt = 40
     """Length of a sample."""

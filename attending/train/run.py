@@ -1,22 +1,24 @@
 """What surrounds a stage's loop: its draft folder, signals, errors that name a setting."""
 
+import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from attending.artifact import disk_has_room, write_json
 from attending.errors import CheckpointError, TrainingError, UsageError
 from attending.mesh import World
-from attending.model.decoder import Decoder
 from attending.train.parallel import barrier, total
-from attending.train.state import STATES, require_unchanged, states
+from attending.train.state import STATES, TOLD, require_unchanged, states
 from attending.train.step import Gradients
+
+log = logging.getLogger(__name__)
 
 
 class Stopped(UsageError):  # noqa: N818  (asked for, not a fault)
@@ -42,16 +44,20 @@ def begin(
     draft = out.with_name(out.name + ".tmp")
     if out.exists():
         raise UsageError(f"{out.name} exists; choose another name or remove it first.")
-    if states(draft) and not resume:
+    has_state = bool(states(draft))
+    if has_state and not resume:
         raise UsageError(
             f"{draft.name} holds a stopped run: --resume goes on with it; to begin anew, remove it."
         )
-    if resume and not states(draft):
-        raise UsageError(f"{draft.name} holds no state to go on from: run without --resume.")
     barrier()  # all have looked before one writes
+    if has_state:
+        require_unchanged(draft / STATES, told, accept=accept_changes)
+    elif resume:
+        log.info("%s holds no state to go on from: the run begins", draft.name)
+    barrier()
     if place.rank == 0:
         (draft / STATES).mkdir(parents=True, exist_ok=True)
-        require_unchanged(draft / STATES, told, accept=accept_changes or not resume)
+        write_json(draft / STATES / TOLD, told)
     barrier()
     return draft
 
@@ -87,14 +93,15 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(number, self._before[number])
+        self.__exit__()
 
 
 @contextmanager
-def out_of_memory_advice(micro_tokens: int) -> Iterator[None]:
-    """Around a loop: when memory ends, say which setting to change."""
+def memory_and_disk(micro_tokens: int, out: Path) -> Iterator[None]:
+    """Around a loop: when memory or the disk ends, say what to do."""
     try:
-        yield
+        with disk_has_room(out):
+            yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         is_full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not is_full and "allocate memory" not in str(error):
@@ -105,7 +112,7 @@ def out_of_memory_advice(micro_tokens: int) -> Iterator[None]:
         ) from None
 
 
-def require_finite(found: Gradients, step: int, data: str) -> None:
+def require_finite(found: Gradients, step: int, data: Callable[[], str]) -> None:
     """Before an update that would spoil every weight.
 
     Raises:
@@ -114,21 +121,9 @@ def require_finite(found: Gradients, step: int, data: str) -> None:
     if not (torch.tensor(found.loss).isfinite() and torch.tensor(found.norm).isfinite()):
         raise TrainingError(
             f"step {step}: the loss is {found.loss} and the gradient's norm {found.norm}; the step "
-            f"was not made and the last saved state is whole. Its data: {data}. Look at these "
+            f"was not made and the last saved state is whole. Its data: {data()}. Look at these "
             "documents, or lower optimizer.peak, and go on with --resume --accept-changes."
         )
-
-
-def whole_weights(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """Official name -> tensor on the CPU; complete on rank 0, empty elsewhere."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    found = get_model_state_dict(decoder, options=options)
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def due(every: int, before: int, after: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return after // every > before // every
 
 
 def require_vocabulary(largest: int, vocab_size: int) -> None:

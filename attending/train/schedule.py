@@ -25,20 +25,23 @@ def learning_rate(step: int, phases: Sequence[Phase], warmup_steps: int, rates: 
     """Warm-up, stable, decay (Baichuan-M1 section 4.2) of the step that is about to be made.
 
     Step 0 is made at peak / warmup_steps and step `warmup_steps - 1` at the peak. A constant phase
-    stays there; a cosine phase goes from the peak, which its first step still has, towards `final`,
-    which the step after its last would have.
+    stays there. A cosine phase goes from the peak, which its first step after the warm-up still
+    has, towards `final`, which the step after its last would have.
     """
     peak, final = rates
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    rate = peak
+    begin, rate = 0, peak
     for phase in phases:
-        if step < phase.steps and phase.shape == "cosine":
-            return final + (peak - final) * (1 + math.cos(math.pi * step / phase.steps)) / 2
+        end = begin + phase.steps
+        if phase.shape == "cosine" and step < end:
+            start = max(begin, warmup_steps)
+            turn = math.pi * (step - start) / (end - start)
+            return final + (peak - final) * (1 + math.cos(turn)) / 2
         rate = final if phase.shape == "cosine" else peak
-        if step < phase.steps:
+        if step < end:
             return rate
-        step -= phase.steps
+        begin = end
     return rate
 
 
@@ -82,3 +85,8 @@ def adaptive_update(norms: Norms, norm: float, rule: SkipRule) -> tuple[bool, No
     if is_spike and skipped < rule.max_skips:
         return False, Norms(window, skipped + 1)
     return True, Norms((*window, norm)[-rule.length :] if rule.length else ())
+
+
+def due(every: int, before: int, after: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return after // every > before // every

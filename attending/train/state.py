@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,18 +26,20 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from attending.artifact import disk_has_room, settle, write_json
 from attending.errors import CheckpointError, ConfigError
 from attending.mesh import World
+from attending.model.decoder import Decoder
 from attending.train.parallel import barrier
 from attending.train.reader import PackedReader
 from attending.train.schedule import Norms
 
-STATES, PROGRESS = "state", "progress.json"
+STATES, PROGRESS, TOLD = "state", "progress.json", "told.json"
+COUNTS = ("step", "tokens", "skipped", "owes_measure", "files")
 
 
 @dataclass(slots=True)
 class TrainState:
-    """Model, optimizer, data position, random numbers, the skip rule's window, counts."""
+    """Model, optimizer, data position, torch's random numbers, the skip rule's window, counts."""
 
-    model: nn.Module
+    decoder: Decoder
     optimizer: torch.optim.Optimizer
     reader: PackedReader
     place: World
@@ -48,6 +50,10 @@ class TrainState:
     norms: Norms = field(default_factory=Norms)
     skipped: int = 0
     """Steps whose update was not made."""
+    owes_measure: bool = True
+    """The next thing to do is to measure."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Sizes of the files that grow with the run, when it was saved."""
 
     def save(self, out: Path, keep: int) -> None:
         """Write `OUT/state/step_N`, then remove all but the `keep` newest; every rank calls it."""
@@ -58,7 +64,7 @@ class TrainState:
                 shutil.rmtree(old, ignore_errors=True)
             draft.mkdir(parents=True)
         barrier()
-        with disk_has_room(folder), _alone_is_meant():
+        with disk_has_room(folder), _alone_is_meant(), _failures_raised():
             save(self._tensors(), checkpoint_id=draft, no_dist=not dist.is_initialized())
         if self.place.rank == 0:
             write_json(draft / PROGRESS, self._progress())
@@ -73,26 +79,30 @@ class TrainState:
         Raises:
             CheckpointError: The state is not whole.
         """
+        hyper = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         try:
             progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
             ranks = int(progress["ranks"])
             tensors = self._tensors(of_rank=self.place.rank % ranks)
-            with _alone_is_meant():
+            with _alone_is_meant(), _failures_raised():
                 load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        except (OSError, ValueError, KeyError, CheckpointException) as error:
+        except Exception as error:  # noqa: BLE001  (a damaged file may raise anything)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise CheckpointError(
-                f"{folder.name} is not whole ({error}): remove it, and the state before it is used."
+                f"{folder.name} cannot be read ({reason}): remove it, and the one before is used."
             ) from None
         set_state_dict(
-            self.model,
+            self.decoder,
             self.optimizer,
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
         )
+        for group, told in zip(self.optimizer.param_groups, hyper, strict=True):
+            group.update(told)  # the recipe's, which may have changed
         self.reader.restore(progress["reader"])
-        self.step, self.tokens = progress["step"], progress["tokens"]
         self.norms = Norms(tuple(progress["norms"]["window"]), progress["norms"]["num_skipped"])
-        self.skipped = progress["skipped"]
+        for name in COUNTS:
+            setattr(self, name, progress[name])
         (random,) = tensors["random"].values()
         if self.place.rank < ranks:
             torch.set_rng_state(random)
@@ -100,20 +110,27 @@ class TrainState:
             torch.manual_seed(torch.initial_seed() + self.step + self.place.rank)
 
     def _tensors(self, of_rank: int | None = None) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.decoder, self.optimizer)
         rank = self.place.rank if of_rank is None else of_rank
         random: dict[str, Tensor] = {f"rank_{rank}": torch.get_rng_state()}
         return {"model": model, "optimizer": optimizer, "random": random}
 
     def _progress(self) -> Mapping[str, Any]:
         return {
-            "step": self.step,
-            "tokens": self.tokens,
+            **{name: getattr(self, name) for name in COUNTS},
             "ranks": self.place.size,
             "norms": self.norms._asdict(),
-            "skipped": self.skipped,
             "reader": self.reader.state(),
         }
+
+
+@contextmanager
+def _failures_raised() -> Iterator[None]:
+    """What failed, not torch's wrapping of it, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 @contextmanager
@@ -129,31 +146,32 @@ def states(out: Path) -> list[Path]:
     return sorted(path for path in (out / STATES).glob("step_*") if path.suffix != ".tmp")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
+def differences(before: object, now: object, at: str = "") -> list[str]:
     """What has changed between two recipes, one line a value."""
+    if isinstance(before, list | tuple) and isinstance(now, list | tuple):
+        before, now = ({str(i): one for i, one in enumerate(side)} for side in (before, now))
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return [] if before == now else [f"{at}: {json.dumps(before)} -> {json.dumps(now)}"]
     found = []
-    for key in sorted({*before, *now}):
-        old, new, name = before.get(key), now.get(key), f"{at}{key}"
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{name}.")
-        elif old != new:
-            found.append(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
+    for key in dict.fromkeys([*before, *now]):
+        found += differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
     return found
 
 
 def require_unchanged(folder: Path, told: Mapping[str, Any], *, accept: bool) -> None:
-    """Remember what a run was told at its start; later, refuse all else unless it is accepted.
+    """Refuse to go on with what a run was not told at its start, unless it is accepted.
 
     Raises:
-        ConfigError: It has changed; the message lists how.
+        ConfigError: It has changed; the message lists how. The model's shape is never accepted.
     """
-    file = folder / "told.json"
-    if file.is_file() and not accept:
-        changed = differences(json.loads(file.read_text(encoding="utf-8")), told)
-        if changed:
-            raise ConfigError(
-                "the run was begun with another recipe:\n  "
-                + "\n  ".join(changed)
-                + "\nSet these back, or go on with the new values by --accept-changes."
-            )
-    write_json(file, told)
+    file = folder / TOLD
+    if not file.is_file():
+        raise CheckpointError(f"{file.name} is absent: there is no telling what the run was told.")
+    changed = differences(json.loads(file.read_text(encoding="utf-8")), told)
+    final = [line for line in changed if line.startswith("model.")]
+    if final or (changed and not accept):
+        remedy = "the model cannot change on the way: set these back, or begin anew."
+        if not final:
+            remedy = "set these back, or go on with the new values by --accept-changes."
+        lines = "\n  ".join(final or changed)
+        raise ConfigError(f"the run was begun with another recipe:\n  {lines}\n{remedy}")

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from attending.model.attend import Packed
 from attending.model.decoder import Decoder
 from attending.model.scoring import cross_entropy, over_logits
-from attending.train.parallel import Opaque, total
+from attending.train.parallel import attend_to, is_compiled, total
 from attending.train.reader import Batch
 
 Loss = Callable[[Decoder, Batch, float], tuple[Tensor, Tensor]]
@@ -33,10 +32,11 @@ class Gradients:
 
 def next_token_loss(decoder: Decoder, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
     """Cross entropy of every target, weighed and scaled."""
-    attend = Opaque(Packed(batch.lengths, device=batch.ids.device))
+    attend = attend_to(batch.lengths, batch.ids.device, is_compiled(decoder))
+    coefficients = batch.weights.double() * scale
 
     def of(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        return over_logits(hidden, head, cross_entropy, batch.weights * scale, batch.targets)
+        return over_logits(hidden, head, cross_entropy, coefficients, batch.targets)
 
     return decoder.measure(batch.ids, attend, of)
 
@@ -63,7 +63,7 @@ def accumulate(
     whole = float(total(weight))
     sums = torch.zeros(kinds + 1, 2, dtype=torch.float64, device=device)
     for batch in batches:
-        value, values = loss(decoder, batch, num_ranks / whole)
+        value, values = loss(decoder, batch, num_ranks / whole if whole else 0.0)
         value.backward()  # type: ignore[no-untyped-call]
         weighed = torch.stack((values * batch.weights, batch.weights), dim=1).double()
         sums[:kinds].index_add_(0, batch.kinds, weighed)
@@ -73,7 +73,7 @@ def accumulate(
     norm = get_total_norm(parameters)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return Gradients(
-        loss=sum(nats for nats, _ in found[:kinds]) / whole,
+        loss=sum(nats for nats, _ in found[:kinds]) / (whole or 1.0),
         by_kind={
             name: nats / count for name, (nats, count) in zip(names, found, strict=False) if count
         },
@@ -85,4 +85,4 @@ def accumulate(
 def clip(parameters: Iterable[torch.nn.Parameter], limit: float, norm: float) -> None:
     """Scale the gradients down so that their whole norm is at most `limit`."""
     if norm > limit:
-        clip_grads_with_norm_(parameters, limit, torch.tensor(norm))
+        clip_grads_with_norm_(parameters, limit, torch.tensor(norm, dtype=torch.float64))

@@ -7,26 +7,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from attending.chat import Tokenizer
-from attending.logs import MetricLog, read_metrics
-from attending.model.decoder import Decoder
-from attending.model.scoring import bits_per_byte
+from attending.logs import MetricLog, cut
+from attending.model.scoring import bits_interval, bits_per_byte
 from attending.shards import Shards
-from attending.train.heldout import sample, score_documents
-from attending.train.plan import flops_per_token, matrix_ceiling
+from attending.train.heldout import DocumentScore, sample, score_documents
+from attending.train.plan import flops, matrix_ceiling
 from attending.train.recipe import HeldoutConfig
 from attending.train.state import TrainState
 from attending.train.step import Gradients
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 RECENT = 20  # steps that the speed is a mean of
 
 
 class Progress(NamedTuple):
-    """How far a run is, for whoever draws it."""
+    """A step that was made, for whoever draws it."""
 
     step: int
     num_steps: int
@@ -35,18 +35,22 @@ class Progress(NamedTuple):
     ceiling_share: float
     """Of the operations a second of this machine's largest products."""
     seconds_left: float
-    notes: Sequence[str] = ()
+
+
+class Notes(NamedTuple):
     """Lines to print: held-out measures, samples."""
 
+    step: int
+    lines: Sequence[str]
 
-Show = Callable[[Progress], object]
+
+Show = Callable[[Progress | Notes], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
     """What is looked at beside the state."""
 
-    decoder: Decoder
     tokenizer: Tokenizer
     heldout: Mapping[str, Shards]
     """By domain."""
@@ -74,23 +78,32 @@ class Watch:
         self._is_first = state.place.rank == 0
         self._show = show if self._is_first else None
         self._ceiling = matrix_ceiling(watched.device, watched.dtype) * state.place.size
-        self._recent: list[tuple[int, float]] = []
-        self.measured: dict[str, float] = {}
-        """The newest held-out measures."""
+        self._recent: list[tuple[int, float, float]] = []
         if self._is_first:
-            self._log = MetricLog(draft / "metrics.jsonl", resume_step=state.step)
-            for row in read_metrics(draft / "metrics.jsonl"):
-                self.measured |= {k: v for k, v in row.items() if k.startswith("heldout/")}
-            for file in (draft / "samples.jsonl", *draft.glob("heldout_*.jsonl")):
-                _drop_rows_after(file, state.step)
+            cut(draft / SAMPLES, state.files.get(SAMPLES, 0))
+            self._log = MetricLog(draft / METRICS, state.files.get(METRICS, 0))
 
-    def step(self, found: Gradients, rate: float, began: float, context: int) -> None:
-        """Log a step that was just made and began at `time.monotonic() == began`."""
+    @property
+    def began(self) -> float:
+        """When the run would have begun, by `time.monotonic()`, had it never been stopped."""
+        return time.monotonic() - (self._log.seconds if self._is_first else 0.0)
+
+    def sizes(self) -> dict[str, int]:
+        """What a state must know to cut the files back to what they hold now."""
+        files = [self._draft / name for name in (METRICS, SAMPLES)]
+        return {file.name: file.stat().st_size for file in files if file.exists()}
+
+    def step(self, found: Gradients, rate: float, began: float, lengths: Sequence[int]) -> None:
+        """Log a step that was just made and began at `time.monotonic() == began`.
+
+        `lengths`: of this rank's segments; the others' are much the same.
+        """
         state = self._state
-        self._recent = [*self._recent[1 - RECENT :], (found.tokens, time.monotonic() - began)]
-        speed = sum(n for n, _ in self._recent) / sum(seconds for _, seconds in self._recent)
-        share = speed * flops_per_token(self._watched.decoder.arch, context) / self._ceiling
-        epochs = state.reader.epochs
+        operations = flops(state.decoder.arch, lengths) * state.place.size
+        now = found.tokens, operations, time.monotonic() - began
+        self._recent = [*self._recent[1 - RECENT :], now]
+        tokens, operations, seconds = (sum(column) for column in zip(*self._recent, strict=True))
+        speed, share = tokens / seconds, operations / seconds / self._ceiling
         self._write(
             {
                 "train/loss_nats": found.loss,
@@ -102,71 +115,85 @@ class Watch:
                 "train/tokens_per_second": speed,
                 "train/ceiling_share": share,
                 "train/peak_memory_bytes": peak_memory(self._watched.device),
-                **{f"data/{name}_epochs": epoch for name, epoch in epochs.items()},
-                "data/cut_documents": state.reader.num_cut,
+                **{f"data/{name}_epochs": epoch for name, epoch in state.reader.epochs.items()},
+                "data/cuts": state.reader.num_cuts,
             }
         )
-        left = (self._num_steps - state.step) * found.tokens / speed
-        self._tell(found.loss, speed, share, left)
+        if self._show:
+            left = (self._num_steps - state.step) * found.tokens / speed
+            self._show(Progress(state.step, self._num_steps, found.loss, speed, share, left))
 
-    def measure(self, context: int, is_last: bool = False) -> None:
-        """Bits per byte by domain, in the end of all documents; samples. Every rank calls it."""
-        watched, notes = self._watched, []
-        for domain, shards in watched.heldout.items():
-            scores = score_documents(
-                watched.decoder,
-                shards,
-                context=context,
-                micro_tokens=watched.micro_tokens,
-                max_tokens=None if is_last else self._config.max_tokens,
-                place=self._state.place,
-                device=watched.device,
-            )
-            if not scores:
-                continue
-            score = bits_per_byte([one.nats for one in scores], [one.num_bytes for one in scores])
-            self.measured[f"heldout/{domain}_bits_per_byte"] = score.bits_per_byte
-            if is_last:
-                self.measured[f"heldout/{domain}_bits_per_byte_low"] = score.low
-                self.measured[f"heldout/{domain}_bits_per_byte_high"] = score.high
-                self.measured[f"heldout/{domain}_documents"] = score.documents
-                self._append(f"heldout_{domain}.jsonl", [one._asdict() for one in scores])
-            notes.append(f"{domain} {score.bits_per_byte:.3f} bits per byte")
-        self._write(self.measured)
-        texts = sample(
-            watched.decoder,
-            watched.tokenizer,
-            self._config.prompts,
-            self._config.sample_tokens,
-            watched.device,
-        )
-        pairs = list(zip(self._config.prompts, texts, strict=True))
-        self._append("samples.jsonl", [{"prompt": a, "text": b} for a, b in pairs])
-        notes += [f"{prompt} [...] {' '.join(text.split())}" for prompt, text in pairs]
-        self._tell(0.0, 0.0, 0.0, 0.0, notes)
+    def measure(self, context: int) -> None:
+        """Bits per byte by domain, of the first documents, and samples; every rank calls it."""
+        found, lines = {}, []
+        for domain, scores in self._scores(context, self._config.max_tokens).items():
+            nats, sizes = zip(*scores, strict=True)
+            value = bits_per_byte(nats, sizes)
+            found[f"heldout/{domain}_bits_per_byte"] = value
+            lines.append(f"{domain} {value:.3f} bits per byte")
+        self._write(found)
+        self._tell([*lines, *self._samples()])
 
-    def close(self) -> None:
-        """Close the files."""
+    def finish(self, context: int) -> dict[str, float]:
+        """The last measure, of all held-out documents, with intervals; every rank calls it."""
+        found: dict[str, float] = {}
+        lines = []
+        for domain, scores in self._scores(context, self._config.final_tokens).items():
+            nats, sizes = zip(*scores, strict=True)
+            value, (low, high) = bits_per_byte(nats, sizes), bits_interval(nats, sizes)
+            name = f"heldout/{domain}_bits_per_byte"
+            found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+            found[f"heldout/{domain}_documents"] = len(scores)
+            lines.append(f"{domain} {value:.3f} ({low:.3f} to {high:.3f}) bits per byte")
+            if self._is_first:
+                rows = [json.dumps(one._asdict()) + "\n" for one in scores]
+                file = self._draft / f"heldout_{domain}.jsonl"
+                file.write_text("".join(rows), encoding="utf-8")
+        self._write(found)
+        self._tell([*lines, *self._samples()])
         if self._is_first:
             self._log.close()
+        return found
+
+    def _scores(self, context: int, max_tokens: int) -> dict[str, list[DocumentScore]]:
+        found = {
+            domain: score_documents(
+                self._state.decoder,
+                shards,
+                context=context,
+                micro_tokens=self._watched.micro_tokens,
+                max_tokens=max_tokens,
+                place=self._state.place,
+                device=self._watched.device,
+            )
+            for domain, shards in self._watched.heldout.items()
+        }
+        return {domain: scores for domain, scores in found.items() if scores}
+
+    def _samples(self) -> list[str]:
+        prompts, state = self._config.prompts, self._state
+        texts = sample(
+            state.decoder,
+            self._watched.tokenizer,
+            prompts,
+            self._config.sample_tokens,
+            self._watched.device,
+        )
+        pairs = list(zip(prompts, texts, strict=True))
+        if self._is_first and pairs:
+            with (self._draft / SAMPLES).open("a", encoding="utf-8") as file:
+                for prompt, text in pairs:
+                    row = {"step": state.step, "prompt": prompt, "text": text}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return [f"{prompt} [...] {' '.join(text.split())}" for prompt, text in pairs]
 
     def _write(self, values: Mapping[str, float]) -> None:
         if self._is_first:
             self._log.write(self._state.step, values)
 
-    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._is_first:
-            with (self._draft / name).open("a", encoding="utf-8") as file:
-                for row in rows:
-                    line = json.dumps({"step": self._state.step, **row}, ensure_ascii=False)
-                    file.write(line + "\n")
-
-    def _tell(
-        self, loss: float, speed: float, share: float, left: float, notes: Sequence[str] = ()
-    ) -> None:
+    def _tell(self, lines: Sequence[str]) -> None:
         if self._show:
-            step = self._state.step
-            self._show(Progress(step, self._num_steps, loss, speed, share, left, notes))
+            self._show(Notes(self._state.step, lines))
 
 
 def peak_memory(device: torch.device) -> int:
@@ -175,10 +202,3 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _drop_rows_after(file: Path, step: int) -> None:
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")

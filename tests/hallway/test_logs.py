@@ -16,15 +16,28 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         log = MetricLog(path)
         for step in range(6 if path is whole else 5):
             log.write(step, {"train/loss": 1.0 / (step + 1)})
+            if step == 3:
+                saved = path.stat().st_size  # with the state
         log.close()
     with cut.open("a") as file:
         file.write('{"step": 5, "train/lo')  # killed in the middle of a line
-    log = MetricLog(cut, resume_step=3)  # the last state that was saved
+    log = MetricLog(cut, keep_bytes=saved)
     for step in range(4, 6):
         log.write(step, {"train/loss": 1.0 / (step + 1)})
     log.close()
     rows = [[(r["step"], r["train/loss"]) for r in read_metrics(p)] for p in (whole, cut)]
     assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+def test_without_a_state_whole_lines_stay_and_the_clock_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "run/elapsed_seconds": 100.0}\n{"step": 2, "r', "utf-8")
+    log = MetricLog(path)
+    log.write(2, {"train/loss": 1.0})
+    log.close()
+    rows = list(read_metrics(path))
+    assert [row["step"] for row in rows] == [1, 2]
+    assert 100.0 <= rows[1]["run/elapsed_seconds"] < 160.0
 
 
 @pytest.mark.parametrize("name", ["loss", "Train/loss", "train/", "train/lo ss"])

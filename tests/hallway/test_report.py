@@ -263,3 +263,17 @@ def test_a_damaged_funnel_is_an_error(tmp_path: Path, text: str) -> None:
     (folder / "funnel.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"funnel\.json is damaged"):
         write_report(folder)
+
+
+def test_samples_are_shown_newest_first_and_as_text(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    log.write(1, {"train/loss_nats": 1.0})
+    log.close()
+    rows = [{"step": n, "prompt": "aspirin", "text": f"<b>{n}</b>"} for n in (1, 2)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(text, "utf-8")
+    page = write_report(tmp_path).read_text("utf-8")
+    assert page.index("&lt;b&gt;2") < page.index("&lt;b&gt;1")
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n', "utf-8")
+    with pytest.raises(CheckpointError, match=r"samples.jsonl is damaged at"):
+        write_report(tmp_path)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from attending.model import scoring
-from attending.model.scoring import bits_per_byte, cross_entropy, over_logits
+from attending.model.scoring import bits_interval, bits_per_byte, cross_entropy, over_logits
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 29])
@@ -72,16 +72,14 @@ def test_half_precision_makes_its_loss_in_float32() -> None:
 
 
 def test_bits_per_byte_by_hand() -> None:
-    score = bits_per_byte([math.log(2) * 8, math.log(2) * 4], [2, 4])
-    assert score.bits_per_byte == pytest.approx(12 / 6)
-    assert score.low == pytest.approx(1.0) and score.high == pytest.approx(4.0)
-    assert score.documents == 2
+    nats, sizes = [math.log(2) * 8, math.log(2) * 4], [2, 4]
+    assert bits_per_byte(nats, sizes) == pytest.approx(12 / 6)
+    assert bits_interval(nats, sizes) == pytest.approx((1.0, 4.0))
 
 
 def test_the_interval_has_the_width_of_the_normal_one() -> None:
-    random = np.random.default_rng(0)
-    nats = random.normal(100, 10, 400)
-    score = bits_per_byte(nats, [100] * 400)
+    nats = np.random.default_rng(0).normal(100, 10, 400)
+    low, high = bits_interval(nats.tolist(), [100] * 400)
     width = 2 * 1.96 * nats.std() / 100 / math.log(2) / math.sqrt(400)
-    assert score.high - score.low == pytest.approx(width, rel=0.1)
-    assert score == bits_per_byte(nats, [100] * 400)
+    assert high - low == pytest.approx(width, rel=0.1)
+    assert (low, high) == bits_interval(nats.tolist(), [100] * 400)

@@ -1,12 +1,15 @@
+import errno
 import json
 import shutil
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 import attending
 from attending.errors import CheckpointError, ConfigError, TrainingError, UsageError
@@ -14,8 +17,16 @@ from attending.logs import read_metrics
 from attending.pretrain.loop import pretrain
 from attending.train import run, step
 from attending.train.state import states
-from attending.train.watch import Progress
-from tests.train.making import LLAMA, M1, make_corpus, make_tokenizer, recipe
+from tests.train.making import (
+    LLAMA,
+    M1,
+    HaltedError,
+    column,
+    halt_at,
+    make_corpus,
+    make_tokenizer,
+    recipe,
+)
 
 Text = tuple[Path, Path]
 
@@ -80,7 +91,7 @@ def test_held_out_bits_are_those_of_the_model_that_comes_out(trained: Path, text
             logits = model.logits([part[:-1].tolist()])[0]
             nats += float(torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum"))
     told = json.loads((trained / "run.json").read_text("utf-8"))["metrics"]
-    wanted = nats / np.log(2) / shards.column("bytes").sum()
+    wanted = nats / np.log(2) / column(shards, "bytes").sum()
     assert told["heldout/medical_bits_per_byte"] == pytest.approx(wanted, rel=1e-4)
 
 
@@ -160,7 +171,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_state(
 
     monkeypatch.setattr("attending.pretrain.loop.next_token_loss", spoil)
     config, out = recipe(*text), tmp_path / "out"
-    with pytest.raises(TrainingError, match=r"step 11: the loss is nan.*made #\d+"):
+    with pytest.raises(TrainingError, match=r"step 12: the loss is nan.*made #\d+"):
         pretrain(config, out)
     assert states(tmp_path / "out.tmp")[-1].name == "step_000000010"
     monkeypatch.undo()
@@ -171,13 +182,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_state(
 
 
 def test_a_changed_recipe_is_listed_and_refused_unless_told(text: Text, tmp_path: Path) -> None:
-    def halt(progress: Progress) -> None:
-        if progress.step == 6 and progress.tokens_per_second:
-            raise KeyboardInterrupt
-
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe(*text), out, show=halt)
+    with pytest.raises(HaltedError):
+        pretrain(recipe(*text), out, show=halt_at(6))
     changed = recipe(
         *text, optimizer={"peak": 2e-2, "final": 1e-3, "warmup_tokens": 256, "clip_norm": 0.5}
     )
@@ -189,6 +196,8 @@ def test_a_changed_recipe_is_listed_and_refused_unless_told(text: Text, tmp_path
     pretrain(changed, out, resume=True, accept_changes=True)
     told = json.loads((out / "run.json").read_text("utf-8"))
     assert told["recipe"]["optimizer"]["peak"] == 2e-2
+    last = list(read_metrics(out / "metrics.jsonl"))[-2]
+    assert last["train/learning_rate"] > 1e-2 / 10  # of the new peak
 
 
 @pytest.mark.parametrize(
@@ -211,7 +220,7 @@ def test_memory_that_ends_names_the_setting(
 
 
 def test_other_runtime_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), run.out_of_memory_advice(64):
+    with pytest.raises(RuntimeError, match="shapes"), run.memory_and_disk(64, Path()):
         raise RuntimeError("shapes cannot be multiplied")
 
 
@@ -235,35 +244,27 @@ def test_nothing_is_overwritten_and_no_run_is_begun_twice(
 ) -> None:
     with pytest.raises(UsageError, match="exists"):
         pretrain(recipe(*text), trained)
-    with pytest.raises(UsageError, match="no state to go on from"):
-        pretrain(recipe(*text), tmp_path / "out", resume=True)
     (tmp_path / "out.tmp" / "state" / "step_000000002").mkdir(parents=True)
     with pytest.raises(UsageError, match="holds a stopped run: --resume"):
         pretrain(recipe(*text), tmp_path / "out")
 
 
 def test_a_damaged_state_says_so(text: Text, tmp_path: Path) -> None:
-    def halt(progress: Progress) -> None:
-        if progress.step == 6 and progress.tokens_per_second:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe(*text), tmp_path / "out", show=halt)
+    with pytest.raises(HaltedError):
+        pretrain(recipe(*text), tmp_path / "out", show=halt_at(6))
     state = states(tmp_path / "out.tmp")[-1]
     for file in state.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=f"{state.name} is not whole"):
+    with pytest.raises(
+        CheckpointError, match=rf"{state.name} cannot be read \(.{{1,200}}\): remove"
+    ):
         pretrain(recipe(*text), tmp_path / "out", resume=True)
 
 
 def test_a_corpus_built_anew_is_no_way_to_go_on(text: Text, tmp_path: Path) -> None:
-    def halt(progress: Progress) -> None:
-        if progress.step == 6 and progress.tokens_per_second:
-            raise KeyboardInterrupt
-
     corpus = shutil.copytree(text[0], tmp_path / "corpus")
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe(corpus, text[1]), tmp_path / "out", show=halt)
+    with pytest.raises(HaltedError):
+        pretrain(recipe(corpus, text[1]), tmp_path / "out", show=halt_at(6))
     shutil.rmtree(corpus)
     make_corpus(corpus, text[1], documents=150)
     with pytest.raises(ConfigError, match="parents"):
@@ -294,3 +295,118 @@ def test_a_corpus_without_held_out_text_trains_unwatched(text: Text, tmp_path: P
     out = pretrain(recipe(corpus, text[1]), tmp_path / "out")
     told = json.loads((out / "run.json").read_text("utf-8"))["metrics"]
     assert {name.split("_")[0] for name in told} == {"heldout/medical"}
+
+
+def test_a_failure_while_publishing_loses_nothing(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise HaltedError
+
+    monkeypatch.setattr("attending.artifact.settle", fail)
+    with pytest.raises(HaltedError):
+        pretrain(recipe(*text), tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr("attending.pretrain.loop.accumulate", fail)  # nothing is trained again
+    out = pretrain(recipe(*text), tmp_path / "out", resume=True)
+    assert attending.load(out).arch.is_m1 and not (out / "state").exists()
+
+
+def test_a_full_disk_says_so_and_the_run_goes_on_later(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_: object, **__: object) -> None:
+        raise CheckpointException("save", {0: (full, StackSummary())})
+
+    monkeypatch.setattr("attending.train.state.save", fail)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        pretrain(recipe(*text), tmp_path / "out")
+    monkeypatch.undo()
+    pretrain(recipe(*text), tmp_path / "out", resume=True)  # from the beginning: none was saved
+    told = [row["step"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")]
+    assert told[:3] == [0, 1, 2]  # and what the first try wrote is gone
+
+
+def test_new_values_reach_the_optimizer(
+    text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(HaltedError):
+        pretrain(recipe(*text), tmp_path / "out", show=halt_at(6))
+    seen, step = [], torch.optim.AdamW.step
+
+    def look(optimizer: torch.optim.AdamW, **told: Any) -> Any:
+        seen.append([(g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups])
+        return step(optimizer, **told)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    values = {"peak": 1e-2, "final": 1e-3, "warmup_tokens": 256}
+    changed = recipe(
+        *text, optimizer={**values, "weight_decay": 0.5, "betas": [0.5, 0.6], "eps": 1e-3}
+    )
+    pretrain(changed, tmp_path / "out", resume=True, accept_changes=True)
+    assert seen[-1] == [(0.5, (0.5, 0.6), 1e-3), (0.0, (0.5, 0.6), 1e-3)]
+
+
+@pytest.mark.parametrize("change", [{"conv_window": 1}, {"intermediate_size": 64}])
+def test_another_model_is_never_accepted_on_the_way(
+    text: Text, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(HaltedError):
+        pretrain(recipe(*text), tmp_path / "out", show=halt_at(6))
+    changed = recipe(*text, model={**M1, **change})
+    with pytest.raises(ConfigError, match=r"(?s)model\.\w+: .*the model cannot change on the way"):
+        pretrain(changed, tmp_path / "out", resume=True, accept_changes=True)
+    (tmp_path / "out.tmp" / "state" / "told.json").unlink()
+    with pytest.raises(CheckpointError, match="no telling"):
+        pretrain(changed, tmp_path / "out", resume=True, accept_changes=True)
+
+
+def test_a_change_inside_a_list_is_named_alone(text: Text, tmp_path: Path) -> None:
+    with pytest.raises(HaltedError):
+        pretrain(recipe(*text), tmp_path / "out", show=halt_at(6))
+    stages = [stage.model_dump(mode="json") for stage in recipe(*text).stages]
+    stages[1]["tokens"] = 768
+    with pytest.raises(ConfigError, match=r"stages\.1\.tokens: 640 -> 768\n[^\[]*$"):
+        pretrain(recipe(*text, stages=stages), tmp_path / "out", resume=True)
+
+
+def test_a_later_stage_with_a_wrong_domain_is_refused_at_the_start(
+    text: Text, tmp_path: Path
+) -> None:
+    stages = [stage.model_dump(mode="json") for stage in recipe(*text).stages]
+    stages[2]["mixture"] = {"medcial": 1.0}
+    with pytest.raises(ConfigError, match="'medcial'"):
+        pretrain(recipe(*text, stages=stages), tmp_path / "out")
+
+
+def test_a_token_that_the_model_lacks_names_the_documents(text: Text, tmp_path: Path) -> None:
+    corpus = shutil.copytree(text[0], tmp_path / "corpus")
+    for shard in (corpus / "train").glob("*.bin"):
+        ids = np.fromfile(shard, "<u4")
+        ids[5::40] = 5000
+        ids.tofile(shard)
+    with pytest.raises(CheckpointError, match=r"damaged: token 5000 in a step with made #\d+"):
+        pretrain(recipe(corpus, text[1]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": {"peak": 1e-3, "final": 1e-2, "warmup_tokens": 0}}, "exceed peak"),
+        ({"optimizer": {"peak": 1.0, "final": 0.1, "warmup_tokens": 9999}}, "warmup_tokens"),
+        ({"optimizer": {"peak": 1, "final": 1, "warmup_tokens": 0, "betas": [1.5, 0.9]}}, "betas"),
+        ({"compute": {"compile": True, "recompute": True}}, "exclude each other"),
+        ({"data_seed": -1}, "data_seed"),
+        ({"heldout": {"every_tokens": 1, "prompts": [""]}}, "prompts"),
+    ],
+)
+def test_recipes_that_cannot_be_meant_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(Path("corpus"), Path("tokenizer"), **changes)
+
+
+def test_a_missing_corpus_says_which_setting_names_it(text: Text, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no train/index.json.*--set corpus"):
+        pretrain(recipe(tmp_path / "nowhere", text[1]), tmp_path / "out")

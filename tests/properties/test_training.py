@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,11 @@ from safetensors.torch import load_file
 
 from attending.logs import read_metrics
 from attending.pretrain.loop import pretrain
-from attending.train.watch import Progress
-from tests.train.making import make_corpus, make_tokenizer, recipe
+from attending.pretrain.recipe import PretrainConfig
+from attending.train.state import states
+from attending.train.watch import Notes, Progress
+from tests.pretrain.conftest import one_thread  # noqa: F401  (a fixture)
+from tests.train.making import HaltedError, halt_at, make_corpus, make_tokenizer, recipe
 
 CLOCKS = ("run/elapsed_seconds", "train/tokens_per_second", "train/ceiling_share")
 CLOCKS += ("train/peak_memory_bytes",)
@@ -49,18 +51,6 @@ def told(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
 
 
-class HaltedError(Exception):
-    pass
-
-
-def halt_at(step: int) -> Callable[[Progress], None]:
-    def show(progress: Progress) -> None:
-        if progress.step == step and progress.tokens_per_second:
-            raise HaltedError
-
-    return show
-
-
 @pytest.mark.parametrize("compute", [{}, {"recompute": True}])
 def test_resume_is_bitwise(
     text: tuple[Path, Path], tmp_path: Path, compute: dict[str, Any]
@@ -88,13 +78,13 @@ def test_resume_is_bitwise(
 def test_a_stop_saves_and_says_so(text: tuple[Path, Path], tmp_path: Path) -> None:
     config = recipe(*text)
 
-    def interrupt(progress: Progress) -> None:
-        if progress.step == 4 and progress.tokens_per_second:
+    def interrupt(told: Progress | Notes) -> None:
+        if isinstance(told, Progress) and told.step == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Exception, match=r"stopped after step 4; --resume goes on"):
+    with pytest.raises(Exception, match=r"stopped after step 5; --resume goes on"):
         pretrain(config, tmp_path / "out", show=interrupt)
-    assert (tmp_path / "out.tmp" / "state" / "step_000000004" / "progress.json").is_file()
+    assert (tmp_path / "out.tmp" / "state" / "step_000000005" / "progress.json").is_file()
     pretrain(config, tmp_path / "out", resume=True)
     whole = pretrain(config, tmp_path / "whole")
     assert told(tmp_path / "out") == told(whole)
@@ -114,25 +104,30 @@ def test_recomputed_equals_kept(text: tuple[Path, Path], tmp_path: Path) -> None
     close(kept, pretrain(again, tmp_path / "again"))
 
 
-def test_two_ranks_equal_one_also_after_a_kill(text: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_ranks_equal_one(text: tuple[Path, Path], tmp_path: Path) -> None:
     config = recipe(*text, compute={"precision": "float64"}, **SKIPPING)
     alone = pretrain(config, tmp_path / "alone")
-    file = tmp_path / "recipe.json"
+    two = recipe(*text, compute={"precision": "float64", "recompute": True}, **SKIPPING)
+    launch(two, tmp_path / "two")
+    close(alone, tmp_path / "two")
+
+
+def test_killed_ranks_go_on_as_more_and_as_fewer(text: tuple[Path, Path], tmp_path: Path) -> None:
+    config = recipe(*text, compute={"precision": "float64"}, **SKIPPING)
+    alone, out = pretrain(config, tmp_path / "alone"), tmp_path / "killed"
+    with pytest.raises(HaltedError):
+        pretrain(config, out, show=halt_at(6))
+    assert states(tmp_path / "killed.tmp")[-1].name == "step_000000005"  # from here, two
+    launch(config, out, "resume", kill_after=8)
+    assert not out.exists()
+    pretrain(config, out, resume=True)
+    close(alone, out)
+
+
+def launch(config: PretrainConfig, out: Path, *words: str, kill_after: int | None = None) -> None:
+    """Two ranks under torchrun; one kills itself once a state of `kill_after` or more is there."""
+    file = out.with_suffix(".json")
     file.write_text(json.dumps(config.model_dump(mode="json")), "utf-8")
-    two = tmp_path / "two"
-    launch(file, two)
-    close(alone, two)
-    # Killed in the middle, gone on with by two; killed again, gone on with by one.
-    killed = tmp_path / "killed"
-    launch(file, killed, kill_after=3)
-    assert not killed.exists()
-    launch(file, killed, "resume", kill_after=6)
-    pretrain(config, killed, resume=True)
-    close(alone, killed)
-
-
-def launch(file: Path, out: Path, *words: str, kill_after: int | None = None) -> None:
-    """Two ranks under torchrun; one of them is killed once a state of `kill_after` is there."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "tests.properties.ranks", str(file), str(out), *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "KILL_AFTER": str(kill_after or "")}
@@ -147,8 +142,10 @@ def close(one: Path, other: Path) -> None:
     for name, wanted in first.items():
         assert wanted.dtype == torch.float64
         assert torch.allclose(second[name], wanted, rtol=1e-9, atol=1e-12), name
-    losses = [
-        [row["train/loss_nats"] for row in told(out) if "train/loss_nats" in row]
-        for out in (one, other)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+    rows = [[row for row in told(out) if row["step"]] for out in (one, other)]
+    for first_row, second_row in zip(*rows, strict=True):
+        assert second_row == pytest.approx(first_row, rel=1e-9)
+    for domain in ("general", "medical"):
+        scores = [(out / f"heldout_{domain}.jsonl").read_text("utf-8") for out in (one, other)]
+        pairs = zip(*map(str.splitlines, scores), strict=True)
+        assert all(json.loads(b) == pytest.approx(json.loads(a), rel=1e-9) for a, b in pairs)

@@ -1,15 +1,18 @@
 """A corpus of a few kilobytes, its tokenizer, and recipes of models that train in a second."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from attending.chat import Tokenizer as ChatTokenizer
 from attending.pretrain.recipe import PretrainConfig
-from attending.shards import ShardWriter, write_index
+from attending.shards import Shards, ShardWriter, write_index
+from attending.train.watch import Notes, Progress
 
 DOMAINS = ("general", "medical")
 SENTENCES = {
@@ -104,3 +107,22 @@ def recipe(corpus: Path, tokenizer: Path, /, **changes: Any) -> PretrainConfig:
         "heldout": {"every_tokens": 640, "max_tokens": 200},
     }
     return PretrainConfig.build({**values, **changes})
+
+
+class HaltedError(Exception):
+    """As if the process had been killed there."""
+
+
+def halt_at(step: int) -> Callable[[Progress | Notes], None]:
+    """To be shown progress; halts within a step, after its update and before its state."""
+
+    def show(told: Progress | Notes) -> None:
+        if isinstance(told, Progress) and told.step == step:
+            raise HaltedError
+
+    return show
+
+
+def column(shards: Shards, field: str) -> NDArray[Any]:
+    """A field of every document's record."""
+    return np.array([shards.record(number)[field] for number in range(shards.num_documents)])

@@ -1,20 +1,24 @@
+from pathlib import Path
 from shutil import which
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from attending.mesh import world
 from attending.model.architecture import parse_config
 from attending.model.attend import Packed
-from attending.model.decoder import init_weight
-from attending.train.parallel import Opaque, build, process_group
+from attending.model.decoder import Decoder, init_weight
+from attending.shards import Shards
+from attending.train.heldout import score_documents
+from attending.train.parallel import Fill, Opaque, build, process_group
 from attending.train.reader import Batch
 from attending.train.recipe import ComputeConfig
 from attending.train.step import accumulate, clip, next_token_loss
-from tests.train.making import M1
+from tests.train.making import M1, make_corpus, make_tokenizer
 
 
-def fill(values: dict[str, object]) -> object:
+def fill(values: dict[str, object]) -> Fill:
     arch = parse_config(values)
 
     def draw(name: str, weight: torch.Tensor) -> None:
@@ -23,9 +27,9 @@ def fill(values: dict[str, object]) -> object:
     return draw
 
 
-def made(values: dict[str, object], **compute: object) -> torch.nn.Module:
+def made(values: dict[str, object], **compute: object) -> Decoder:
     config = ComputeConfig.build(compute)
-    return build(parse_config(values), fill(values), world(), torch.device("cpu"), config)  # type: ignore[arg-type, return-value]
+    return build(parse_config(values), fill(values), world(), torch.device("cpu"), config)
 
 
 def batch(lengths: list[int]) -> Batch:
@@ -41,11 +45,45 @@ def test_compiled_equals_plain() -> None:
     for is_compiled in (False, True):
         decoder = made(M1, precision="float64", compile=is_compiled)
         for lengths in ([5, 20, 7], [32]):
-            found = accumulate(decoder, [batch(lengths)], next_token_loss, 1, ["text"])  # type: ignore[arg-type]
+            found = accumulate(decoder, [batch(lengths)], next_token_loss, 1, ["text"])
         grads.append((found.norm, [p.grad for p in decoder.parameters()]))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-9)
     for one, other in zip(grads[0][1], grads[1][1], strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(not which("g++"), reason="compiling needs a C++ compiler")
+def test_blocks_stay_compiled_whatever_is_measured_between(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    shards = Shards(make_corpus(tmp_path / "corpus", tokenizer) / "heldout" / "medical")
+    decoder = made(M1, compile=True)
+
+    def graphs() -> int:
+        return int(counters["stats"]["unique_graphs"])
+
+    def measure() -> None:
+        for context in (3, 5, 7, 11, 13, 17, 19, 23, 29):  # more shapes than may be compiled
+            score_documents(
+                decoder,
+                shards,
+                context=context,
+                micro_tokens=context,
+                max_tokens=200,
+                place=world(),
+                device=torch.device("cpu"),
+            )
+
+    start = graphs()
+    measure()
+    assert graphs() == start
+    for lengths in ([5, 20, 7], [32], [16, 16]):
+        accumulate(decoder, [batch(lengths)], next_token_loss, 1, ["text"])
+        if lengths == [5, 20, 7]:
+            made_first = graphs()
+            assert made_first > start
+    measure()
+    accumulate(decoder, [batch([1] * 32)], next_token_loss, 1, ["text"])
+    assert graphs() == made_first  # the same graphs serve all segments
 
 
 def test_opaque_attends_as_what_it_hides() -> None:
@@ -64,8 +102,8 @@ def test_weights_of_nought_leave_the_gradient_alone() -> None:
         whole.ids, whole.targets, torch.tensor([1.0] * 8 + [0.0] * 8), [8, 8], whole.kinds
     )
     part = Batch(*(x[:8] for x in (whole.ids, whole.targets, whole.weights)), [8], whole.kinds[:8])
-    one = accumulate(first, [masked], next_token_loss, 1, ["text"])  # type: ignore[arg-type]
-    two = accumulate(second, [part], next_token_loss, 1, ["text"])  # type: ignore[arg-type]
+    one = accumulate(first, [masked], next_token_loss, 1, ["text"])
+    two = accumulate(second, [part], next_token_loss, 1, ["text"])
     assert one.loss == pytest.approx(two.loss, rel=1e-9) and one.by_kind == {"text": one.loss}
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None

@@ -7,13 +7,13 @@ import torch
 from attending.model.architecture import parse_config
 from attending.model.decoder import Decoder
 from attending.sources import shipped_config
-from attending.train.plan import flops_per_token, matrix_ceiling, memory
+from attending.train.plan import flops, matrix_ceiling, memory
 from tests.train.making import LLAMA, M1
 
 
 def test_operations_by_hand() -> None:
-    # One layer: q, o 8x8; k, v 4x8; gate, up, down 12x8; head 16x8. Context 4: a token sees
-    # itself and those before it, 2.5 on average; scores and values, 2 heads of size 4.
+    # One layer: q, o 8x8; k, v 4x8; gate, up, down 12x8; head 16x8. A segment of four tokens has
+    # ten pairs of a token and one that it sees; scores and values, 2 heads of size 4.
     config = {
         "model_type": "llama",
         "vocab_size": 16,
@@ -25,17 +25,17 @@ def test_operations_by_hand() -> None:
         "max_position_embeddings": 4,
     }
     matrices = 2 * 64 + 2 * 32 + 3 * 96 + 128
-    assert flops_per_token(parse_config(config), 4) == 6 * (matrices + 2 * 8 * 2.5)
+    assert flops(parse_config(config), [4]) == 6 * (4 * matrices + 2 * 8 * 10)
+    assert flops(parse_config(config), [2, 2]) == 6 * (4 * matrices + 2 * 8 * 6)
 
 
-@pytest.mark.parametrize(("window", "seen"), [(1, 1.0), (2, 1.75), (3, 2.25), (4, 2.5), (9, 2.5)])
-def test_a_window_bounds_what_is_seen(window: int, seen: float) -> None:
+@pytest.mark.parametrize(("window", "pairs"), [(1, 4), (2, 7), (3, 9), (4, 10), (9, 10)])
+def test_a_window_bounds_what_is_seen(window: int, pairs: int) -> None:
     config = {**M1, "sliding_window": window, "sliding_window_layers": [0, 1, 2, 3]}
-    full = parse_config({**M1, "sliding_window_layers": []})
     arch = parse_config(config)
-    per_key = 2 * 6 * sum(spec.num_heads * spec.head_dim for spec in arch.layers)
-    base = flops_per_token(arch, 4) - per_key * seen
-    assert base == pytest.approx(flops_per_token(full, 4) - per_key * 2.5 + 0)
+    size = sum(spec.num_heads * spec.head_dim for spec in arch.layers)
+    one = flops(parse_config({**config, "sliding_window": 1}), [4])
+    assert flops(arch, [4]) - one == 6 * 2 * size * (pairs - 4)
 
 
 def test_memory_is_cut_among_ranks_and_m1_is_as_large_as_published() -> None:
@@ -48,6 +48,10 @@ def test_memory_is_cut_among_ranks_and_m1_is_as_large_as_published() -> None:
     assert cut.activations == alone.activations
     kept = memory(arch, 8192, 8, half=True, recompute=False)
     assert kept.activations > 10 * cut.activations
+    # Whole for a moment: two blocks in half precision, one's gradients in full; the head's unit.
+    block, outside = 330_311_712, 2 * 133_120 * 5120 + 5120
+    assert cut.gathered == (2 * block + outside) * 2 + (block + outside) * 4
+    assert cut.head == 12 * 1024 * 133_120 + 7 * 4 * 133_120 * 5120
 
 
 @pytest.mark.parametrize("values", [M1, LLAMA])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from attending.errors import ConfigError
 from attending.shards import Shards
 from attending.train.reader import POOL, PackedReader, Row, gather, whole
-from tests.train.making import make_corpus, make_tokenizer
+from tests.train.making import column, make_corpus, make_tokenizer
 
 MIXED = {"general": 3.0, "medical": 1.0}
 
@@ -48,7 +48,7 @@ def test_every_row_is_full_and_of_one_domain(shards: Shards, context: int) -> No
 
 def test_an_epoch_has_every_target_once(shards: Shards) -> None:
     reader = PackedReader(shards, {"general": 1.0}, 0)
-    own = np.flatnonzero(shards.column("domain") == 0)
+    own = np.flatnonzero(column(shards, "domain") == 0)
     seen: Counter[tuple[int, int]] = Counter()
     while reader.epochs["general"] < 3:
         for document, start, stop in reader.row(50):
@@ -57,7 +57,7 @@ def test_an_epoch_has_every_target_once(shards: Shards) -> None:
     assert set(seen) == wanted
     assert max(seen.values()) <= 3
     # What is missing from the third round is still in the pool.
-    assert sum(3 - count for count in seen.values()) <= POOL * int(shards.column("tokens").max())
+    assert sum(3 - count for count in seen.values()) <= POOL * int(column(shards, "tokens").max())
 
 
 def test_rows_follow_the_mixture_closely(shards: Shards) -> None:
@@ -80,7 +80,7 @@ def test_another_mixture_counts_from_where_it_begins(shards: Shards) -> None:
 def test_few_documents_are_cut_where_rows_are_long(shards: Shards) -> None:
     reader = PackedReader(shards, MIXED, 0)
     taken = rows(reader, 60, 512)
-    assert reader.num_cut <= len(taken)  # at most one a row; most are short
+    assert reader.num_cuts <= len(taken)  # at most one a row; most are short
     pieces = [piece for row in taken for piece in row]
     whole_ones = [piece for piece in pieces if piece == whole(shards, piece.document)]
     assert len(whole_ones) > 0.7 * len(pieces)

@@ -47,6 +47,14 @@ def test_a_constant_phase_after_a_cosine_has_the_peak_again() -> None:
     assert learning_rate(10, phases, 0, M1) == 4e-4
 
 
+def test_a_cosine_goes_on_from_where_the_warm_up_ended() -> None:
+    phases = [Phase(100, "cosine")]
+    rates = [learning_rate(step, phases, 30, Rates(1.0, 0.1)) for step in range(101)]
+    assert rates[29] == rates[30] == 1.0 and rates[100] == 0.1
+    assert rates[65] == pytest.approx(0.55)
+    assert rates[30:] == sorted(rates[30:], reverse=True)
+
+
 @given(st.integers(0, 30_000))
 def test_the_rate_stays_between_zero_and_the_peak(step: int) -> None:
     assert 0 < learning_rate(step, PHASES, 2000, M1) <= 4e-4
