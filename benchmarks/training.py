@@ -2,8 +2,10 @@
 
 python benchmarks/training.py [REPEATS]
 
-Each arm is a process of its own: the same random rows of 512 tokens, float32, two threads, AdamW
-over all weights. The arms alternate, so that a slow minute of the machine meets all of them.
+Each arm is a process of its own: eight random rows of 512 tokens a step, float32, two threads,
+AdamW over all weights. attending makes the step in two passes (batch.micro_tokens = 2048), which
+gives the same update and fits the cache better. The arms alternate, so that a slow minute of the
+machine meets all of them. No rows are packed, which only attending could do.
 """
 
 import json
@@ -22,8 +24,9 @@ SHAPES = {
     "30M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8},
 }
 ROWS, CONTEXT, VOCABULARY = 8, 512, 8192
-ARMS = ("attending", "attending, compiled", "transformers", "transformers, compiled")
-STEPS = 6
+MICRO = 2048  # batch.micro_tokens: two passes a step, of the same result
+ARMS = ("attending", "attending, compiled", "transformers")
+STEPS = 4
 
 
 def config(shape: str) -> dict[str, Any]:
@@ -63,9 +66,12 @@ def ours(shape: str, is_compiled: bool) -> Callable[[torch.Tensor], None]:
     )
 
     def step(ids: torch.Tensor) -> None:
-        targets = ids.roll(-1)
-        batch = Batch(ids, targets, torch.ones(len(ids)), [CONTEXT] * ROWS, torch.zeros_like(ids))
-        found = accumulate(decoder, [batch], next_token_loss, 1, ["text"])
+        targets, ones, kinds = ids.roll(-1), torch.ones(len(ids)), torch.zeros_like(ids)
+        batches = [
+            Batch(ids[at], targets[at], ones[at], [CONTEXT] * (MICRO // CONTEXT), kinds[at])
+            for at in (slice(i, i + MICRO) for i in range(0, len(ids), MICRO))
+        ]
+        found = accumulate(decoder, batches, next_token_loss, 1, ["text"])
         clip(decoder.parameters(), 1.0, found.norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -102,7 +108,6 @@ def arm(shape: str, name: str) -> None:
     make = ours if name.startswith("attending") else theirs
     step = make(shape, name.endswith("compiled"))
     ids = torch.randint(VOCABULARY, (ROWS * CONTEXT,))
-    step(ids)
     step(ids)
     times = []
     for _ in range(STEPS):

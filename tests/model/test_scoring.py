@@ -11,7 +11,7 @@ from attending.model.scoring import bits_interval, bits_per_byte, cross_entropy,
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 29])
 def test_chunked_equals_whole_logits(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", 8)
+    monkeypatch.setattr(scoring, "CPU_CHUNK", 8)
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
     head = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
@@ -31,7 +31,7 @@ def test_chunked_equals_whole_logits(tokens: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_another_measure_with_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK", 4)
+    monkeypatch.setattr(scoring, "CPU_CHUNK", 4)
     torch.manual_seed(0)
     hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
     head = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
