@@ -23,16 +23,16 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    HALLWAY: Room(0, 2_280),
+    HALLWAY: Room(0, 2_320),
     "phi": Room(1, 2_110),
     "tokenizer": Room(2, 250),
     "model": Room(1, 1_880),
     "verifier": Room(1, 2_000),
     "corpus": Room(2, 2_230),
-    "train": Room(2, 1_330),
+    "train": Room(2, 1_470),
     "engine": Room(2, 3_080),
     "evaluate": Room(3, 1_220),
-    "pretrain": Room(4, 440),
+    "pretrain": Room(4, 470),
     "midtrain": Room(4, 320),
     "sft": Room(4, 500),
     "prefer": Room(4, 600),
