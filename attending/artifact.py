@@ -114,8 +114,8 @@ def write_run(
         "command": command(),
         "commit": commit(),
         "seed": record.seed,
-        "recipe": _without_folders(record.recipe),
-        "parents": [_without_folders(parent) for parent in record.parents],
+        "recipe": without_folders(record.recipe),
+        "parents": [without_folders(parent) for parent in record.parents],
         "versions": versions(),
         "hardware": hardware(),
         "started": record.started.isoformat(timespec="seconds"),
@@ -170,17 +170,17 @@ def commit() -> str | None:
 def command() -> str:
     """This process's command line, absolute paths cut to their last name."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join(map(_without_folders, words))
+    return shlex.join(map(without_folders, words))
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """Absolute paths cut to their last name, wherever they stand: they are nobody's business."""
     if isinstance(value, str):
         return re.sub(r"(?<![\w.:/])/(?:[^\s/,;'\"]+/)*([^\s/,;'\"]+)/?", r"\1", value)
     if isinstance(value, Mapping):
-        return {key: _without_folders(one) for key, one in value.items()}
+        return {key: without_folders(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_folders(one) for one in value]
+        return [without_folders(one) for one in value]
     return value
 
 

@@ -99,9 +99,8 @@ def build(
     record = artifact.Record("corpus", config.model_dump(mode="json"), config.pack.seed, [])
     draft = out.absolute().with_name(out.name + ".tmp")
     if resume and (out / "run.json").is_file():
-        if json.loads((out / "run.json").read_text("utf-8"))["recipe"] != config.model_dump(
-            mode="json"
-        ):
+        told = json.loads((out / "run.json").read_text("utf-8"))["recipe"]
+        if told != artifact.without_folders(config.model_dump(mode="json")):
             raise UsageError(f"{out.name} is finished, by another recipe: choose another --out.")
     else:
         _check(config, out, draft, resume)

@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +84,19 @@ def test_a_digest_follows_the_model_files_alone(tmp_path: Path) -> None:
     assert artifact.digest(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert artifact.digest(tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("/home/ann/texts", "texts"),
+        ("root=/home/ann/texts", "root=texts"),
+        ('text.paths=["/a/b.jsonl", "c/d"]', 'text.paths=["b.jsonl", "c/d"]'),
+        ("a/b/c", "a/b/c"),
+        ("https://host/v1", "https://host/v1"),
+        ("hf:org/name@main", "hf:org/name@main"),
+        ({"corpus": "/a/b", "n": 3, "more": [["/c/d/"]]}, {"corpus": "b", "n": 3, "more": [["d"]]}),
+    ],
+)
+def test_what_is_published_names_no_folder_of_this_machine(told: Any, kept: Any) -> None:
+    assert artifact.without_folders(told) == kept
