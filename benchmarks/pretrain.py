@@ -1,4 +1,4 @@
-"""Small pretraining runs side by side: Baichuan-M1's block, mixtures of text, three sizes.
+"""Small pretraining runs side by side: parts of Baichuan-M1's block, and mixtures of text.
 
 python benchmarks/pretrain.py DATA_DIR WORK_DIR
 
@@ -47,27 +47,14 @@ MIXTURES: dict[str, dict[str, float]] = {
     "medical only": {"medical": 1.0},
     "general only": {"general": 1.0},
 }
-SIZES: dict[str, dict[str, Any]] = {  # of m1_small
-    "small, 256 x 4": {"num_hidden_layers": 4, "sliding_window_layers": [1, 3]},
-    "small, 256 x 8": {},
-    "small, 384 x 4": {
-        "hidden_size": 384,
-        "intermediate_size": 896,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "num_swa_attention_heads": 6,
-        "sliding_window_layers": [1, 3],
-    },
-}
 DOMAINS = ("medical", "general")
 
 
 class Run(NamedTuple):
-    """One training: its recipe, its settings, its weights' seed."""
+    """One training: its settings, its weights' seed."""
 
     name: str
     seed: int
-    recipe: str
     settings: list[str]
 
     @property
@@ -77,20 +64,15 @@ class Run(NamedTuple):
 
 
 def runs() -> list[Run]:
-    """Every run; a seed's runs before the next seed's, the sizes last."""
-    block, found = str(RECIPES / "m1_block.toml"), []
+    """Every run; a seed's runs before the next seed's."""
+    found = []
     for seed in SEEDS:
         for name, model in BLOCKS.items():
-            found.append(Run(name, seed, block, of_model(model)))
+            found.append(Run(name, seed, of_model(model)))
         for name, mixture in MIXTURES.items():
             if name != "mixed":
-                found.append(Run(name, seed, block, [f"stages={stages(mixture)}"]))
-    same = [f"stages={stages(MIXTURES['mixed'])}", "batch.tokens=4096", "batch.micro_tokens=4096"]
-    same += ["compute.precision=bfloat16", "optimizer.warmup_tokens=200000"]
-    same += ["heldout.every_tokens=500000", "heldout.prompts=[]"]
-    return found + [
-        Run(name, SEEDS[0], "m1_small", [*of_model(model), *same]) for name, model in SIZES.items()
-    ]
+                found.append(Run(name, seed, [f"stages={stages(mixture)}"]))
+    return found
 
 
 def of_model(values: dict[str, Any]) -> list[str]:
@@ -141,7 +123,9 @@ def train(work: Path, tokenizer: Path, corpus: Path, run: Run) -> None:
     words = [word for pair in sets for word in ("--set", pair)]
     states = out.with_name(out.name + ".tmp") / "state"
     resume = ["--resume"] if any(states.glob("step_*[0-9]")) else []
-    attending("pretrain", run.recipe, *words, *resume, "--out", str(out), threads=1)
+    attending(
+        "pretrain", str(RECIPES / "m1_block.toml"), *words, *resume, "--out", str(out), threads=1
+    )
     print(run.folder, flush=True)
 
 
@@ -234,17 +218,13 @@ def draw(work: Path, groups: dict[str, list[str]], found: Sequence[Run]) -> None
 def page(work: Path) -> None:
     """Write pretrain.md and its figure."""
     found = runs()
-    groups = {
-        "block": [*BLOCKS],
-        "text": ["M1 block", "medical only", "general only"],
-        "size of m1_small, one seed": [*SIZES],
-    }
+    groups = {"block": [*BLOCKS], "text": ["M1 block", "medical only", "general only"]}
     draw(work, groups, found)
     counts = {d: len(Scores.read(work, found[:1], d).num_bytes) for d in DOMAINS}
     recipe = tomllib.loads((RECIPES / "m1_block.toml").read_text("utf-8"))
     tokens = sum(stage["tokens"] for stage in recipe["stages"])
     text = [
-        "# Pretraining: Baichuan-M1's block, mixtures of text, three sizes",
+        "# Pretraining: parts of Baichuan-M1's block, mixtures of text",
         "",
         (RECIPES / "notes.md").read_text("utf-8").strip(),
         "",
