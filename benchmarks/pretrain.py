@@ -165,21 +165,22 @@ class Scores(NamedTuple):
         return float(gap.mean(0).sum() / self.num_bytes.sum()), float(low), float(high)
 
 
-def table(work: Path, names: Sequence[str], found: Sequence[Run]) -> list[str]:
+def table(work: Path, names: dict[str, str], found: Sequence[Run]) -> list[str]:
     """Markdown: bits per byte of each, and how far it is from the first."""
     heads = [f"{domain}, bits per byte | from the first" for domain in DOMAINS]
     lines = [f"| | parameters | {' | '.join(heads)} |", "|---" * (2 + 2 * len(DOMAINS)) + "|"]
-    for name in names:
-        own, first = ([run for run in found if run.name == n] for n in (name, names[0]))
+    reference = next(iter(names.values()))
+    for label, name in names.items():
+        own, first = ([run for run in found if run.name == n] for n in (name, reference))
         config = json.loads((work / own[0].folder / "config.json").read_text("utf-8"))
-        cells = [name, f"{parse_config(config).num_parameters():,}"]
+        cells = [label, f"{parse_config(config).num_parameters():,}"]
         for domain in DOMAINS:
             scores = Scores.read(work, own, domain)
             seeds = scores.by_seed
             spread = f" ({seeds.min():.3f} to {seeds.max():.3f})" if len(seeds) > 1 else ""
             gap = scores.beyond(Scores.read(work, first, domain))
             cells.append(f"{seeds.mean():.3f}{spread}")
-            cells.append("" if name == names[0] else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap))
+            cells.append("" if name == reference else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gap))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -195,17 +196,17 @@ def curve(folder: Path, domain: str) -> tuple[list[float], list[float]]:
     return tokens[1:], values[1:]
 
 
-def draw(work: Path, groups: dict[str, list[str]], found: Sequence[Run]) -> None:
+def draw(work: Path, groups: dict[str, dict[str, str]], found: Sequence[Run]) -> None:
     """A row of panels a group, a panel a domain: mean and range over seeds as training goes on."""
     size = (9, 3.2 * len(groups))
     figure, axes = pyplot.subplots(len(groups), len(DOMAINS), figsize=size, layout="constrained")
     for row, (title, names) in zip(axes, groups.items(), strict=True):
         for panel, domain in zip(row, DOMAINS, strict=True):
-            for name in names:
+            for label, name in names.items():
                 folders = [work / run.folder for run in found if run.name == name]
                 tokens, seeds = zip(*(curve(folder, domain) for folder in folders), strict=True)
                 values = np.array(seeds)
-                panel.plot(tokens[0], values.mean(0), marker=".", label=name)
+                panel.plot(tokens[0], values.mean(0), marker=".", label=label)
                 panel.fill_between(tokens[0], values.min(0), values.max(0), alpha=0.15)
             panel.set_title(f"{title}: {domain}", fontsize=10)
             panel.set_xlabel("M tokens")
@@ -218,7 +219,10 @@ def draw(work: Path, groups: dict[str, list[str]], found: Sequence[Run]) -> None
 def page(work: Path) -> None:
     """Write pretrain.md and its figure."""
     found = runs()
-    groups = {"block": [*BLOCKS], "text": ["M1 block", "medical only", "general only"]}
+    groups = {
+        "block": {name: name for name in BLOCKS},
+        "text": {name: "M1 block" if name == "mixed" else name for name in MIXTURES},
+    }
     draw(work, groups, found)
     counts = {d: len(Scores.read(work, found[:1], d).num_bytes) for d in DOMAINS}
     recipe = tomllib.loads((RECIPES / "m1_block.toml").read_text("utf-8"))
