@@ -66,7 +66,8 @@ def _training_bar() -> Iterator["Show"]:
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
         TextColumn("{task.fields[share]:.0%} of the matrix ceiling, {task.fields[left]} left"),
     )
-    with Progress(*columns, console=err, disable=world().rank > 0) as bar:
+    bar = Progress(*columns, console=err, disable=world().rank > 0)
+    try:
         task = bar.add_task("", total=None, loss=0.0, speed=0.0, share=0.0, left="?")
 
         def show(told: "Told | Notes") -> None:
@@ -75,6 +76,7 @@ def _training_bar() -> Iterator["Show"]:
                     bar.console.print(f"[dim]step {told.step}: {escape(line)}[/]")
                 return
             left = str(timedelta(seconds=round(told.seconds_left)))
+            bar.start()  # not before there is something to show: an error may come first
             bar.update(
                 task,
                 completed=told.step,
@@ -86,3 +88,5 @@ def _training_bar() -> Iterator["Show"]:
             )
 
         yield show
+    finally:
+        bar.stop()
