@@ -73,7 +73,8 @@ def memory(
         optimizer=8 * weights // ranks,
         gathered=gathered,
         activations=(kept + 3 * arch.hidden_size) * size * micro_tokens,
-        # M1's is also normalised: seven copies were counted while they lived, of others' three.
+        # Copies of the head's weight: seven were measured for M1's, also normalised; for others three,
+        # counted by hand: its gradient, that times the loss's, and what is cast.
         head=3 * 4 * chunk + (7 if arch.is_m1 else 3) * 4 * arch.vocab_size * arch.hidden_size,
     )
 
