@@ -73,8 +73,8 @@ def memory(
         optimizer=8 * weights // ranks,
         gathered=gathered,
         activations=(kept + 3 * arch.hidden_size) * size * micro_tokens,
-        # Copies of the head's weight: seven were measured for M1's, also normalised; for others three,
-        # counted by hand: its gradient, that times the loss's, and what is cast.
+        # Copies of the head's weight: for M1's, which is also normalised, seven were measured; for
+        # others three are counted by hand: gradient, gradient times the loss's, what is cast.
         head=3 * 4 * chunk + (7 if arch.is_m1 else 3) * 4 * arch.vocab_size * arch.hidden_size,
     )
 
