@@ -1,0 +1,1 @@
+"""Judges: does an answer meet a criterion?"""

@@ -1,0 +1,1 @@
+"""Simulated patients, who tell what they are asked."""

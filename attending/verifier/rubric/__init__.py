@@ -1,0 +1,1 @@
+"""Rubrics: their schema, score, generation and checks."""
