@@ -1,0 +1,152 @@
+"""A case: typed facts and the person who has them.
+
+The file of a case of one's own is JSON, of the fields below. A fact's `access` says who brings it
+into a consultation; nothing else does.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt
+
+from attending.config import Config
+from attending.errors import ConfigError
+from attending.verifier.rubric.schema import Rubric
+
+Language = Literal["en", "zh"]
+MBTI = r"[EI][SN][TF][JP]"
+
+
+class Access(StrEnum):
+    """How a fact comes to be known in a consultation."""
+
+    TELL = "tell"  # the patient, or who came along, says it when asked
+    EXAMINE = "examine"  # only an examination or a test shows it
+    NEVER = "never"  # nobody says it: the diagnosis, what is done later
+
+
+class Fact(Config):
+    """One thing that is so, or that is known not to be so."""
+
+    id: str
+    """Unique in its case."""
+    text: str
+    """As its source has it."""
+    access: Access
+    """Who brings it into the consultation."""
+    kind: str = "symptom"
+    """symptom, history, medication, allergy, family, social, person, vital, examination, test."""
+    says: str
+    """What the patient says, or what is found, when it is asked for; a whole sentence."""
+    asks: tuple[str, ...] = ()
+    """Phrasings that ask for it, beside its own words."""
+    present: bool = True
+    """False: known not to be so; `says` denies it."""
+
+
+class Persona(Config):
+    """Who tells the facts, and how: Baichuan-M2's script without its medical part (arXiv 2509.02208)."""
+
+    mbti: str = "ISTJ"
+    """One of the 16 types: E asks about treatment, F is moved by tone, and so on."""
+    literacy: Literal["low", "average", "high"] = "average"
+    """Of health: low says no medical term, high uses them."""
+    finances: Literal["constrained", "average", "comfortable"] = "average"
+    """Constrained: asks what things cost, and is slow to agree to costly ones."""
+    emotion: Literal["calm", "anxious", "irritable", "sad"] = "calm"
+    """How it is said."""
+    background: str = ""
+    """Social background, for an endpoint's wording. It must not contradict the facts."""
+    age: NonNegativeInt | None = None
+    """In years."""
+    sex: Literal["female", "male"] | None = None
+    """As the record has it."""
+    informant: str = ""
+    """Who speaks instead, e.g. mother; empty where the patient does."""
+
+
+class Case(Config):
+    """What a simulated patient is made of."""
+
+    id: str
+    """Its name in traces."""
+    language: Language = "en"
+    """Of the facts and of the conversation."""
+    complaint: str
+    """What the patient opens with, in their words; it may say one fact, never more."""
+    facts: tuple[Fact, ...]
+    """Everything that can be asked."""
+    persona: Persona = Persona()
+    """Who tells it."""
+    diagnosis: str = ""
+    """Never revealed; a rubric may use it."""
+    reference: str = ""
+    """A good last answer of the doctor, where one is known."""
+    source: str = ""
+    """Where the facts come from, with the licence."""
+
+    def model_post_init(self, _: Any) -> None:
+        """Refuse what cannot be played: no fact to tell, an id twice, a persona against the record."""
+        names = [fact.id for fact in self.facts]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"case {self.id}: fact {min(twice)!r} is there twice; give it one id.")
+        if not any(fact.access is Access.TELL and fact.present for fact in self.facts):
+            raise ConfigError(f"case {self.id}: no fact that the patient can tell; add one.")
+        if not re.fullmatch(MBTI, self.persona.mbti):
+            raise ConfigError(
+                f"case {self.id}: {self.persona.mbti!r} is none of the 16 MBTI types, such as ISTJ."
+            )
+        if against := conflict(self.persona, self.facts):
+            raise ConfigError(f"case {self.id}: the persona contradicts the record: {against}.")
+
+    def of(self, access: Access) -> tuple[Fact, ...]:
+        """The facts with one kind of access."""
+        return tuple(fact for fact in self.facts if fact.access is access)
+
+
+def read_case(path: Path) -> Case:
+    """A case of one's own; ConfigError for what is missing, unknown or contradictory."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path.name} is no JSON file of a case ({error}).") from None
+    return Case.build(values, where=path.name)
+
+
+def age_of(text: str) -> int | None:
+    """In years, as a vignette gives it: "47-year-old", "10 months old" (0), "37 years of age"."""
+    found = re.search(r"\b(\d{1,3})[- ]?(year|month|week|day)s?[- ](?:old|of age)\b|(\d+)岁", text)
+    if not found:
+        return None
+    return int(found[1] or found[3]) if found[2] in ("year", None) else 0
+
+
+def sex_of(text: str) -> Literal["female", "male"] | None:
+    """As the first word tells it that names one."""
+    female = r"woman|female|girl|lady|she|her|primigravida|gravida|pregnant|女"
+    male = r"man|male|boy|gentleman|he|his|him|男"
+    found = re.search(rf"\b(?:({female})|({male}))\b|([女])|([男])", text, re.IGNORECASE)
+    return None if not found else "female" if found[1] or found[3] else "male"
+
+
+def conflict(persona: Persona, facts: tuple[Fact, ...]) -> str:
+    """Where a persona's age, sex or background is against the record; empty if nowhere."""
+    record = " ".join(fact.text for fact in facts if fact.kind == "person" and fact.present)
+    for name, own, recorded in (
+        ("age", persona.age, age_of(record)),
+        ("sex", persona.sex, sex_of(record)),
+    ):
+        if own is not None and recorded is not None and own != recorded:
+            return f"{name} {own}, not {recorded}"
+    if persona.sex == "male" and any(re.search(PREGNANT, f.text) for f in facts if f.present):
+        return "a pregnant man"
+    for sentence in split_sentences(persona.background):
+        for fact in facts:
+            if contradicts(sentence, fact.text, flipped=not fact.present):
+                return f"{sentence!r} against {fact.text!r}"
+    return ""
