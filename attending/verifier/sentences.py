@@ -9,7 +9,7 @@ from attending.overlap import HAN
 ROOM = resources.files("attending.verifier")
 WORDS = tomllib.loads((ROOM / "sentences.toml").read_text("utf-8"))
 CLOSING = r"[\"'”’」』》）)\]*_]*"
-END = re.compile(rf"[。！？!?]+{CLOSING}|(?<!\.)(?:\.+|…+){CLOSING}(?=\s|$|[{HAN}])")
+END = re.compile(rf"[。！？!?]+{CLOSING}|(?<![.…])(?:\.+|…+){CLOSING}(?=\s|$|[{HAN}])")
 WORD = re.compile(r"[\w.]*\w(?=\W*$)")
 MARKER = re.compile(
     r"\s*(?:[-*•·–—#]+\s+|\(?\d{1,2}[.)、](?!\d)\s*|[（(]?[一二三四五六七八九十]+[）)、])*"
