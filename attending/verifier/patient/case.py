@@ -6,17 +6,17 @@ into a consultation; nothing else does.
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt
 
 from attending.config import Config
 from attending.errors import ConfigError
-from attending.verifier.rubric.schema import Rubric
+from attending.verifier.patient.lexicon import concepts, denies
+from attending.verifier.sentences import sentences
 
 Language = Literal["en", "zh"]
 MBTI = r"[EI][SN][TF][JP]"
@@ -50,7 +50,7 @@ class Fact(Config):
 
 
 class Persona(Config):
-    """Who tells the facts, and how: Baichuan-M2's script without its medical part (arXiv 2509.02208)."""
+    """Who tells the facts, and how: the script of Baichuan-M2 without its medical part."""
 
     mbti: str = "ISTJ"
     """One of the 16 types: E asks about treatment, F is moved by tone, and so on."""
@@ -90,19 +90,22 @@ class Case(Config):
     source: str = ""
     """Where the facts come from, with the licence."""
 
-    def model_post_init(self, _: Any) -> None:
-        """Refuse what cannot be played: no fact to tell, an id twice, a persona against the record."""
-        names = [fact.id for fact in self.facts]
+    @classmethod
+    def build(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """As every record is built, and played: ConfigError for what no patient could play."""
+        case = super().build(values, where)
+        names = [fact.id for fact in case.facts]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"case {self.id}: fact {min(twice)!r} is there twice; give it one id.")
-        if not any(fact.access is Access.TELL and fact.present for fact in self.facts):
-            raise ConfigError(f"case {self.id}: no fact that the patient can tell; add one.")
-        if not re.fullmatch(MBTI, self.persona.mbti):
-            raise ConfigError(
-                f"case {self.id}: {self.persona.mbti!r} is none of the 16 MBTI types, such as ISTJ."
-            )
-        if against := conflict(self.persona, self.facts):
-            raise ConfigError(f"case {self.id}: the persona contradicts the record: {against}.")
+            wrong = f"fact {min(twice)!r} is there twice; give each an id of its own"
+        elif not any(fact.access is Access.TELL and fact.present for fact in case.facts):
+            wrong = "it has no fact that the patient can tell; add one"
+        elif not re.fullmatch(MBTI, case.persona.mbti):
+            wrong = f"{case.persona.mbti!r} is none of the 16 MBTI types, such as ISTJ"
+        elif against := conflict(case.persona, case.facts):
+            wrong = f"the persona contradicts the record: {against}; change one of them"
+        else:
+            return case
+        raise ConfigError(f"{where or 'case'} {case.id}: {wrong}.")
 
     def of(self, access: Access) -> tuple[Fact, ...]:
         """The facts with one kind of access."""
@@ -119,7 +122,11 @@ def read_case(path: Path) -> Case:
 
 
 def age_of(text: str) -> int | None:
-    """In years, as a vignette gives it: "47-year-old", "10 months old" (0), "37 years of age"."""
+    """In years, as a vignette gives the patient's: "47-year-old", "10 months old" (0)."""
+    if re.search(
+        r"\b(?:mother|father|son|daughter|sister|brother|husband|wife|partner)\b.*\d", text
+    ):
+        return None
     found = re.search(r"\b(\d{1,3})[- ]?(year|month|week|day)s?[- ](?:old|of age)\b|(\d+)岁", text)
     if not found:
         return None
@@ -143,10 +150,13 @@ def conflict(persona: Persona, facts: tuple[Fact, ...]) -> str:
     ):
         if own is not None and recorded is not None and own != recorded:
             return f"{name} {own}, not {recorded}"
-    if persona.sex == "male" and any(re.search(PREGNANT, f.text) for f in facts if f.present):
+    pregnant = r"(?i)^(?:the patient|patient|she|he) is (?:\w+ )?pregnant|^患者怀孕"
+    if persona.sex == "male" and any(re.search(pregnant, f.text) for f in facts if f.present):
         return "a pregnant man"
-    for sentence in split_sentences(persona.background):
+    for sentence in sentences(persona.background):
         for fact in facts:
-            if contradicts(sentence, fact.text, flipped=not fact.present):
+            words, own = concepts(fact.text), concepts(sentence)
+            same = len(words & own) >= 0.6 * min(len(words), len(own)) > 0
+            if same and (denies(sentence) != denies(fact.text)) == fact.present:
                 return f"{sentence!r} against {fact.text!r}"
     return ""

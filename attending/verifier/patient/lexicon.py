@@ -5,7 +5,7 @@ The tables are `lexicon.toml`, written for the symptoms, histories and habits of
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
@@ -70,6 +70,11 @@ def concepts(text: str) -> frozenset[str]:
             found.add(tokens[at])
             at += 1
     return frozenset(found)
+
+
+def denies(text: str) -> bool:
+    """Whether a statement says that something is not so; one word decides."""
+    return bool(re.search(table("lexicon")["denying"], text, re.IGNORECASE))
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from attending.verifier.patient.case import Access, Case, Fact
 from attending.verifier.patient.lexicon import concepts, table
-from attending.verifier.sentences import split_sentences
+from attending.verifier.sentences import sentences
 
 UNKNOWN = 3.0  # weight of a word that no fact has: it speaks against every fact
 ENOUGH = 0.40  # of the cosine, for a fact to be what is asked
@@ -34,7 +34,9 @@ class Matcher:
     def __init__(self, case: Case) -> None:
         """Index every phrasing; facts that nobody may reveal are never found."""
         self._facts = [fact for fact in case.facts if fact.access is not Access.NEVER]
-        texts = [dict.fromkeys((*f.asks, *(() if f.asks else (f.text, f.says)))) for f in self._facts]
+        texts = [
+            dict.fromkeys((*f.asks, *(() if f.asks else (f.text, f.says)))) for f in self._facts
+        ]
         self._bags = [{concepts(text) for text in each} - {frozenset()} for each in texts]
         counts = Counter(c for bags in self._bags for c in frozenset().union(*bags))
         size = len(self._facts)
@@ -42,11 +44,13 @@ class Matcher:
 
     def asked(self, message: str, told: Collection[str] = ()) -> Asked:
         """The facts asked for by a message; of near-equal ones, one not `told` yet."""
-        is_order = any(map(_is_order, split_sentences(message)))
+        is_order = any(map(_is_order, sentences(message)))
         found: dict[str, Fact] = {}
         for part in _questions(message):
             wanted = [*self._category(part, is_order)] or self._nearest(part, told, is_order)
             found.update({fact.id: fact for fact in wanted})
+        if not found and len(parts := _questions(message)) > 1:  # one question in two sentences
+            found = {fact.id: fact for fact in self._nearest(" ".join(parts), told, is_order)}
         is_open = not found and any(map(_is_open, _questions(message)))
         return Asked(tuple(found.values()), is_open, is_order)
 
@@ -56,8 +60,11 @@ class Matcher:
         left, enough = concepts(text), ENOUGH
         while left and len(found) < 3:
             ranked = sorted(
-                ((self.similarity(left, at), at) for at, fact in enumerate(self._facts)
-                 if (fact.access is Access.TELL) != is_order),
+                (
+                    (self.similarity(left, at), at)
+                    for at, fact in enumerate(self._facts)
+                    if (fact.access is Access.TELL) != is_order
+                ),
                 reverse=True,
             )
             best = ranked[0][0] if ranked else 0.0
@@ -86,5 +93,31 @@ class Matcher:
         """All present facts of a kind, where the question names the kind and nothing more."""
         for kind, phrases in table("cues")["kinds"].items():
             if any(concepts(phrase) == concepts(text) for phrase in phrases):
-                return [f for f in self._facts if f.kind == kind and f.present and (f.access is Access.TELL) != is_order]
+                return [
+                    f
+                    for f in self._facts
+                    if f.kind == kind and f.present and (f.access is Access.TELL) != is_order
+                ]
         return ()
+
+
+def _questions(message: str) -> list[str]:
+    """The sentences that ask or order something; all of them where none is marked as such."""
+    parts = sentences(message)
+    request = table("cues")["questions"]["request"]
+    asking = [
+        part
+        for part in parts
+        if part.rstrip(" \"'”’)").endswith(("?", "？"))
+        or re.search(request, part, re.IGNORECASE)
+        or _is_order(part)
+    ]
+    return asking or parts
+
+
+def _is_open(part: str) -> bool:
+    return bool(re.search(table("cues")["questions"]["open"], part, re.IGNORECASE))
+
+
+def _is_order(part: str) -> bool:
+    return bool(re.search(table("cues")["questions"]["order"], part, re.IGNORECASE))
