@@ -313,6 +313,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         try:
             for tries in range(1, options.max_tries + 1):
                 item: Any = None
+                status: int | None = None
                 async with self._slots:
                     while (wait := self._gate - time.monotonic()) > 0:
                         await asyncio.sleep(wait)  # in a slot: while the gate is shut, nobody asks
@@ -324,18 +325,23 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                             async for item in items:
                                 yield item
                         return
-                    except openai.APIStatusError as error:
-                        kind, again = f"status {error.status_code}", error.status_code in RETRIED
-                    except (openai.APIError, httpx.HTTPError) as error:
-                        kind = type(error.__cause__ or error).__name__
-                        again = type(error) is not openai.APIError  # an error event in a stream
+                    except openai.APIStatusError as refusal:
+                        status = refusal.status_code
+                        kind, again = f"status {status}", status in RETRIED
+                    except (openai.APIError, httpx.HTTPError) as fault:
+                        kind = type(fault.__cause__ or fault).__name__
+                        again = type(fault) is not openai.APIError  # an error event in a stream
                 if item or not again or tries == options.max_tries:
                     break
                 most = options.backoff_base_seconds * 2 ** (tries - 1)
                 await asyncio.sleep(random.uniform(0, min(most, options.backoff_cap_seconds)))
             totals.failures += 1
             what = f"{where} failed with {kind} in try {tries} of {options.max_tries}"
-            raise EndpointError(f"{what}: check the address, the key, the server's limits and log.")
+            error = EndpointError(
+                f"{what}: check the address, the key, the server's limits, its log."
+            )
+            error.status = status
+            raise error
         except (asyncio.CancelledError, GeneratorExit):
             totals.cancelled += 1
             raise

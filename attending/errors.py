@@ -42,6 +42,9 @@ class ContextError(AttendingError, ValueError):
 class EndpointError(AttendingError, ConnectionError):
     """A model endpoint failed after its bounded retries: check the address, the key, the limits."""
 
+    status: int | None = None
+    """The HTTP status of the last try, where there was one."""
+
 
 class ReplyError(AttendingError, ValueError):
     """An endpoint answered, but the answer cannot be used; it is never scored as if it could."""

@@ -144,12 +144,10 @@ def sex_of(text: str) -> Literal["female", "male"] | None:
 def conflict(persona: Persona, facts: tuple[Fact, ...]) -> str:
     """Where a persona's age, sex or background is against the record; empty if nowhere."""
     record = " ".join(fact.text for fact in facts if fact.kind == "person" and fact.present)
-    for name, own, recorded in (
-        ("age", persona.age, age_of(record)),
-        ("sex", persona.sex, sex_of(record)),
-    ):
-        if own is not None and recorded is not None and own != recorded:
-            return f"{name} {own}, not {recorded}"
+    told = (("age", persona.age, age_of(record)), ("sex", persona.sex, sex_of(record)))
+    for name, given, recorded in told:
+        if given is not None and recorded is not None and given != recorded:
+            return f"{name} {given}, not {recorded}"
     pregnant = r"(?i)^(?:the patient|patient|she|he) is (?:\w+ )?pregnant|^患者怀孕"
     if persona.sex == "male" and any(re.search(pregnant, f.text) for f in facts if f.present):
         return "a pregnant man"

@@ -5,14 +5,14 @@ The tables are `lexicon.toml`, written for the symptoms, histories and habits of
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
-from attending.overlap import HAN, normalise
+from attending.overlap import normalise
 
-LONGEST = 5  # words in a phrase of the table
+LONGEST = 6  # words in a phrase of the table
 
 
 @cache
@@ -39,37 +39,40 @@ def stem(word: str) -> str:
 
 
 @lru_cache(maxsize=65536)
-def words(text: str) -> tuple[str, ...]:
-    """Stems of the words that carry meaning; a Han text gives its pairs of characters."""
-    text = re.sub(r"[’']s\b|[’']", "", text)
-    stops = _stops()
-    found: list[str] = []
-    for token in normalise(text):
-        if token in stops:
-            continue
-        if re.match(rf"[{HAN}]", token):
-            found.append(token)
-        else:
-            found.append(stem(token))
-    return tuple(found)
+def stems(text: str) -> tuple[str, ...]:
+    """Of every token; a Han character is its own."""
+    plain = re.sub(r"[’']s\b|[’']", "", text)
+    return tuple(map(stem, normalise(plain)))
 
 
 @lru_cache(maxsize=65536)
 def concepts(text: str) -> frozenset[str]:
-    """The concepts of a text, and the stems that belong to none; the longest phrase wins."""
-    tokens, phrases = words(text), _phrases()
-    found, at = set[str](), 0
+    """The concepts of a text, and the stems that belong to none and carry meaning.
+
+    The longest phrase wins, word for word; then once more over what is left without its empty
+    words, so that "trouble with your breathing" is "trouble breathing".
+    """
+    whole, loose = _phrases()
+    found, left = _take(stems(text), whole)
+    more, left = _take(tuple(token for token in left if token not in _stops()), loose)
+    return frozenset(found | more | {*left})
+
+
+def _take(
+    tokens: Sequence[str], phrases: Mapping[tuple[str, ...], frozenset[str]]
+) -> tuple[set[str], list[str]]:
+    """The concepts of the phrases in a text, and the tokens that are in none."""
+    found, left, at = set[str](), list[str](), 0
     while at < len(tokens):
         for length in range(min(LONGEST, len(tokens) - at), 0, -1):
-            names = phrases.get(tokens[at : at + length])
-            if names:
+            if names := phrases.get(tuple(tokens[at : at + length])):
                 found |= names
                 at += length
                 break
         else:
-            found.add(tokens[at])
+            left.append(tokens[at])
             at += 1
-    return frozenset(found)
+    return found, left
 
 
 def denies(text: str) -> bool:
@@ -79,15 +82,18 @@ def denies(text: str) -> bool:
 
 @cache
 def _stops() -> frozenset[str]:
-    return frozenset(str(table("lexicon")["stop"]).split())
+    return frozenset(stems(table("lexicon")["stop"]))
 
 
 @cache
-def _phrases() -> Mapping[tuple[str, ...], frozenset[str]]:
-    found: dict[tuple[str, ...], frozenset[str]] = {}
+def _phrases() -> tuple[Mapping[tuple[str, ...], frozenset[str]], ...]:
+    """To concepts: phrases word for word, and those of several words without the empty ones."""
+    whole: dict[tuple[str, ...], frozenset[str]] = {}
+    loose: dict[tuple[str, ...], frozenset[str]] = {}
     for name, phrases in table("lexicon")["concepts"].items():
-        for phrase in phrases:
-            key = words(phrase)
-            if key:
-                found[key] = found.get(key, frozenset()) | {name.upper()}
-    return found
+        for key in map(stems, phrases):
+            short = tuple(token for token in key if token not in _stops())
+            for known, own in ((whole, key), (loose, short)):
+                if known is whole or len(own) > 1:
+                    known[own] = known.get(own, frozenset()) | {name.upper()}
+    return whole, loose

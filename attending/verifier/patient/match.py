@@ -7,23 +7,27 @@ nearest to a fact that the patient does not have is answered with no, not with a
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
 from attending.verifier.patient.case import Access, Case, Fact
-from attending.verifier.patient.lexicon import concepts, table
+from attending.verifier.patient.lexicon import concepts, stems, table
 from attending.verifier.sentences import sentences
 
 UNKNOWN = 3.0  # weight of a word that no fact has: it speaks against every fact
 ENOUGH = 0.40  # of the cosine, for a fact to be what is asked
-ENOUGH_MORE = 0.62  # for a further fact, of what the first one leaves unexplained
-TIE = 0.97  # of the best: then what was not told yet is meant
+ENOUGH_MORE = 0.75  # for a further fact, of what the first one leaves unexplained
+NEAR = 0.85  # of the best: the second is then as likely meant
+SECOND = 0.3  # what a fact's second nearest phrasing counts
+SAME = 1.05  # the very words of a phrasing
+SAME_WORDS = 0.05  # added for the share of words, as they are, that two phrasings have in common
 
 
 class Asked(NamedTuple):
     """What a message asks for."""
 
     facts: tuple[Fact, ...]  # in the order asked
+    kinds: tuple[str, ...]  # kinds of facts asked for as a whole
     is_open: bool  # anything at all: "what brings you here?", "anything else?"
     is_order: bool  # an examination or a test is to be done
 
@@ -34,71 +38,89 @@ class Matcher:
     def __init__(self, case: Case) -> None:
         """Index every phrasing; facts that nobody may reveal are never found."""
         self._facts = [fact for fact in case.facts if fact.access is not Access.NEVER]
-        texts = [
-            dict.fromkeys((*f.asks, *(() if f.asks else (f.text, f.says)))) for f in self._facts
+        self._is_closed = any(not fact.present for fact in self._facts)
+        texts = [dict.fromkeys(fact.asks or (fact.text, fact.says)) for fact in self._facts]
+        self._bags = [
+            [(c, frozenset(stems(t))) for t in one if (c := concepts(t))] for one in texts
         ]
-        self._bags = [{concepts(text) for text in each} - {frozenset()} for each in texts]
-        counts = Counter(c for bags in self._bags for c in frozenset().union(*bags))
+        self._own = [frozenset[str]().union(*(bag for bag, _ in one)) for one in self._bags]
+        counts = Counter(concept for own in self._own for concept in own)
         size = len(self._facts)
         self._weights = {c: math.log((size + 1) / (n + 0.5)) for c, n in counts.items()}
 
     def asked(self, message: str, told: Collection[str] = ()) -> Asked:
         """The facts asked for by a message; of near-equal ones, one not `told` yet."""
-        is_order = any(map(_is_order, sentences(message)))
+        parts = _questions(message)
+        closed = [part for part in parts if not _is_open(part)]
+        kinds = {part: named for part in closed if (named := _kind(part))}
         found: dict[str, Fact] = {}
-        for part in _questions(message):
-            wanted = [*self._category(part, is_order)] or self._nearest(part, told, is_order)
+        for part in closed:
+            if part in kinds:
+                wanted = self._of_kind(part, kinds[part])
+            else:
+                wanted = self._nearest(part, told)
             found.update({fact.id: fact for fact in wanted})
-        if not found and len(parts := _questions(message)) > 1:  # one question in two sentences
-            found = {fact.id: fact for fact in self._nearest(" ".join(parts), told, is_order)}
-        is_open = not found and any(map(_is_open, _questions(message)))
-        return Asked(tuple(found.values()), is_open, is_order)
+        if not found and not kinds and len(closed) > 1:  # one question in two sentences
+            found = {fact.id: fact for fact in self._nearest(" ".join(closed), told)}
+        is_ordered = any(map(is_order, parts))
+        return Asked(tuple(found.values()), tuple(kinds.values()), closed != parts, is_ordered)
 
-    def _nearest(self, text: str, told: Collection[str], is_order: bool) -> list[Fact]:
-        """The fact whose phrasing is nearest, then one that the rest of the words ask for."""
+    def similarity(self, text: str, at: int, words: frozenset[str] | None = None) -> float:
+        """How near a text, or some of its concepts, is to a fact's phrasings; at most `SAME`.
+
+        The cosine of weighted concept sets with the nearest phrasing, and with the second; where
+        several facts have the same concepts, the one that says it in the same words wins.
+        """
+        question = concepts(text) if words is None else words
+        size, weigh, literal = self._size(question), self._weights, frozenset(stems(text))
+        first = second = 0.0
+        for bag, word in self._bags[at]:
+            if shared := question & bag:
+                near = sum(weigh[c] for c in shared) / math.sqrt(size * self._size(bag))
+                near += SAME_WORDS * len(literal & word) / len(literal | word)
+                if literal == word:
+                    return SAME
+                first, second = max(first, near), max(second, min(first, near))
+        return first if len(self._bags[at]) < 2 else (1 - SECOND) * first + SECOND * second
+
+    def _size(self, words: frozenset[str]) -> float:
+        return sum(self._weights.get(concept, UNKNOWN) for concept in words)
+
+    def nearest(self, text: str) -> tuple[float, Fact] | None:
+        """The fact of any access that a statement is nearest to, and how near."""
+        ranked = ((self.similarity(text, at), at) for at in range(len(self._facts)))
+        best, at = max(ranked, default=(0.0, -1))
+        return (best, self._facts[at]) if best else None
+
+    def _nearest(self, text: str, told: Collection[str]) -> list[Fact]:
+        """The fact whose phrasing is nearest, then one that the rest of the words ask for.
+
+        Where the record is closed, as a questionnaire's is, two that are as near are two readings
+        of the question: then none is meant, and the doctor is to ask again.
+        """
         found: list[Fact] = []
-        left, enough = concepts(text), ENOUGH
+        left, enough, able = concepts(text), ENOUGH, self._able(text)
         while left and len(found) < 3:
-            ranked = sorted(
-                (
-                    (self.similarity(left, at), at)
-                    for at, fact in enumerate(self._facts)
-                    if (fact.access is Access.TELL) != is_order
-                ),
-                reverse=True,
-            )
-            best = ranked[0][0] if ranked else 0.0
-            if best < enough:
+            ranked = sorted(((self.similarity(text, at, left), at) for at in able), reverse=True)
+            if not ranked or ranked[0][0] < enough:
                 break
-            near = [at for score, at in ranked if score >= TIE * best]
+            near = [at for score, at in ranked if score >= NEAR * ranked[0][0]]
+            if self._is_closed and len(near) > 1 and ranked[0][0] < SAME:
+                break
             at = next((at for at in near if self._facts[at].id not in told), near[0])
             found.append(self._facts[at])
-            left, enough = left - frozenset().union(*self._bags[at]), ENOUGH_MORE
+            left, enough = left - self._own[at], ENOUGH_MORE
         return found
 
-    def similarity(self, question: frozenset[str], at: int) -> float:
-        """Cosine of weighted concept sets with the nearest phrasing of a fact."""
-        weigh = self._weights
-        size = sum(weigh.get(c, UNKNOWN) for c in question)
-        return max(
-            (
-                sum(weigh[c] for c in question & bag) / math.sqrt(size * sum(weigh[c] for c in bag))
-                for bag in self._bags[at]
-                if question & bag
-            ),
-            default=0.0,
-        )
+    def _of_kind(self, text: str, kind: str) -> list[Fact]:
+        """All present facts of a kind that the question can bring out."""
+        facts = (self._facts[at] for at in self._able(text))
+        return [fact for fact in facts if fact.kind == kind and fact.present]
 
-    def _category(self, text: str, is_order: bool) -> Sequence[Fact]:
-        """All present facts of a kind, where the question names the kind and nothing more."""
-        for kind, phrases in table("cues")["kinds"].items():
-            if any(concepts(phrase) == concepts(text) for phrase in phrases):
-                return [
-                    f
-                    for f in self._facts
-                    if f.kind == kind and f.present and (f.access is Access.TELL) != is_order
-                ]
-        return ()
+    def _able(self, text: str) -> list[int]:
+        """What a question can bring out: findings for an order, else what the patient tells."""
+        wanted = Access.EXAMINE if is_order(text) else Access.TELL
+        return [at for at, fact in enumerate(self._facts) if fact.access is wanted]
 
 
 def _questions(message: str) -> list[str]:
@@ -110,14 +132,22 @@ def _questions(message: str) -> list[str]:
         for part in parts
         if part.rstrip(" \"'”’)").endswith(("?", "？"))
         or re.search(request, part, re.IGNORECASE)
-        or _is_order(part)
+        or is_order(part)
     ]
     return asking or parts
+
+
+def _kind(part: str) -> str:
+    """The kind of facts that a question names, where it asks for nothing more."""
+    asked = concepts(part)
+    kinds = table("cues")["kinds"].items()
+    return next((kind for kind, phrases in kinds if asked in map(concepts, phrases)), "")
 
 
 def _is_open(part: str) -> bool:
     return bool(re.search(table("cues")["questions"]["open"], part, re.IGNORECASE))
 
 
-def _is_order(part: str) -> bool:
+def is_order(part: str) -> bool:
+    """Whether an examination or a test is to be done."""
     return bool(re.search(table("cues")["questions"]["order"], part, re.IGNORECASE))

@@ -19,7 +19,7 @@ def draw_persona(
     """One that fits the record: a small child's is the one who came along."""
 
     def one(field: str) -> str:
-        return draw.choice(get_args(Persona.model_fields[field].annotation))
+        return str(draw.choice(get_args(Persona.model_fields[field].annotation)))
 
     return Persona.build(
         {

@@ -114,11 +114,11 @@ def pick(case: Case, turn: int, name: str, *groups: str) -> str:
     found: Any = table("wording")[case.language]
     for group in groups:
         found = found[group]
-    options: Sequence[str] = found.get(name, ()) if isinstance(found, dict) else found
-    if not options:
-        return ""
+    options = found.get(name, ())
+    if not options or isinstance(options, str):
+        return options or ""
     digest = hashlib.sha256(f"{case.id}/{turn}/{name}/{groups}".encode()).digest()
-    return options[digest[0] % len(options)]
+    return str(options[digest[0] % len(options)])
 
 
 def reply(case: Case, facts: Sequence[Fact], turn: int) -> str:

@@ -61,17 +61,20 @@ def read_vignette(row: Mapping[str, Any], seed: int = 0) -> Case:
         ) from None
     record = " ".join(texts)
     person = next((text for text in texts if age_of(text) is not None), record)
-    told = str((row.get("patient") or {}).get("gender", "")).lower()
-    age, sex = age_of(person), sex_of(person) or sex_of(told)
+    gender = str((row.get("patient") or {}).get("gender", "")).lower()
+    age, sex = age_of(person), sex_of(person) or sex_of(gender)
     persona = draw_persona(random.Random(f"{seed}/{name}"), age, sex, record)
-    facts = []
+    facts: list[Fact] = []
     for at, (text, (access, kind)) in enumerate(zip(texts, access_of(texts), strict=True)):
         if answer and len(answer) > 3 and answer.lower() in text.lower():
             access, kind = Access.NEVER, "conclusion"
         says = text if access is not Access.TELL else first_person(text, persona.informant, sex)
-        asks = (text, says, f"how long {text}") if DURATION.search(text) else (text, says)
+        asks = [text, says]
+        if DURATION.search(text) and access is Access.TELL:
+            is_first = not any("how long" in ask for fact in facts for ask in fact.asks)
+            asks += [f"how long {text}", *(("how long", "when did it start") if is_first else ())]
         facts.append(
-            Fact(id=f"F{at + 1}", text=text, access=access, kind=kind, says=says, asks=asks)
+            Fact(id=f"F{at + 1}", text=text, access=access, kind=kind, says=says, asks=tuple(asks))
         )
     told = [fact for fact in facts if fact.access is Access.TELL]
     if not told:

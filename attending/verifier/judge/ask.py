@@ -1,0 +1,179 @@
+"""The judge behind an endpoint: one question a criterion, in the order that a prefix cache likes.
+
+Baichuan-M2 sends the prompts that share a dialogue to one serving instance, and has a template for
+positive and one for negative criteria, because with a single one judges answered "is this good?"
+where "is it there?" was asked (arXiv 2509.02208, 4.3 and appendix A). Here the conversation stands
+first, so that all criteria of it share one prefix, then the template of the sign, then the
+criterion. The first question of a conversation is answered before the others are sent: they find
+its keys and values computed instead of all computing them at once.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import cache
+from importlib import resources
+from typing import NamedTuple
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from attending.config import Config
+from attending.endpoint import Endpoint
+from attending.errors import CheckFailed, EndpointError, ReplyError, UsageError
+from attending.verifier.ask import ask_object, together
+from attending.verifier.judge.verdict import Judge, Verdict
+from attending.verifier.rubric.schema import Criterion, Message, Rubric
+
+CAUTION = "Judged by a model: its agreement with physicians was not measured here."
+
+
+class JudgeOptions(Config):
+    """How a model is asked for its verdicts."""
+
+    temperature: NonNegativeFloat = 0.0
+    """Of the judge."""
+    max_tokens: PositiveInt = 1024
+    """Most tokens of one verdict with its reason."""
+    conversations_at_once: PositiveInt = 8
+    """Conversations whose criteria are asked at the same time; each holds a prefix in the cache."""
+    max_unscored_share: NonNegativeFloat = 0.02
+    """Share of verdicts without a judge's word above which a run stops."""
+    min_verdicts: PositiveInt = 50
+    """Verdicts before that share is looked at."""
+
+
+class EndpointJudge:
+    """Of one model, at one address or at several replicas of it."""
+
+    def __init__(
+        self,
+        endpoints: Endpoint | Sequence[Endpoint],
+        options: JudgeOptions | None = None,
+        *,
+        policy: Endpoint | None = None,
+        allow_self_grading: bool = False,
+    ) -> None:
+        """Of an endpoint or replicas.
+
+        Args:
+            endpoints: All of one model.
+            options: How it is asked.
+            policy: What is judged; a judge that is the same model is refused.
+            allow_self_grading: Take it nevertheless.
+        """
+        self._replicas = [endpoints] if isinstance(endpoints, Endpoint) else [*endpoints]
+        names = {endpoint.model for endpoint in self._replicas}
+        if len(names) != 1:
+            raise UsageError(f"replicas of one judge serve one model, not {sorted(names)}.")
+        if policy is not None and policy.model in names and not allow_self_grading:
+            raise UsageError(
+                f"the judge is {policy.model}, the model that is judged: it would grade itself. "
+                "Name another judge, or allow self-grading."
+            )
+        self.options = options or JudgeOptions()
+        self.name, self.caution = self._replicas[0].model, CAUTION
+        self.verdicts = self.unscored = 0
+        """What was asked for so far, and how much of it had no judge's word in the end."""
+
+    async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
+        """A verdict for each criterion, in the rubric's order.
+
+        Raises:
+            CheckFailed: Too many verdicts of the run are unscored.
+        """
+        prefix = _conversation(rubric.conversation, answer)
+        where = int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:4]) % len(self._replicas)
+        endpoint, criteria = self._replicas[where], rubric.criteria
+        order = sorted(range(len(criteria)), key=lambda at: criteria[at].points < 0)
+        found: dict[int, Verdict] = {}
+        for part in (order[:1], order[1:]):
+            asked = [self._verdict(endpoint, prefix, criteria[at]) for at in part]
+            found.update(zip(part, await together(asked), strict=True))
+        return [found[at] for at in range(len(criteria))]
+
+    async def _verdict(self, endpoint: Endpoint, prefix: str, criterion: Criterion) -> Verdict:
+        sign = "positive" if criterion.points > 0 else "negative"
+        key = "acceptable" if criterion.points > 0 else "unacceptable"
+        prompt = f"{prefix}{_template(sign)}[{criterion.points}] {criterion.text}\n"
+        try:
+            derived, reply = await ask_object(
+                endpoint,
+                [{"role": "user", "content": prompt}],
+                {"explanation": str, key: bool},
+                lambda value: value[key],
+                kind=f"verdict {sign}",
+                temperature=self.options.temperature,
+                max_tokens=self.options.max_tokens,
+            )
+        except (EndpointError, ReplyError) as error:
+            self._count(unscored=True)
+            return Verdict(None, str(error))
+        self._count(unscored=False)
+        return Verdict(derived.value, reply["explanation"] if reply else "")
+
+    def _count(self, *, unscored: bool) -> None:
+        self.verdicts += 1
+        self.unscored += unscored
+        share = self.unscored / self.verdicts
+        if self.verdicts >= self.options.min_verdicts and share > self.options.max_unscored_share:
+            raise CheckFailed(
+                f"{self.unscored} of {self.verdicts} verdicts of {self.name} are unscored, more "
+                f"than {self.options.max_unscored_share:.0%}: see why, and run again; what was "
+                "judged is in the endpoint's cache."
+            )
+
+
+class Judged(NamedTuple):
+    """One answer's verdicts."""
+
+    at: int  # the answer's place in what was given
+    verdicts: list[Verdict]
+
+
+async def judge_all(
+    judge: Judge, answers: Iterable[tuple[Rubric, str]], at_once: int = 8
+) -> AsyncIterator[Judged]:
+    """Judge many answers, those to one conversation one after another; in order of completion.
+
+    Args:
+        judge: Any judge.
+        answers: What is judged, with its rubric.
+        at_once: Answers under way at the same time.
+    """
+    given = list(answers)
+    order = sorted(range(len(given)), key=lambda at: _conversation(given[at][0].conversation))
+    waiting, running = iter(order), set[asyncio.Task[Judged]]()
+
+    async def one(at: int) -> Judged:
+        return Judged(at, await judge(*given[at]))
+
+    try:
+        while True:
+            while len(running) < at_once and (at := next(waiting, None)) is not None:
+                running.add(asyncio.create_task(one(at)))
+            if not running:
+                return
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                yield task.result()
+    finally:
+        for task in running:  # one failed, or the caller has left: nobody waits for the others
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _conversation(turns: Sequence[Message], answer: str | None = None) -> str:
+    """What all criteria of an answer share; a text inside it cannot end it, for it is quoted."""
+    said = [*turns, *([] if answer is None else [{"role": "assistant", "content": answer}])]
+    lines = ["# Conversation\n"]
+    for turn in said:
+        quoted = turn["content"].replace("\n", "\n> ")
+        lines.append(f"**{turn['role']}**\n> {quoted}\n")
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def _template(sign: str) -> str:
+    folder = resources.files("attending.verifier.judge") / "prompts"
+    text = (folder / f"{sign}.jinja").read_text(encoding="utf-8")
+    return text.rpartition("#}")[2].lstrip()
