@@ -109,7 +109,7 @@ def signs(rubric: Rubric) -> Iterator[Violation]:
     ..."), a positive one what a good answer does. "Does not recommend antibiotics" may be either.
     """
     for place, one in enumerate(rubric.criteria):
-        words = _fault_or_virtue(one.text)
+        words = fault_or_virtue(one.text)
         if words == ("fault" if one.points > 0 else "virtue"):
             told = f"criterion {place + 1} {one.text[:80]!r} has {one.points:+d} points"
             yield Violation("sign", (place,), f"{told}, but describes a {words}.")
@@ -158,7 +158,8 @@ async def admit(
     return Admission(tuple(reasons), tuple(scores))
 
 
-def _fault_or_virtue(text: str) -> str:
+def fault_or_virtue(text: str) -> str:
+    """What a criterion's wording describes; empty where it may be either."""
     text = SUBJECT.sub("", text, count=1) if SUBJECT.match(text) else text
     if missing := ABSENT.match(text):
         is_fault = not MAY_BE_RIGHT.match(text) or TELLING.match(text[missing.end() :])
@@ -175,8 +176,9 @@ def _statement(one: Criterion) -> _Statement:
         text = text[begin.end() :] if begin else text
     tokens = normalise(text) or normalise(one.text)
     turned = [word for word in tokens if word in NEGATION or any(map(str.isdigit, word))]
-    words = frozenset(word[:6] for word in tokens if word not in FUNCTION)
-    return _Statement(found[1], words, tuple(sorted(turned)), frozenset(ngrams(tokens, 2).tolist()))
+    words = [word[:6] for word in tokens if word not in FUNCTION]
+    pairs = frozenset(ngrams(words, 2).tolist())
+    return _Statement(found[1], frozenset(words), tuple(sorted(turned)), pairs)
 
 
 def _is_same(a: _Statement, b: _Statement) -> bool:

@@ -99,7 +99,7 @@ def weigh(text: str) -> int:
 
 
 def statements(text: str) -> Iterator[tuple[str, int]]:
-    """What a text states, each to be understood alone; and of how many items of a list it is one."""
+    """What a text states, each to be understood alone; and the number of its list's items."""
     topic: _Topic | None = None
     is_referred = False
     for clause in re.split(r"[;；]\s*|\n", "\n".join(sentences(LIST.sub(_unfold, text)))):
