@@ -1,5 +1,7 @@
 """What is said twice or with the wrong sign is found, and little else; judges are put to a test."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +10,15 @@ import pytest
 
 from attending.errors import ConfigError
 from attending.verifier import Criterion, Rubric
+from attending.verifier.contradict import contradict
 from attending.verifier.judge.verdict import Verdict
 from attending.verifier.rubric.check import admit, check, refuse, repeats, signs
 from attending.verifier.rubric.schema import read_rubrics
 
 ASK = ({"role": "user", "content": "Can I take ibuprofen with warfarin?"},)
-SHARED = Path(__file__).parents[3] / "wheels/hb/eval_framework/tasks/healthbench/data"
+ROOMS = Path(__file__).parents[3]
+HEALTHBENCH = ROOMS / "wheels/hb/eval_framework/tasks/healthbench/data"
+KQA = ROOMS / "shared/data/eval"
 
 
 def rubric(*criteria: tuple[str, int]) -> Rubric:
@@ -78,7 +83,7 @@ def test_the_sign_must_fit_the_wording(text: str) -> None:
 
 def test_few_of_healthbenchs_criteria_are_flagged() -> None:
     """At most one in a hundred for its sign, and of positive ones hardly any."""
-    file = SHARED / "healthbench_eval.jsonl"
+    file = HEALTHBENCH / "healthbench_eval.jsonl"
     if not file.is_file():
         pytest.skip("the 500 rows of HealthBench are not on this machine")
     rubrics = list(read_rubrics(file))
@@ -89,6 +94,34 @@ def test_few_of_healthbenchs_criteria_are_flagged() -> None:
     kinds = Counter(one.kind for each in rubrics for one in repeats(each))
     assert kinds["duplicate"] <= 10
     assert kinds["opposed"] == 0
+
+
+def test_physicians_statements_are_told_apart() -> None:
+    """Two of one answer, or one and its contradiction, are hardly ever one; rewordings are."""
+    file = KQA / "kqa_201_physician_rubric.jsonl"
+    if not file.is_file():
+        pytest.skip("K-QA is not on this machine")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    counts = Counter[str]()
+    for row in rows:
+        texts = [text for text in row["Must_have"] + row["Nice_to_have"] if text.strip()]
+        counts["pairs"] += len(texts) * (len(texts) - 1) // 2
+        counts["pairs are one"] += len(list(repeats(rubric(*((text, 1) for text in texts)))))
+        for text in texts:
+            for false, _ in contradict(text, texts):
+                counts["contradictions"] += 1
+                both = rubric((f"States that {text}", 1), (f"Mentions that {false}", 1))
+                counts["contradictions are one"] += bool([*repeats(both)])
+            words = text.split()
+            middle = len(words) // 2
+            if len(words) > 7 and not re.search(r"\d|no|never|against|with", words[middle], re.I):
+                left = " ".join(words[:middle] + words[middle + 1 :]).upper()
+                both = rubric((f"States that {text}", 1), (f"The answer explains that {left}", 1))
+                counts["rewordings"] += 1
+                counts["rewordings are one"] += bool([*repeats(both)])
+    assert counts["pairs are one"] <= 0.001 * counts["pairs"]
+    assert counts["contradictions are one"] <= 0.001 * counts["contradictions"]
+    assert counts["rewordings are one"] >= 0.9 * counts["rewordings"] > 900
 
 
 class Scripted:

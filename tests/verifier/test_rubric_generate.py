@@ -25,7 +25,7 @@ WRITTEN = {
     "follow_up_awareness": [
         "Mentions that ibuprofen with warfarin raises the bleeding risk",
         "Asks for the last INR.",
-        "States that ibuprofen with warfarin raises a risk of bleeding.",
+        "Explains that ibuprofen with warfarin raises the risk of bleeding.",
     ],
 }
 Say = Callable[[str, str], Any]  # step and prompt to the reply's items, or to its whole text

@@ -7,6 +7,7 @@ stopping insulin" good or bad?) is left to the judge, who must pass a reference 
 import asyncio
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from itertools import combinations
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 from attending.errors import ConfigError
 from attending.overlap import ngrams, normalise
 from attending.verifier.judge.verdict import Judge
-from attending.verifier.rubric.schema import Criterion, Rubric
+from attending.verifier.rubric.schema import Rubric
 from attending.verifier.rubric.score import score
 
 WORDS = tomllib.loads(
@@ -61,7 +62,7 @@ class _Statement(NamedTuple):
     """What a criterion is about, without the words that introduce it."""
 
     is_absent: bool  # the criterion is met where it is not said
-    words: frozenset[str]  # by their first six letters, without function words
+    words: Counter[str]  # by their first six letters, without function words
     turned: tuple[str, ...]  # numbers and negations
     pairs: frozenset[int]
 
@@ -90,9 +91,10 @@ def repeats(rubric: Rubric) -> Iterator[Violation]:
     that says it wins points by one and loses them by the other. `mirrored`: its presence earns
     points and its absence costs some, so it counts twice; HealthBench does that on purpose.
     """
-    statements = [_statement(one) for one in rubric.criteria]
+    statements = [_statement(one.text) for one in rubric.criteria]
     for (i, a), (j, b) in combinations(enumerate(statements), 2):
-        if not _is_same(a, b):
+        is_alike = len(a.pairs & b.pairs) >= ALIKE * len(a.pairs | b.pairs)
+        if not is_alike or a.turned != b.turned or (a.words - b.words and b.words - a.words):
             continue
         is_one_sign = (rubric.criteria[i].points > 0) == (rubric.criteria[j].points > 0)
         kind: Kind = "duplicate" if is_one_sign else "mirrored"
@@ -167,21 +169,13 @@ def fault_or_virtue(text: str) -> str:
     return "fault" if FAULT.match(text) else "virtue" if VIRTUE.match(text) else ""
 
 
-def _statement(one: Criterion) -> _Statement:
-    text = one.text
-    found = []
+def _statement(text: str) -> _Statement:
+    tokens, is_absent = normalise(text), False
     for start in (SUBJECT, ABSENT, INTRODUCTION):
-        begin = start.match(text)
-        found.append(bool(begin))
-        text = text[begin.end() :] if begin else text
-    tokens = normalise(text) or normalise(one.text)
-    turned = [word for word in tokens if word in NEGATION or any(map(str.isdigit, word))]
-    words = [word[:6] for word in tokens if word not in FUNCTION]
+        if begin := start.match(text):
+            text, is_absent = text[begin.end() :], is_absent or start is ABSENT
+    tokens = normalise(text) or tokens
+    turned = sorted(t for t in tokens if t in NEGATION or any(map(str.isdigit, t)))
+    words = [token[:6] for token in tokens if token not in FUNCTION]
     pairs = frozenset(ngrams(words, 2).tolist())
-    return _Statement(found[1], frozenset(words), tuple(sorted(turned)), pairs)
-
-
-def _is_same(a: _Statement, b: _Statement) -> bool:
-    if a.turned != b.turned or (a.words - b.words and b.words - a.words):
-        return False
-    return len(a.pairs & b.pairs) >= ALIKE * len(a.pairs | b.pairs)
+    return _Statement(is_absent, Counter(words), tuple(turned), pairs)

@@ -14,7 +14,7 @@ from attending.errors import ConfigError
 from attending.overlap import HAN, normalise
 from attending.verifier.contradict import contradict
 from attending.verifier.rubric.check import repeats
-from attending.verifier.rubric.schema import LARGEST, Criterion, Message, Rubric
+from attending.verifier.rubric.schema import Criterion, Message, Rubric
 from attending.verifier.sentences import sentences
 
 ROOM = resources.files("attending.verifier")
@@ -38,6 +38,7 @@ SUBJECT = re.compile(
 )
 COMMA = re.compile(r",\s*(?:and |or )?(?![^(]*\))|、|以及|和|及")
 CONJUNCTION = re.compile(WORDS["conjunction"])
+SINGULAR, PLURAL = ("is", "was", "has", "does"), ("are", "were", "have", "do")
 HANZI = re.compile(f"[{HAN}]")
 
 
@@ -61,23 +62,21 @@ def from_reference(
     A statement is a sentence, a clause with a subject of its own, or an item of a list ("Side
     effects include A, B, and C"). Dropped are questions, filler, what says less than four words, a
     second referral to a doctor, and a sentence whose pronoun has no certain noun. Points are 10
-    for an emergency, 8 safety, 7 dose or course, 6 diagnosis or treatment, else 4; one more where
-    the question is taken up; a list's items share them. The weightiest `limit` criteria stay,
-    in order; at most a quarter are negative, with the points of what they contradict.
+    for an emergency, 8 safety, 7 dose or course, 6 diagnosis or treatment, else 4; the items of a
+    list share them. The weightiest `limit` criteria stay, in order; at most a quarter of them are
+    negative, with the points of what they contradict.
 
     Raises:
         ConfigError: Nothing is stated.
     """
-    asked = _content(conversation[-1]["content"])
     wanted, unwanted = list[Criterion](), list[Criterion]()
     told = [("reference", *one) for one in statements(answer)]
     told += [("case", fact.strip(), 1) for fact in facts if fact.strip()]
     for source, text, items in told:
         tags = ("level:example", f"source:{source}")
-        is_asked = len(asked & _content(text)) > 1
-        points = max(1, min(LARGEST, weigh(text) + is_asked) // items)
-        wording = _worded(text, source == "case")
-        wanted.append(Criterion(wording, points, ("axis:completeness", *tags)))
+        points = max(1, weigh(text) // items)
+        said = _worded(text, source == "case")
+        wanted.append(Criterion(said, points, ("axis:completeness", *tags)))
         false = [other for other, kind in contradict(text) if kind != "entity"]
         if false and items == 1:
             unwanted.append(Criterion(_worded(false[0]), -points, ("axis:accuracy", *tags)))
@@ -119,7 +118,8 @@ def _unfold(hit: re.Match[str]) -> str:
     """A list under a heading: each item with the heading before it."""
     head = hit[1].strip()
     head += " " if re.search(rf"{FIND['joins'].pattern}$", head, re.I) else ": "
-    return "".join(f"{head}{_small(item.strip())}\n" for item in ITEM.split(hit[2]) if item.strip())
+    items = (item.strip() for item in ITEM.split(hit[2]) if item.strip())
+    return "".join(f"{head}{item[0].lower()}{item[1:]}\n" for item in items)
 
 
 def _resolved(text: str, topic: _Topic | None) -> tuple[str, _Topic | None]:
@@ -137,13 +137,8 @@ def _resolved(text: str, topic: _Topic | None) -> tuple[str, _Topic | None]:
     if not hit or FIND["subordinate"].search(hit[1]):
         return text, None
     head = re.split(r",| \(| (?:such as|like|of|in|for|with)\b", hit[1])[0]
-    is_many = bool(re.search(r"[^sui]s$| and ", head)) and hit[2] not in (
-        "is",
-        "was",
-        "has",
-        "does",
-    )
-    return text, _Topic(hit[1], is_many or hit[2] in ("are", "were", "have", "do"))
+    is_many = hit[2] in PLURAL or (hit[2] not in SINGULAR and re.search(r"[^sui]s$| and ", head))
+    return text, _Topic(hit[1], bool(is_many))
 
 
 def _parts(text: str, topic: _Topic | None) -> list[str]:
@@ -170,24 +165,7 @@ def _items(text: str) -> list[str]:
 
 
 def _worded(text: str, is_case: bool = False) -> str:
-    """As a criterion says it."""
-    how, form = text, "case" if is_case else "fact"
-    ban = re.match(r"(?:please )?(?:do not|don't|never) ", text, re.I)
-    if HANZI.search(text):
-        form += "_chinese"
-    elif ban and not is_case:
-        how, form = text[ban.end() :], "ban"
-    elif FIND["imperative"].match(text) and not is_case:
-        form = "order"
-    return str(WORDS["wording"][form]).format(_small(how).rstrip(" .。"))
-
-
-def _small(text: str) -> str:
-    """Without the capital of a sentence's beginning, where the word is none that keeps it."""
-    word = text.split(" ", 1)[0].lower()
-    is_common = any(FIND[name].fullmatch(word) for name in ("common", "adjunct", "imperative"))
-    return text[:1].lower() + text[1:] if is_common and word != "i" else text
-
-
-def _content(text: str) -> set[str]:
-    return {word[:6] for word in normalise(text) if len(word) > 3 or HANZI.match(word)}
+    """As a criterion says it; an order is another thing to say than a fact."""
+    form = "case" if is_case else "order" if FIND["imperative"].match(text) else "fact"
+    form += "_chinese" if HANZI.search(text) else ""
+    return str(WORDS["wording"][form]).format(text.rstrip(" .。"))
