@@ -12,7 +12,7 @@ CLOSING = r"[\"'”’」』》）)\]*_]*"
 END = re.compile(rf"[。！？!?]+{CLOSING}|(?<![.…])(?:\.+|…+){CLOSING}(?=\s|$|[{HAN}])")
 WORD = re.compile(r"[\w.]*\w(?=\W*$)")
 MARKER = re.compile(
-    r"\s*(?:[-*•·–—#]+\s+|\(?\d{1,2}[.)、](?!\d)\s*|[（(]?[一二三四五六七八九十]+[）)、])*"
+    r"\s*(?:[-*•·–—#]+(?:\s+|(?=[A-Z]))|\(?\d{1,2}[.)、](?!\d)\s*|[（(]?[一二三四五六七八九十]+[）)、])*"
 )
 BREAK = re.compile(r"\n\s*(?![a-z\s])|\n\s*\n")  # a line that begins in lower case goes on
 EMPHASIS = re.compile(r"\*\*|__|`")

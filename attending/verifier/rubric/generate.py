@@ -1,0 +1,213 @@
+"""A rubric by a model, in the three steps that Baichuan-M2 describes: candidates of each dimension,
+which of them are core for the case, and their points. The prompts are ours; M2's are not public.
+
+A reply has exactly the form that was asked for, or is asked for again. So an order that hides in a
+conversation can at most change criteria; `check` has seen them, and `admit` puts them to a test.
+"""
+
+import asyncio
+import json
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Annotated, Any, Generic, TypeVar
+
+import jinja2
+from pydantic import Field, ValidationError
+
+from attending.config import Config, suggest
+from attending.endpoint import Endpoint, Reply
+from attending.errors import ConfigError, ReplyError
+from attending.overlap import HAN
+from attending.verifier.rubric.check import fault_or_virtue, repeats, signs
+from attending.verifier.rubric.schema import LARGEST, Criterion, Message, Rubric
+
+ROOM = resources.files("attending.verifier") / "rubric"
+DIMENSIONS = tomllib.loads((ROOM / "dimensions.toml").read_text("utf-8"))
+TRIES, LONGEST = 4, 20_000  # characters of a reply
+OBJECT = re.compile(r"\s*(?:```(?:json)?\s*)?(\{.*\})\s*(?:```)?\s*", re.S)
+Line = Annotated[str, Field(min_length=1, max_length=400)]
+Item = TypeVar("Item")
+
+
+class Verdict(Config):
+    """Whether a candidate is core."""
+
+    number: int
+    """The candidate's."""
+    reason: Line
+    """Why it is, or not."""
+    core: bool
+    """It is kept."""
+
+
+class Weight(Config):
+    """A criterion's points."""
+
+    number: int
+    """The criterion's."""
+    points: Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+    """Not 0; negative if it describes something bad."""
+
+
+class Items(Config, Generic[Item]):
+    """Every reply."""
+
+    items: tuple[Item, ...]
+    """One for each thing that was asked about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A rubric, and the candidates that are not in it, each with the reason."""
+
+    rubric: Rubric
+    dropped: tuple[tuple[str, str], ...]
+
+
+async def generate(
+    endpoint: Endpoint,
+    name: str,
+    conversation: Sequence[Message],
+    *,
+    reference: str = "",
+    dimensions: Sequence[str] = tuple(DIMENSIONS),
+    most_each: int = 4,
+    most: int = 14,
+    has_schemas: bool = True,
+    is_synthetic: bool = False,
+    **sampling: Any,
+) -> Generated:
+    """At most `most_each` candidates of every dimension, at most `most` of all kept and weighed.
+
+    An endpoint without `has_schemas` is not sent `response_format`; replies are checked anyway.
+    Only where the conversation `is_synthetic`, no patient's, may the endpoint keep what was said.
+
+    Raises:
+        ReplyError: No try brought a well-formed reply, or nothing that earns points is left.
+    """
+    if unknown := [one for one in dimensions if one not in DIMENSIONS]:
+        raise ConfigError(f"no dimension {unknown[0]!r}.{suggest(unknown[0], DIMENSIONS)}")
+    said = "".join(turn["content"] for turn in conversation)
+    is_chinese = 4 * len(re.findall(f"[{HAN}]", said)) > sum(map(str.isalpha, said))
+    told = {"conversation": _quoted(conversation), "reference": reference and _quoted(reference)}
+    author = _Author(
+        endpoint, "zh" if is_chinese else "en", told, has_schemas, is_synthetic, sampling
+    )
+    left, dropped = await author.candidates(dimensions, most_each), list[tuple[str, str]]()
+
+    def drop(reasons: dict[int, str]) -> Rubric:
+        dropped.extend((left[place].text, reason) for place, reason in reasons.items())
+        left[:] = [one for place, one in enumerate(left) if place not in reasons]
+        return Rubric(name, tuple(conversation), tuple(left))
+
+    def is_each(found: Items[Any]) -> bool:
+        return sorted(one.number for one in found.items) == list(range(1, len(left) + 1))
+
+    def is_chosen(found: Items[Verdict]) -> bool:
+        return is_each(found) and 0 < sum(one.core for one in found.items) <= most
+
+    def is_weighed(found: Items[Weight]) -> bool:
+        return is_each(found) and all(one.points for one in found.items)
+
+    if left:
+        drop({one.criteria[1]: one.text for one in repeats(drop({}))})
+        chosen = await author.ask("select", Items[Verdict], is_chosen, candidates=left, most=most)
+        drop({one.number - 1: one.reason for one in chosen.items if not one.core})
+        weighed = await author.ask("weigh", Items[Weight], is_weighed, candidates=left)
+        points = {one.number - 1: one.points for one in weighed.items}
+        left[:] = [replace(one, points=points[place]) for place, one in enumerate(left)]
+    rubric = drop({one.criteria[0]: one.text for one in signs(drop({}))})
+    if not any(one.points > 0 for one in rubric.criteria):
+        raise ReplyError(f"{endpoint.model} wrote nothing for {name!r} that earns points.")
+    return Generated(rubric, tuple(dropped))
+
+
+@dataclass(frozen=True, slots=True)
+class _Author:
+    """The model that writes, and what every prompt tells it."""
+
+    endpoint: Endpoint
+    language: str
+    told: dict[str, str]
+    has_schemas: bool
+    is_synthetic: bool
+    sampling: dict[str, Any]
+
+    async def candidates(self, dimensions: Sequence[str], most: int) -> list[Criterion]:
+        """Of all dimensions at once; their points only say whether their wording is a fault's."""
+
+        async def of(name: str) -> list[Criterion]:
+            about = DIMENSIONS[name]
+            found = await self.ask(
+                *("candidates", Items[Line], lambda found: len(found.items) <= most),
+                **{"description": about[self.language], "most": most},
+            )
+            tags = (f"dimension:{name}", f"axis:{about['axis']}", "level:example", "source:model")
+            texts = (" ".join(text.split()) for text in found.items)
+            return [
+                Criterion(text, -1 if fault_or_virtue(text) == "fault" else 1, tags)
+                for text in texts
+                if text
+            ]
+
+        tasks = [asyncio.ensure_future(of(name)) for name in dict.fromkeys(dimensions)]
+        try:
+            return [one for found in await asyncio.gather(*tasks) for one in found]
+        finally:
+            for task in tasks:
+                task.cancel()  # where one has failed, the others are of no use
+
+    async def ask(
+        self,
+        step: str,
+        form: type[Items[Item]],
+        is_whole: Callable[[Items[Item]], bool],
+        candidates: Sequence[Criterion] = (),
+        **more: Any,
+    ) -> Items[Item]:
+        """A reply of this form that is whole; ReplyError if no try brings one."""
+        listed = _quoted([{"number": n, "text": one.text} for n, one in enumerate(candidates, 1)])
+        template = _template(f"{step}.{self.language}")
+        prompt = template.render(**self.told, **more, candidates=listed)
+        messages, how = [{"role": "user", "content": prompt}], dict(self.sampling)
+        if self.has_schemas:
+            schema = {"name": step, "strict": True, "schema": form.model_json_schema()}
+            how["response_format"] = {"type": "json_schema", "json_schema": schema}
+
+        def read(reply: Reply) -> Any:
+            found = OBJECT.fullmatch(reply.text) if len(reply.text) <= LONGEST else None
+            if not found or reply.finish_reason == "length":
+                raise ReplyError(f"the {step} reply is cut, too long, or no JSON object alone.")
+            try:
+                parsed = form.model_validate_json(found[1])
+            except ValidationError:  # it quotes the reply
+                raise ReplyError(f"the {step} reply is not of the form asked for.") from None
+            if not is_whole(parsed):
+                raise ReplyError(f"the {step} reply names an item twice, none, or too many.")
+            return parsed.model_dump(mode="json")
+
+        if self.is_synthetic:
+            kind = f"rubric {step}"
+            return form.build((await self.endpoint.derived(messages, read, kind=kind, **how)).value)
+        for left in reversed(range(TRIES)):
+            try:
+                return form.build(read(await self.endpoint.chat(messages, **how)))
+            except ReplyError:
+                if not left:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _quoted(value: object) -> str:
+    """As JSON that cannot close the tag it stands in."""
+    return json.dumps(value, ensure_ascii=False, indent=0).replace("<", "\\u003c")
+
+
+@cache
+def _template(name: str) -> jinja2.Template:
+    text = (ROOM / f"prompts/{name}.jinja").read_text("utf-8")
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
