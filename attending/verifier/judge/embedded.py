@@ -1,0 +1,192 @@
+"""The judge that needs no endpoint: MiniLM with a trained adapter and head, on the CPU.
+
+An answer's sentences nearest to the criterion (MiniLM's cosine plus shared words) are its evidence;
+criterion and evidence are read together, and a calibrated probability decides. It was trained on
+constructed labels (`training.py`): how well it agrees with those is all that is known about it.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from attending import sources
+from attending.errors import CheckpointError, UsageError
+from attending.verifier.contradict import NEGATED
+from attending.verifier.judge.encoder import Bert, Weights, embed, encode, load_bert, tokenise
+from attending.verifier.judge.verdict import Verdict
+from attending.verifier.rubric.schema import Rubric
+
+SHIPPED = Path(str(resources.files("attending.verifier.judge") / "weights"))
+SENTENCE = re.compile(
+    r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+|(?<=[。！？；])|\n+|\s-\s|^\s*[-*•]\s*", re.M
+)
+WORD = re.compile(r"[a-z]{4,}|\d+(?:\.\d+)?|[\u4e00-\u9fff]")
+STEM = 6  # letters that decide whether two words are the same
+KEPT, LONGEST, BATCH = 2, 80, 32  # sentences of evidence, tokens of a pair, pairs at a time
+FEATURES = ("cosine", "next cosine", "words in it", "words in all", "negation", "lost numbers")
+CAUTION = (
+    "Embedded judge: agreement with constructed labels, macro-F1 {:.2f} ({:.2f} to {:.2f}), not "
+    "with physicians; it knows English statements of fact, and a criterion that is an instruction "
+    "('Advises ...', 'Does not mention ...') is outside what it was trained on."
+)
+Vectors = dict[str, Tensor]  # by text
+
+
+class Evidence(NamedTuple):
+    """What an answer says about a criterion."""
+
+    quote: str  # the nearest sentence
+    text: str  # the few nearest, in the answer's order
+    features: tuple[float, ...]
+
+
+class EmbeddedJudge:
+    """Of English statements of fact; a negative criterion is met where its statement is there.
+
+    Args:
+        bert: The base; by default the catalogue's `judge`, from the cache.
+        folder: Holds `judge.safetensors` and `report.json`, as `attending judge train` writes them.
+
+    Raises:
+        SourceError: The base was not pulled yet.
+        CheckpointError: The folder's weights are damaged or of another base.
+    """
+
+    name = "embedded"
+
+    def __init__(self, bert: Bert | None = None, folder: Path = SHIPPED) -> None:
+        self.bert = bert or load_bert(sources.resolve("judge").path)
+        self.weights = load_weights(folder, self.bert)
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        self.caution = CAUTION.format(*report["embedded"]["macro-F1"])
+
+    async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
+        """A verdict for each criterion, with the sentence it rests on and the probability."""
+        pairs = [(criterion.text, answer) for criterion in rubric.criteria]
+        return await asyncio.to_thread(self.judge, pairs)
+
+    def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """A verdict for each criterion and answer; UsageError for a criterion without text."""
+        if not all(criterion.strip() for criterion, _ in pairs):
+            raise UsageError("a criterion without text cannot be judged: say what must be there.")
+        parts = [sentences(answer) for _, answer in pairs]
+        verdicts = [Verdict(False, "The answer has no sentence.")] * len(pairs)
+        at = [i for i, own in enumerate(parts) if own]
+        criteria = [pairs[i][0] for i in at]
+        found = gather(self.bert, criteria, [parts[i] for i in at], {})
+        chances = probabilities(self.bert, self.weights, criteria, found).tolist()
+        for i, one, chance in zip(at, found, chances, strict=True):
+            told = f"{one.quote!r}: met with probability {chance:.2f}."
+            verdicts[i] = Verdict(chance >= float(self.weights["threshold"]), told)
+        return verdicts
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences and list items; what has no letter is none."""
+    parts = (part.strip() for part in SENTENCE.split(text))
+    return [part for part in parts if re.search(r"[^\W\d_]", part)]
+
+
+def gather(
+    bert: Bert, criteria: Sequence[str], answers: Sequence[Sequence[str]], vectors: Vectors
+) -> list[Evidence]:
+    """The evidence for each criterion in its answer's sentences, of which there is at least one."""
+    remember(bert, vectors, (text for parts in (criteria, *answers) for text in parts))
+    return [nearest(*pair, vectors) for pair in zip(criteria, answers, strict=True)]
+
+
+def remember(bert: Bert, vectors: Vectors, texts: Iterable[str]) -> None:
+    """Embed the texts that are not there yet."""
+    new = sorted({*texts} - vectors.keys())
+    vectors.update(zip(new, embed(bert, new), strict=True))
+
+
+def nearness(criterion: str, parts: Sequence[str], vectors: Vectors) -> list[tuple[float, float]]:
+    """Of each sentence: cosine to the criterion, and share of the criterion's words."""
+    wanted = words(criterion)
+    cosine = torch.stack([vectors[part] for part in parts]) @ vectors[criterion]
+    shared = (len(wanted & words(part)) / max(1, len(wanted)) for part in parts)
+    return list(zip(cosine.tolist(), shared, strict=True))
+
+
+def nearest(criterion: str, parts: Sequence[str], vectors: Vectors) -> Evidence:
+    """The few with the greatest sum of both, and what is measured on them."""
+    near, wanted = nearness(criterion, parts, vectors), words(criterion)
+    order = sorted(range(len(parts)), key=lambda i: -sum(near[i]))
+    best, text = parts[order[0]], " ".join(parts[i] for i in sorted(order[:KEPT]))
+    cosine, shared = near[order[0]]
+    numbers = {word for word in wanted if word[0].isdigit()}
+    is_negated = [len(NEGATED.findall(one)) % 2 for one in (criterion, best)]
+    features = (
+        cosine,
+        near[order[1]][0] if order[1:] else 0.0,
+        shared,
+        len(wanted & words(text)) / max(1, len(wanted)),
+        float(is_negated[0] != is_negated[1]),
+        len(numbers - words(text)) / max(1, len(numbers)),
+    )
+    return Evidence(best, text, features)
+
+
+def words(text: str) -> set[str]:
+    """Stems of the longer words, numbers and Han characters."""
+    return {word[:STEM] for word in WORD.findall(text.lower())}
+
+
+def logits(
+    bert: Bert, weights: Weights, criteria: Sequence[str], found: Sequence[Evidence]
+) -> Tensor:
+    """One for each criterion and evidence, [pairs]; gradients reach the adapter and the head."""
+    texts = [(criterion, one.text) for criterion, one in zip(criteria, found, strict=True)]
+    hidden = encode(bert, tokenise(bert, texts, LONGEST), weights)[:, 0]
+    seen = torch.tensor([one.features for one in found]) @ weights["head.features"]
+    return hidden @ weights["head.hidden"] + seen + weights["head.bias"]
+
+
+@torch.no_grad()
+def probabilities(
+    bert: Bert, weights: Weights, criteria: Sequence[str], found: Sequence[Evidence]
+) -> Tensor:
+    """Calibrated (Platt): sigmoid(slope * logit + shift), [pairs]."""
+    slope, shift = weights["platt"]
+    order = sorted(range(len(found)), key=lambda i: len(criteria[i]) + len(found[i].text))
+    chances = torch.empty(len(found))
+    for start in range(0, len(order), BATCH):
+        at = order[start : start + BATCH]
+        some = logits(bert, weights, [criteria[i] for i in at], [found[i] for i in at])
+        chances[at] = torch.sigmoid(slope * some + shift)
+    return chances
+
+
+def load_weights(folder: Path, bert: Bert) -> dict[str, Tensor]:
+    """Read `judge.safetensors` in float32; CheckpointError unless it fits the base exactly."""
+    try:
+        weights = {k: v.float() for k, v in load_file(folder / "judge.safetensors").items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"no judge in {folder.name} ({error}): train it again.") from None
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    rank = max((shape[0] for name, shape in found.items() if name.endswith(".down")), default=0)
+    if wrong := found.items() ^ shapes(bert, rank).items():
+        raise CheckpointError(
+            f"judge.safetensors does not fit its base: {min(name for name, _ in wrong)} is "
+            "missing, left over or of a wrong shape. Train it on this base."
+        )
+    return weights
+
+
+def shapes(bert: Bert, rank: int) -> dict[str, tuple[int, ...]]:
+    """Of all that is trained or fitted."""
+    found: dict[str, tuple[int, ...]] = {"platt": (2,), "threshold": (), "head.bias": ()}
+    found |= {"head.hidden": (bert.config["hidden_size"],), "head.features": (len(FEATURES),)}
+    for name, (rows, columns) in bert.linears.items():
+        found |= {f"{name}.down": (rank, columns), f"{name}.up": (rows, rank)}
+    return found

@@ -1,0 +1,175 @@
+"""Constructed pairs of a statement and an answer, labelled by how they were made.
+
+K-QA's statements are physicians' own rewordings of their answers (arXiv 2401.14493); those of
+MedQuAD (Ben Abacha, Demner-Fushman 2019) are sentences that rules reword. Every answer that does
+not support its statement is about the same subject: its support was removed or contradicted, or it
+answers another question about the disease. Edits leave positives too, so that they are no sign.
+"""
+
+import hashlib
+import json
+import random
+import re
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attending.errors import UsageError
+from attending.verifier.contradict import contradict
+from attending.verifier.judge.embedded import Vectors, nearness, remember, sentences
+from attending.verifier.judge.encoder import Bert
+
+RULES = tomllib.loads(
+    (resources.files("attending.verifier.judge") / "reword.toml").read_text("utf-8")
+)
+DROP, LISTING, DULL = (re.compile(RULES[name]) for name in ("drop", "listing", "boilerplate"))
+SYNONYM = re.compile(rf"\b({'|'.join(sorted(RULES['synonyms'], key=len, reverse=True))})\b")
+STATEMENT = re.compile(r"[A-Z](?:\S+ ){5,34}\S+\.")
+PARTS = {"train": slice(101), "tune": slice(101, 141), "report": slice(141, 201)}
+LONGEST = 12  # sentences of a document
+ALIGNED, SAME, SUPPORT = 0.5, 0.75, 0.8  # least cosine of support; of a repeat; share of the best
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Case(NamedTuple):
+    """A statement with the answer that it was drawn from."""
+
+    statement: str
+    parts: list[str]
+    siblings: Sequence[list[str]]  # other answers about the same disease
+    cluster: str  # the question
+    weight: float
+
+
+class Pair(NamedTuple):
+    """A statement, an answer's sentences, and whether they support it.
+
+    Kinds that are met: `plain`, `elsewhere` (another sentence was edited), `negated` (both say the
+    opposite). Not met: `removed`, `contradicted`, `sibling`.
+    """
+
+    statement: str
+    parts: list[str]
+    met: bool
+    kind: str
+    cluster: str
+    weight: float
+
+
+def read_rows(path: Path, *fields: str) -> list[dict[str, Any]]:
+    """The records of a JSONL file; UsageError unless each has the fields."""
+    lines = path.read_text("utf-8").split("\n") if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.strip()]
+    if not rows or not all(row.keys() >= {*fields} for row in rows):
+        raise UsageError(f"{path.name} is no JSONL file whose rows have {', '.join(fields)}.")
+    return rows
+
+
+def read_kqa(path: Path) -> list[dict[str, Any]]:
+    """K-QA's rows, in the order of their questions' sha256, which decides the parts."""
+    fields = ("Question", "Free_form_answer", "Must_have", "Nice_to_have", "ICD_10_diag")
+    rows = read_rows(path, *fields)
+    return sorted(rows, key=lambda row: hashlib.sha256(row["Question"].encode()).hexdigest())
+
+
+def kqa_cases(rows: Rows, part: str, weight: float = 1.0, documents: Rows = ()) -> Iterator[Case]:
+    """Every statement of a part; siblings share the diagnosis (to train: within the part)."""
+    chosen = rows[PARTS[part]]
+    others = chosen if part == "train" else rows
+    for row in chosen:
+        code, parts = row["ICD_10_diag"] or "", sentences(row["Free_form_answer"])
+        subject = f"{row['Question']} {code}".lower()
+        near = [one["Free_form_answer"] for one in others if code == one["ICD_10_diag"] != ""]
+        near = [text for text in near if text != row["Free_form_answer"]]
+        near += [one["answer"] for one in documents if one["focus"].lower() in subject]
+        siblings = [sentences(text)[:LONGEST] for text in near[:3]]
+        for text in filter(str.strip, (*row["Must_have"], *row["Nice_to_have"])):
+            yield Case(text.strip(), parts, siblings, row["Question"], weight)
+
+
+def medquad_cases(documents: Rows, kqa: Rows, count: int, rng: random.Random) -> Iterator[Case]:
+    """Two reworded sentences of each of `count` answers, of no disease in K-QA's held-out rows."""
+    held = [*kqa[PARTS["tune"]], *kqa[PARTS["report"]]]
+    named = " ".join(" ".join(map(str, row.values())) for row in held).lower()
+    by_focus = defaultdict(list)
+    for row in documents:
+        names = (name.lower() for name in (row["focus"], *row["synonyms"]) if len(name) > 3)
+        if not any(name in named for name in names):
+            by_focus[row["focus"]].append(sentences(row["answer"])[:LONGEST])
+    often = Counter(part for part in chain(*chain(*by_focus.values())) if STATEMENT.fullmatch(part))
+    answers = [(focus, parts) for focus, all_parts in by_focus.items() for parts in all_parts]
+    for focus, parts in rng.sample(answers, len(answers)):
+        usable = [part for part in parts if often[part] == 1 and not DULL.search(part)]
+        if count and len(parts) > 2 and len(usable) > 1:
+            count -= 1
+            siblings = [other for other in by_focus[focus] if other != parts]
+            for part in rng.sample(usable, 2):
+                yield Case(reword(part, rng), parts, siblings[:1], focus, 1.0)
+
+
+def reword(sentence: str, rng: random.Random) -> str:
+    """One item of a list, fewer asides, other words: what it says stays true."""
+    if (listing := LISTING.match(sentence)) and rng.random() < 0.8:
+        items = re.split(r", (?:and |or )?", listing[2])
+        sentence = f"{listing[1]} {rng.choice(items).strip()}."
+    chosen = RULES["synonyms"]
+    text = SYNONYM.sub(
+        lambda hit: chosen[hit[1]] if rng.random() < 0.7 else hit[1], DROP.sub("", sentence).strip()
+    )
+    return text[:1].upper() + text[1:]
+
+
+def construct(
+    bert: Bert, cases: Sequence[Case], rng: random.Random, vectors: Vectors
+) -> list[Pair]:
+    """All pairs of all cases; edits only where the supporting sentence is plain to see."""
+    remember(
+        bert, vectors, (t for c in cases for t in (c.statement, *c.parts, *chain(*c.siblings)))
+    )
+    made: list[Pair] = []
+    for case in cases:
+        for statement, parts, met, kind in _variants(case, rng, vectors) if case.parts else ():
+            made.append(Pair(statement, parts, met, kind, case.cluster, case.weight))
+    return made
+
+
+def _variants(
+    case: Case, rng: random.Random, vectors: Vectors
+) -> Iterator[tuple[str, list[str], bool, str]]:
+    statement, parts = case.statement, case.parts
+    yield statement, parts, True, "plain"
+    near = nearness(statement, parts, vectors)
+    best = max(range(len(parts)), key=lambda i: sum(near[i]))
+    if near[best][0] < ALIGNED:
+        return
+    rest = [p for p, own in zip(parts, near, strict=True) if sum(own) < SUPPORT * sum(near[best])]
+    if rest:
+        yield statement, rest, False, "removed"
+        other = rng.choice(rest)
+        new = rng.choice(["", *(text for text, _ in contradict(other))])
+        edited = (new if part == other else part for part in parts)
+        yield statement, [part for part in edited if part], True, "elsewhere"
+    for sibling in filter(None, case.siblings):
+        if max(cosine for cosine, _ in nearness(statement, sibling, vectors)) < SAME:
+            yield statement, sibling, False, "sibling"
+            break
+    if not (made := contradict(statement)):
+        return
+    kind = rng.choice(sorted({kind for _, kind in made}))
+    opposite = claim = next(new for new, its in made if its == kind)
+    yield opposite, parts, False, "contradicted"
+    # In place of the support stands the opposite of the statement, or the support's own negation.
+    theirs = contradict(parts[best])
+    if near[best][0] >= SAME and kind == "negation" and theirs[:1] and theirs[0][1] == kind:
+        claim = rng.choice([claim, theirs[0][0]])
+    against = [
+        claim if part == parts[best] else part
+        for part in parts
+        if part == parts[best] or part in rest
+    ]
+    yield statement, against, False, "contradicted"
+    yield reword(opposite, rng), against, True, "negated"

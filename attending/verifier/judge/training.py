@@ -1,0 +1,295 @@
+"""Trains the embedded judge's adapter and head, and measures it: `attending judge`.
+
+K-QA is split by question into 101 to train, 40 to choose the calibration and the threshold, and 60
+to report. A killed run goes on from its last state and gives the same weights, bit for bit.
+"""
+
+import logging
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn import functional
+
+from attending import artifact
+from attending.sources import Progress
+from attending.verifier.judge import embedded, pairs
+from attending.verifier.judge.embedded import Evidence, Vectors
+from attending.verifier.judge.encoder import Bert
+from attending.verifier.judge.pairs import Pair
+from attending.verifier.judge.recipe import JudgeConfig
+
+FITTED = ("platt", "threshold")  # after the training, on the tune part
+SAVE_SECONDS, WARM_UP, DRAWS = 120, 0.05, 1000
+KINDS = ("plain", "elsewhere", "negated", "removed", "contradicted", "sibling")
+Values = NDArray[np.float64]
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: JudgeConfig,
+    bert: Bert,
+    kqa: Path,
+    medquad: Path,
+    out: Path,
+    progress: Progress,
+    *,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train, calibrate, report; publish `judge.safetensors`, `report.json` and `run.json`."""
+    parents = [{"uri": path.name, "sha256": artifact.digest(path)} for path in (kqa, medquad)]
+    record = artifact.Record("judge", config.model_dump(mode="json"), config.seed, parents)
+    rows, vectors, rng = pairs.read_kqa(kqa), Vectors(), random.Random(config.seed)
+    documents = pairs.read_rows(medquad, "focus", "synonyms", "answer")
+    with artifact.publish(out) as draft:
+        cases = [*pairs.kqa_cases(rows, "train", config.kqa_weight, documents)]
+        cases += pairs.medquad_cases(documents, rows, config.documents, rng)
+        progress(0, None, f"embedding the answers of {len(cases):,} statements")
+        made = pairs.construct(bert, cases, rng, vectors)
+        state = out.with_name(f"{out.name}.state.safetensors")
+        weights = fit(config, bert, made, vectors, state, progress, resume=resume)
+        tune = pairs.construct(bert, [*pairs.kqa_cases(rows, "tune")], random.Random(0), vectors)
+        calibrate(bert, weights, tune, vectors)
+        small = {k: v.half() if k.endswith((".down", ".up")) else v for k, v in weights.items()}
+        save_file(small, draft / "judge.safetensors")
+        result = report(bert, embedded.load_weights(draft, bert), kqa)  # as it was rounded
+        artifact.write_json(draft / "report.json", result)
+        kinds = Counter(f"judge/{pair.kind}_pairs" for pair in made)
+        artifact.write_run(
+            draft, record, {"judge/macro_f1": result["embedded"]["macro-F1"][0], **kinds}
+        )
+    state.unlink(missing_ok=True)
+    return result
+
+
+def fit(
+    config: JudgeConfig,
+    bert: Bert,
+    made: Sequence[Pair],
+    vectors: Vectors,
+    state: Path,
+    progress: Progress,
+    *,
+    resume: bool = False,
+) -> dict[str, Tensor]:
+    """Adam on the weighted cross-entropy, in bfloat16; a state is written every two minutes."""
+    found = _evidence(bert, made, vectors)
+    weights = start(config, bert)
+    trained = [value.requires_grad_() for name, value in weights.items() if name not in FITTED]
+    optimizer = torch.optim.Adam(trained, config.rate, betas=(0.9, 0.98))
+    batches = _batches(
+        [len(p.statement) + len(e.text) for p, e in zip(made, found, strict=True)], config
+    )
+    first = _load(state, trained, optimizer) if resume and state.is_file() else 0
+    began = saved = time.monotonic()
+    for step, chosen in enumerate(batches[first:], first):
+        share = (step + 1) / len(batches)
+        optimizer.param_groups[0]["lr"] = config.rate * min(share / WARM_UP, 1.001 - share)
+        some = [made[i] for i in chosen]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = embedded.logits(
+                bert, weights, [p.statement for p in some], [found[i] for i in chosen]
+            )
+        labels = torch.tensor([(pair.met, pair.weight) for pair in some])
+        loss = functional.binary_cross_entropy_with_logits(
+            logits.float(), labels[:, 0], labels[:, 1]
+        )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        logger.debug("step %d of %d: loss %.4f", step + 1, len(batches), float(loss.detach()))
+        if step == first + 9:
+            seconds = (time.monotonic() - began) / 10 * len(batches[step:])
+            told = f"{config.epochs} x {len(made):,} pairs, {len(batches):,} steps"
+            progress(0, None, f"{told}: {seconds / 3600:.2f} hours to go")
+        progress(step + 1, len(batches), "training")
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _save(state, step + 1, trained, optimizer)
+            saved = time.monotonic()
+    return {name: value.detach() for name, value in weights.items()}
+
+
+def start(config: JudgeConfig, bert: Bert) -> dict[str, Tensor]:
+    """An adapter that changes nothing yet, a head that reads little."""
+    rng = torch.Generator().manual_seed(config.seed)
+    weights = {
+        name: torch.zeros(shape) for name, shape in embedded.shapes(bert, config.rank).items()
+    }
+    for name, value in weights.items():
+        if name.endswith(".down") or name == "head.hidden":
+            value.normal_(
+                0,
+                0.1 / math.sqrt(value.shape[-1])
+                if name[0] == "h"
+                else 1 / math.sqrt(value.shape[-1]),
+                generator=rng,
+            )
+    return weights | {"platt": torch.tensor([1.0, 0.0]), "threshold": torch.tensor(0.5)}
+
+
+def calibrate(
+    bert: Bert, weights: dict[str, Tensor], tune: Sequence[Pair], vectors: Vectors
+) -> None:
+    """Fit Platt's slope and shift on the tune part, and choose the threshold there."""
+    chance, met, _ = measure(bert, weights, tune, vectors)
+    weights["platt"] = torch.tensor(platt(np.log(chance / (1 - chance)), met), dtype=torch.float32)
+    chance, _, _ = measure(bert, weights, tune, vectors)
+    weights["threshold"] = torch.tensor(best_threshold(chance, met), dtype=torch.float32)
+
+
+def measure(
+    bert: Bert, weights: dict[str, Tensor], made: Sequence[Pair], vectors: Vectors
+) -> tuple[Values, Values, Values]:
+    """Probability, label and features of each pair."""
+    found = _evidence(bert, made, vectors)
+    chance = embedded.probabilities(bert, weights, [pair.statement for pair in made], found)
+    met = np.array([pair.met for pair in made], np.float64)
+    return (
+        chance.double().clamp(1e-6, 1 - 1e-6).numpy(),
+        met,
+        np.array([one.features for one in found]),
+    )
+
+
+def platt(logits: Values, met: Values) -> tuple[float, float]:
+    """The slope and shift whose sigmoid gives the labels the greatest likelihood."""
+
+    def loss(at: Values) -> float:
+        z = at[0] * logits + at[1]
+        return float((np.logaddexp(0, z) - met * z).mean())
+
+    slope, shift = minimize(loss, [1.0, 0.0], method="Nelder-Mead").x
+    return float(slope), float(shift)
+
+
+def best_threshold(values: Values, met: Values) -> float:
+    """The one of 200 quantiles with the greatest macro-F1."""
+    ones = np.ones(len(met))
+    tried = np.unique(np.quantile(values, np.linspace(0, 1, 200)))
+    return float(max(tried, key=lambda t: macro_f1(values >= t, met, ones)))
+
+
+def macro_f1(said: NDArray[np.bool_], met: Values, weight: Values) -> float:
+    """The mean of the F1 of met and the F1 of not met."""
+    return float(
+        np.mean(
+            [
+                2
+                * weight[(said == is_met) & (met == is_met)].sum()
+                / max(1e-9, weight[said == is_met].sum() + weight[met == is_met].sum())
+                for is_met in (True, False)
+            ]
+        )
+    )
+
+
+def calibration_error(chance: Values, met: Values, weight: Values, bins: int = 10) -> float:
+    """ECE: the gap between mean probability and share of met in each of ten equal bins."""
+    place = np.minimum((chance * bins).astype(int), bins - 1)
+    gap = np.bincount(place, weight * (chance - met), bins)
+    return float(np.abs(gap).sum() / weight.sum())
+
+
+def report(bert: Bert, weights: dict[str, Tensor], kqa: Path) -> dict[str, Any]:
+    """Agreement with the constructed labels of the 60 report questions, beside two baselines.
+
+    Each figure stands with its 95 % interval, bootstrapped over the questions.
+    """
+    questions, vectors = pairs.read_kqa(kqa), Vectors()
+    tune, made = (
+        pairs.construct(bert, [*pairs.kqa_cases(questions, part)], random.Random(0), vectors)
+        for part in ("tune", "report")
+    )
+    _, tune_met, tune_features = measure(bert, weights, tune, vectors)
+    chance, met, features = measure(bert, weights, made, vectors)
+    kinds, clusters = (
+        np.array([p.kind for p in made]),
+        np.unique([p.cluster for p in made], return_inverse=True)[1],
+    )
+    said = {"embedded": chance >= float(weights["threshold"])}
+    for name, column in (("cosine", 0), ("word overlap", 2)):
+        said[name] = features[:, column] >= best_threshold(tune_features[:, column], tune_met)
+
+    def figures(name: str, weight: Values) -> list[float]:
+        right = weight * (said[name] == met)
+        found = [macro_f1(said[name], met, weight)]
+        found += [
+            right[kinds == kind].sum() / max(1e-9, weight[kinds == kind].sum()) for kind in KINDS
+        ]
+        if name == "embedded":
+            brier = float((weight * (chance - met) ** 2).sum() / weight.sum())
+            found += [calibration_error(chance, met, weight), brier]
+        return found
+
+    names = ("macro-F1", *(f"accuracy: {kind}" for kind in KINDS), "ECE", "Brier")
+    counts = {kind: int((kinds == kind).sum()) for kind in KINDS}
+    result = {"labels": "constructed", "questions": len({*clusters}), "pairs": counts}
+    for name in said:
+        judged = partial(figures, name)
+        rows = np.stack([judged(np.ones(len(met))), *interval(judged, clusters)]).round(4)
+        result[name] = dict(zip(names, rows.T.tolist(), strict=False))
+    return result
+
+
+def interval(
+    figures: Callable[[Values], list[float]], clusters: NDArray[np.int64], draws: int = DRAWS
+) -> Values:
+    """The 2.5 and 97.5 percentiles [2, figures] over draws of whole clusters, with replacement."""
+    rng, count = np.random.default_rng(0), int(clusters.max()) + 1
+    drawn = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(draws))
+    return np.percentile(
+        [figures(one[clusters].astype(float)) for one in drawn], [2.5, 97.5], axis=0
+    )
+
+
+def _evidence(bert: Bert, made: Sequence[Pair], vectors: Vectors) -> list[Evidence]:
+    return embedded.gather(
+        bert, [pair.statement for pair in made], [pair.parts for pair in made], vectors
+    )
+
+
+def _batches(lengths: Sequence[int], config: JudgeConfig) -> list[list[int]]:
+    """Every epoch in another order; neighbours in a stretch are of like length, to pad little."""
+    rng, found = random.Random(config.seed), []
+    for _ in range(config.epochs):
+        order = rng.sample(range(len(lengths)), len(lengths))
+        for at in range(0, len(order), 16 * config.batch):
+            stretch = sorted(order[at : at + 16 * config.batch], key=lengths.__getitem__)
+            some = [stretch[i : i + config.batch] for i in range(0, len(stretch), config.batch)]
+            found += rng.sample(some, len(some))
+    return found
+
+
+def _save(state: Path, step: int, trained: Sequence[Tensor], optimizer: torch.optim.Adam) -> None:
+    values = {f"{i}.weight": value.detach() for i, value in enumerate(trained)}
+    for i, slots in optimizer.state_dict()["state"].items():
+        values |= {f"{i}.{name}": value for name, value in slots.items()}
+    draft = state.with_name(f"{state.name}.tmp")
+    save_file(
+        {name: value.contiguous() for name, value in values.items()}, draft, {"step": str(step)}
+    )
+    draft.replace(state)
+
+
+def _load(state: Path, trained: Sequence[Tensor], optimizer: torch.optim.Adam) -> int:
+    whole = optimizer.state_dict()
+    with safe_open(state, "pt") as file:
+        for i, value in enumerate(trained):
+            value.data.copy_(file.get_tensor(f"{i}.weight"))
+            slots = ("step", "exp_avg", "exp_avg_sq")
+            whole["state"][i] = {name: file.get_tensor(f"{i}.{name}") for name in slots}
+        step = int(file.metadata()["step"])
+    optimizer.load_state_dict(whole)
+    return step
