@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attending import __version__, logs
-from attending.cli import build, judging, privacy, train, use
+from attending.cli import build, interview, judging, privacy, train, use
 from attending.cli.terminal import err, escape, out
 from attending.errors import AttendingError
 from attending.mesh import SHORT_SPIN
@@ -29,6 +29,7 @@ for verb in (
     use.plan,
     use.doctor,
     use.report,
+    interview.consult,
     build.corpus,
     build.tokenizer,
     train.pretrain,

@@ -23,11 +23,12 @@ class End(StrEnum):
 def concluded(message: str) -> End | None:
     """Of a doctor's message, in English or Chinese; None where the consultation goes on."""
     cues = table("cues")["end"]
-    parts = [one for one in sentences(message) if not re.search(cues["confirm"], one, re.I)]
+    parts = [re.sub(cues["confirm"], "", one, flags=re.IGNORECASE) for one in sentences(message)]
     if any(re.search(cues["goes_on"], part, re.IGNORECASE) for part in parts[-2:]):
         return None
-    for end in (End.FAREWELL, End.PLAN, End.DIAGNOSIS):
+    names = {"farewell": End.FAREWELL, "plan": End.PLAN, "diagnosis": End.DIAGNOSIS}
+    for cue, end in (*names.items(), ("illness", End.DIAGNOSIS)):
         where = " ".join(parts[-2:] if end is End.FAREWELL else parts)
-        if re.search(cues[end.value], where, re.IGNORECASE):
+        if re.search(cues[cue], where, re.IGNORECASE):
             return end
     return None

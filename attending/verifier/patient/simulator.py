@@ -5,13 +5,13 @@ has concluded. Retrieval then finds the facts that were asked for; the *affectiv
 and them alone, as the persona would, so that what it does not know cannot leak; the *factual unit*
 holds the words against the record and refuses leaks, contradictions and inventions. Without an
 endpoint all three are rules and nothing is generated; with one, its model gates, words and checks,
-a refused reply is asked for again, and after the last try the rules' wording is used, with the
-faults of the refused one on the turn.
+a refused reply is asked for again, and after the last try the rules' wording is used; the turn
+keeps the faults of what was refused.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -53,7 +53,8 @@ class Turn:
     asked: tuple[str, ...] = ()  # ids of the facts asked for
     revealed: tuple[str, ...] = ()  # ids of the facts said, those that are not so included
     end: str = ""  # why the consultation is over: an `End`, or "turns"
-    faults: tuple[Fault, ...] = ()  # of the last refused wording; of this one where nothing refused
+    faults: tuple[Fault, ...] = ()  # of the refused wordings, one after another
+    said_faults: tuple[Fault, ...] = ()  # of this text
     tries: int = 0  # of the endpoint
 
 
@@ -100,6 +101,8 @@ class Patient:
         is_findings = any(fact.access is Access.EXAMINE for fact in facts)
         if self._endpoint and not is_findings:  # findings are the record's words, not the patient's
             turn = await self._word(message, facts, plain)
+        elif not is_findings:
+            turn = replace(turn, said_faults=tuple(self._faults(plain, facts)))
         if len(self.turns) >= self.options.max_turns:
             turn = Turn(self._phrase("goodbye"), end="turns")
         return self._say(message, turn)
@@ -177,14 +180,17 @@ class Patient:
                 seed=tries,
             )
             text = reply.text.rpartition("</think>")[2].strip()
-            earlier = [turn.text for turn in self.turns]
-            found = form_faults(text, earlier) + self.factual_faults(text, facts)
+            found = self._faults(text, facts) or await self._refused_by_model(text, facts)
             if not found:
-                found = await self._refused_by_model(text, facts)
-            if not found:
-                return Turn(text, asked, self.revealed(text, facts), tries=tries)
-            faults, refused = found, [*refused, ", ".join(found)]
-        return Turn(plain, asked, asked, faults=tuple(faults), tries=self.options.max_tries)
+                return Turn(text, asked, self.revealed(text, facts), "", (*faults,), (), tries)
+            faults += found
+            refused.append(", ".join(found))
+        own = tuple(self._faults(plain, facts))
+        return Turn(plain, asked, asked, "", (*faults,), own, self.options.max_tries)
+
+    def _faults(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
+        earlier = [turn.text for turn in self.turns]
+        return form_faults(text, earlier) + self.factual_faults(text, facts)
 
     async def _refused_by_model(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
         """The factual unit's own judgement, after the rules found nothing."""

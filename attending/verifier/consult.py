@@ -1,0 +1,211 @@
+"""A consultation: a doctor model interviews a patient, and is judged; all of it in one trace."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from attending.endpoint import Endpoint
+from attending.errors import AttendingError, UsageError
+from attending.verifier.judge.verdict import Judge, Verdict
+from attending.verifier.patient.case import Access, Case
+from attending.verifier.patient.scores import fact_score, personification_score, privacy_score
+from attending.verifier.patient.simulator import Patient, PatientOptions, Turn, render
+from attending.verifier.rubric.reference import from_reference
+from attending.verifier.rubric.schema import Rubric
+from attending.verifier.rubric.score import affine_score, bounds, score
+
+DISCLAIMER = (
+    "A simulated consultation. The patient is no person, the doctor is a language model, and "
+    "nothing here may guide care."
+)
+Message = Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Said:
+    """One message of the trace."""
+
+    speaker: str  # patient or doctor
+    text: str
+    seconds: float
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    finish_reason: str | None = None
+    turn: Turn | None = None  # of the patient: what was asked, revealed, faulty
+
+
+@dataclass(slots=True)
+class Trace:
+    """Everything that happened; `rows` are its lines, `page` shows it to a clinician."""
+
+    case: Case
+    doctor: str  # model ids
+    patient: str
+    instructions: str
+    said: list[Said] = field(default_factory=list)
+    error: str = ""  # of what broke it off; what was said before is kept
+    judge: str = ""
+    caution: str = ""
+    rubric: Rubric | None = None
+    verdicts: list[Verdict] = field(default_factory=list)
+    cost: float | None = None  # of the doctor's, the patient's and the judge's endpoint, if known
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The patient's."""
+        return [said.turn for said in self.said if said.turn]
+
+    def measures(self) -> dict[str, float | None]:
+        """What is counted, not judged; None where it has no meaning."""
+        told = {one for turn in self.turns for one in turn.revealed}
+        shares = {
+            name: [fact.id for fact in self.case.of(access) if fact.present]
+            for name, access in (("elicited", Access.TELL), ("examined", Access.EXAMINE))
+        }
+        return {
+            "turns": float(len(self.turns) - 1),
+            **{f"{k}_share": len({*v} & told) / len(v) if v else None for k, v in shares.items()},
+            "privacy": privacy_score(self.turns),
+            "fact": fact_score(self.turns),
+            "personification": personification_score(self.case, self.turns),
+        }
+
+    def scores(self) -> dict[str, Any]:
+        """Of the rubric; empty where nothing was judged."""
+        if self.rubric is None:
+            return {}
+        criteria, met = self.rubric.criteria, [verdict.met for verdict in self.verdicts]
+        return {
+            "score": score(criteria, met),
+            "affine_score": affine_score(criteria, met),
+            "bounds": bounds(criteria, met),
+            "unscored": met.count(None),
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The lines of `trace.jsonl`: the case, each message, each criterion, the result."""
+        yield {
+            "kind": "case",
+            "note": DISCLAIMER,
+            "case": self.case.model_dump(mode="json"),
+            "models": {"doctor": self.doctor, "patient": self.patient, "judge": self.judge},
+            "instructions": self.instructions,
+        }
+        for said in self.said:
+            yield {"kind": "message", **asdict(said)}
+        for one, verdict in zip(
+            self.rubric.criteria if self.rubric else (), self.verdicts, strict=True
+        ):
+            yield {"kind": "criterion", **asdict(one), **verdict._asdict()}
+        tokens = [s.output_tokens for s in self.said if s.speaker == "doctor"]
+        yield {
+            "kind": "result",
+            **self.measures(),
+            **self.scores(),
+            "caution": self.caution,
+            "output_tokens": None if None in tokens else sum(t or 0 for t in tokens),
+            "cost": self.cost,
+            "error": self.error,
+        }
+
+    def page(self) -> str:
+        """One HTML file without anything from elsewhere."""
+        source = resources.files("attending.verifier") / "trace.html.jinja"
+        environment = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        template = environment.from_string(source.read_text(encoding="utf-8"))
+        facts = {fact.id: fact for fact in self.case.facts}
+        rows = [*self.rows()]
+        return template.render(trace=self, facts=facts, note=DISCLAIMER, result=rows[-1])
+
+    def write(self, folder: Path) -> None:
+        """`trace.jsonl` and `trace.html`; a reader never sees half of one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
+        for name, text in (("trace.jsonl", lines), ("trace.html", self.page())):
+            draft = folder / f"{name}.tmp"
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(folder / name)
+
+
+async def consult(
+    case: Case,
+    doctor: Endpoint,
+    *,
+    fluent: Endpoint | None = None,
+    judge: Judge | None = None,
+    rubric: Rubric | None = None,
+    allow_self_play: bool = False,
+    max_turns: int = 20,
+    heard: Callable[[Said], object] = lambda said: None,
+    **sampling: Any,
+) -> Trace:
+    """Let a doctor's model interview a patient until one ends it, and judge its last message.
+
+    Args:
+        case: Who is the patient.
+        doctor: The model, as an endpoint.
+        fluent: Words the patient; the embedded one otherwise.
+        judge: Judges the doctor's last message by the rubric; None judges nothing.
+        rubric: Of one's own; by default one out of the case.
+        allow_self_play: Let one model be doctor and patient.
+        max_turns: Most replies of the patient.
+        heard: Is given each message as it is said.
+        sampling: Of the doctor.
+
+    An endpoint's failure ends the trace with its `error`; what was said until then is in it.
+    """
+    if fluent and fluent.model == doctor.model and not allow_self_play:
+        raise UsageError(
+            f"{doctor.model} would be doctor and patient: name another model, or allow self-play."
+        )
+    patient = Patient(case, fluent, PatientOptions(max_turns=max_turns))
+    trace = Trace(
+        case, doctor.model, fluent.model if fluent else "embedded", render("doctor", case.language)
+    )
+
+    def add(said: Said) -> None:
+        trace.said.append(said)
+        heard(said)
+
+    try:
+        add(Said("patient", (turn := patient.open()).text, 0.0, turn=turn))
+        while not turn.end:
+            system = {"role": "system", "content": trace.instructions}
+            reply = await doctor.chat([system, *patient.conversation], **sampling)
+            text = reply.text.rpartition("</think>")[2].strip()
+            counts = (reply.input_tokens, reply.output_tokens, reply.finish_reason)
+            add(Said("doctor", text, reply.latency_seconds, *counts))
+            start = time.monotonic()
+            turn = await patient.answer(text)
+            add(Said("patient", turn.text, time.monotonic() - start, turn=turn))
+        if judge:
+            answer = next(said.text for said in reversed(trace.said) if said.speaker == "doctor")
+            before = patient.conversation[:-2]
+            trace.rubric = rubric or case_rubric(case, before)
+            trace.rubric = Rubric(trace.rubric.name, tuple(before), trace.rubric.criteria)
+            trace.judge, trace.caution = judge.name, judge.caution
+            trace.verdicts = await judge(trace.rubric, answer)
+    except AttendingError as error:
+        trace.error = str(error)
+        trace.rubric = trace.rubric if trace.verdicts else None
+    spent = [endpoint.totals.cost for endpoint in (doctor, fluent) if endpoint]
+    trace.cost = None if None in spent else sum(cost or 0.0 for cost in spent)
+    return trace
+
+
+def case_rubric(case: Case, conversation: Sequence[Message]) -> Rubric:
+    """Out of the case's reference answer, its diagnosis and its findings; no model is asked."""
+    told = case.reference
+    if case.diagnosis and case.diagnosis.lower() not in told.lower():
+        words = {"en": f"The diagnosis is {case.diagnosis}.", "zh": f"诊断是{case.diagnosis}。"}
+        told = f"{words[case.language]} {told}"
+    facts = [fact.text for fact in case.facts if fact.present and fact.access is Access.TELL]
+    return from_reference(case.id, conversation, told, facts)

@@ -1,0 +1,42 @@
+"""A case by its name on a command line or in a recipe."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+from attending.config import suggest
+from attending.errors import UsageError
+from attending.verifier.patient.case import Case, read_case
+from attending.verifier.patient.ddxplus import read_ddxplus
+from attending.verifier.patient.vignette import read_vignette
+
+FORMS = (
+    "a shipped case, FILE.json, FILE.jsonl:ID of vignettes with atomic facts, or the folder of "
+    "DDXPlus' tables, FOLDER or FOLDER:CONDITION"
+)
+
+
+def find_case(name: str, seed: int = 0) -> Case:
+    """The case that a name means; `seed` draws what its source leaves open.
+
+    Raises:
+        UsageError: It is none of the forms, or names what is not there.
+        ConfigError: What is there is no case.
+    """
+    shipped = resources.files("attending.verifier.patient") / "cases"
+    names = [path.name.removesuffix(".json") for path in shipped.iterdir()]
+    if name in names:
+        with resources.as_file(shipped / f"{name}.json") as path:
+            return read_case(path)
+    file, _, inner = name.partition(":")
+    path = Path(file)
+    if path.is_dir():
+        return read_ddxplus(path).draw(seed, inner)
+    if not path.is_file():
+        raise UsageError(f"{name!r} is no {FORMS}.{suggest(name, names)}")
+    if path.suffix == ".json" and not inner:
+        return read_case(path)
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.strip() and str((row := json.loads(line)).get("id")) == inner:
+            return read_vignette(row, seed)
+    raise UsageError(f"{path.name} has no vignette {inner!r}: give FILE.jsonl:ID, with its `id`.")
