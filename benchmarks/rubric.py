@@ -23,14 +23,15 @@ COVERED = 0.5
 KINDS = {"Must_have": "must-have", "Nice_to_have": "nice-to-have"}
 ASK = [{"role": "user", "content": ""}]
 NOTES = """
-K-QA has {answers} answers by physicians, and the statements drawn from each by physicians: an answer
-must have some, and others are nice to have ({must:,} and {nice:,}). A statement is covered if a
-positive criterion has a word overlap F1 of at least {covered} with it: the harmonic mean of the shares
-of words, as a bag, that each has of the other; without the introduction ("States:"). Words are not
-meaning: a criterion that holds a statement and much more does not cover it, and one that differs by
-a "not" does. "sentences" takes each sentence of the answer as a criterion, so the difference is what
-resolving pronouns, splitting lists and clauses and dropping filler do. Points: are the must-haves
-the weightier? Nothing was trained here, but the rules were written with these answers in view.
+K-QA has {answers} answers by physicians, and the statements that physicians drew from each: an
+answer must have some ({must:,}), and others are nice to have ({nice:,}). A statement is covered if
+a positive criterion has a word overlap F1 of at least {covered} with it: the harmonic mean of the
+shares of words, as a bag, that each has of the other, without the introduction ("States:"). Words
+are not meaning: a criterion that holds a statement and much more does not cover it, and one that
+differs by a "not" does. "sentences" takes each sentence of the answer as a criterion, so the
+difference is what resolving pronouns, splitting lists and clauses and dropping filler do. Points:
+are the must-haves the weightier? Nothing was trained on K-QA, but the rules were written with these
+answers in view.
 """
 
 
