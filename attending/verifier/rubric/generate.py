@@ -10,15 +10,16 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Generic, TypeVar
 
 import jinja2
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from attending.config import Config, suggest
+from attending.config import suggest
 from attending.endpoint import Endpoint, Reply
 from attending.errors import ConfigError, ReplyError
 from attending.overlap import HAN
@@ -33,31 +34,25 @@ Line = Annotated[str, Field(min_length=1, max_length=400)]
 Item = TypeVar("Item")
 
 
-class Verdict(Config):
+class Verdict(BaseModel, extra="forbid", strict=True):
     """Whether a candidate is core."""
 
     number: int
-    """The candidate's."""
     reason: Line
-    """Why it is, or not."""
     core: bool
-    """It is kept."""
 
 
-class Weight(Config):
+class Weight(BaseModel, extra="forbid", strict=True):
     """A criterion's points."""
 
     number: int
-    """The criterion's."""
     points: Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
-    """Not 0; negative if it describes something bad."""
 
 
-class Items(Config, Generic[Item]):
+class Items(BaseModel, Generic[Item], extra="forbid", strict=True):
     """Every reply."""
 
-    items: tuple[Item, ...]
-    """One for each thing that was asked about."""
+    items: list[Item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +89,8 @@ async def generate(
     said = "".join(turn["content"] for turn in conversation)
     is_chinese = 4 * len(re.findall(f"[{HAN}]", said)) > sum(map(str.isalpha, said))
     told = {"conversation": _quoted(conversation), "reference": reference and _quoted(reference)}
-    author = _Author(
-        endpoint, "zh" if is_chinese else "en", told, has_schemas, is_synthetic, sampling
-    )
+    language = "zh" if is_chinese else "en"
+    author = _Author(endpoint, language, told, has_schemas, is_synthetic, sampling)
     left, dropped = await author.candidates(dimensions, most_each), list[tuple[str, str]]()
 
     def drop(reasons: dict[int, str]) -> Rubric:
@@ -140,19 +134,17 @@ class _Author:
     async def candidates(self, dimensions: Sequence[str], most: int) -> list[Criterion]:
         """Of all dimensions at once; their points only say whether their wording is a fault's."""
 
+        def is_few(found: Items[str]) -> bool:
+            return len(found.items) <= most
+
         async def of(name: str) -> list[Criterion]:
             about = DIMENSIONS[name]
-            found = await self.ask(
-                *("candidates", Items[Line], lambda found: len(found.items) <= most),
-                **{"description": about[self.language], "most": most},
-            )
+            more = {"description": about[self.language], "most": most}
+            found = await self.ask("candidates", Items[Line], is_few, **more)
             tags = (f"dimension:{name}", f"axis:{about['axis']}", "level:example", "source:model")
-            texts = (" ".join(text.split()) for text in found.items)
-            return [
-                Criterion(text, -1 if fault_or_virtue(text) == "fault" else 1, tags)
-                for text in texts
-                if text
-            ]
+            texts = [" ".join(text.split()) for text in found.items if text.strip()]
+            points = [-1 if fault_or_virtue(text) == "fault" else 1 for text in texts]
+            return [Criterion(*both, tags) for both in zip(texts, points, strict=True)]
 
         tasks = [asyncio.ensure_future(of(name)) for name in dict.fromkeys(dimensions)]
         try:
@@ -188,18 +180,15 @@ class _Author:
                 raise ReplyError(f"the {step} reply is not of the form asked for.") from None
             if not is_whole(parsed):
                 raise ReplyError(f"the {step} reply names an item twice, none, or too many.")
-            return parsed.model_dump(mode="json")
+            return parsed.model_dump()
 
         if self.is_synthetic:
-            kind = f"rubric {step}"
-            return form.build((await self.endpoint.derived(messages, read, kind=kind, **how)).value)
-        for left in reversed(range(TRIES)):
-            try:
-                return form.build(read(await self.endpoint.chat(messages, **how)))
-            except ReplyError:
-                if not left:
-                    raise
-        raise AssertionError("unreachable: the last try returns or raises")
+            kept = await self.endpoint.derived(messages, read, kind=f"rubric {step}", **how)
+            return form.model_validate(kept.value)
+        for _ in range(TRIES - 1):
+            with suppress(ReplyError):
+                return form.model_validate(read(await self.endpoint.chat(messages, **how)))
+        return form.model_validate(read(await self.endpoint.chat(messages, **how)))
 
 
 def _quoted(value: object) -> str:
