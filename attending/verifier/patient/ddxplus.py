@@ -66,7 +66,8 @@ class DDXPlus:
         first = next((c for c in row["symptoms"] if c in so and self._parent(c) == c), None)
         if first is None:  # every patient comes with something
             first = next(c for c in (*row["symptoms"], *row["antecedents"]) if self._fits(c, sex))
-        so |= {first} | {self._parent(code) for code in so if self._parent(code) in self.evidences}
+        so.add(first)
+        so |= {self._parent(code) for code in so} & self.evidences.keys()
         facts = [self._fact(code, code in so, draw) for code in self.evidences]
         complaint = next(fact for fact in facts if fact.id == first)
         return Case.build(

@@ -43,6 +43,7 @@ class Matcher:
         self._bags = [
             [(c, frozenset(stems(t))) for t in one if (c := concepts(t))] for one in texts
         ]
+        self._said = [tuple(map(concepts, (fact.says, fact.text))) for fact in self._facts]
         self._own = [frozenset[str]().union(*(bag for bag, _ in one)) for one in self._bags]
         counts = Counter(concept for own in self._own for concept in own)
         size = len(self._facts)
@@ -86,10 +87,18 @@ class Matcher:
     def _size(self, words: frozenset[str]) -> float:
         return sum(self._weights.get(concept, UNKNOWN) for concept in words)
 
-    def nearest(self, text: str) -> tuple[float, Fact] | None:
-        """The fact of any access that a statement is nearest to, and how near."""
-        ranked = ((self.similarity(text, at), at) for at in range(len(self._facts)))
-        best, at = max(ranked, default=(0.0, -1))
+    def stated(self, text: str) -> tuple[float, Fact] | None:
+        """The fact of any access whose words a statement is nearest to, and the cosine."""
+        said = concepts(text)
+
+        def near(at: int) -> float:
+            return max(
+                sum(self._weights.get(c, UNKNOWN) for c in said & own)
+                / (math.sqrt(self._size(said) * self._size(own)) or 1.0)
+                for own in self._said[at]
+            )
+
+        best, at = max(((near(at), at) for at in range(len(self._facts))), default=(0.0, -1))
         return (best, self._facts[at]) if best else None
 
     def _nearest(self, text: str, told: Collection[str]) -> list[Fact]:
@@ -109,7 +118,7 @@ class Matcher:
                 break
             at = next((at for at in near if self._facts[at].id not in told), near[0])
             found.append(self._facts[at])
-            left, enough = left - self._own[at], ENOUGH_MORE
+            left, enough = (left - self._own[at]) & self._weights.keys(), ENOUGH_MORE
         return found
 
     def _of_kind(self, text: str, kind: str) -> list[Fact]:

@@ -4,6 +4,7 @@ No source gives their true frequencies, so uniform says nothing about any popula
 """
 
 import random
+import re
 from itertools import product
 from typing import Literal, get_args
 
@@ -35,5 +36,5 @@ def draw_persona(
 
 
 def _informant(record: str) -> str:
-    known = ("mother", "father", "grandmother", "parents")
-    return next((who for who in known if who in record.lower()), "mother")
+    found = re.search(r"\b(?:grand)?(?:mother|father)\b|\bparents\b", record.lower())
+    return found[0] if found else "mother"

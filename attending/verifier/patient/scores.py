@@ -36,7 +36,7 @@ def personification_score(case: Case, turns: Sequence[Turn]) -> float | None:
         return None
     signs, persona = table("wording")["signs"][case.language], case.persona
     shows = {name: bool(re.search(words, said, re.IGNORECASE)) for name, words in signs.items()}
-    asks = any(part.rstrip().endswith(("?", "？")) for turn in turns[1:] for part in [turn.text])
+    asks = any(re.search("[?？]", turn.text) for turn in turns[1:])
     personality = [asks == (persona.mbti[0] == "E"), shows["feeling"] == (persona.mbti[2] == "F")]
     terms = [term for term in table("wording")["lay"] if term in said.lower()]
     social = [not terms or persona.literacy != "low"]

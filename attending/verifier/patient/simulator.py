@@ -242,7 +242,7 @@ class Patient:
             if part.rstrip().endswith(("?", "？")):
                 continue
             words = concepts(part)
-            near = self._matcher.nearest(part)
+            near = self._matcher.stated(part)
             said = [f for f in meant.values() if len(words & concepts(f.says)) >= 0.5 * len(words)]
             if said:
                 found.update(dict.fromkeys(fact.id for fact in said))
