@@ -85,8 +85,18 @@ def test_a_prompt_passes_with_all_its_instructions() -> None:
     assert (found.passed, found.score) == (False, 0.0)
     assert check(spec, "one, two").score == 0.5
     assert check(spec, "").score == 0.0
+    # An empty first line is the first line: no variant is the last line alone.
+    assert not check({**spec, "loose": True}, "\nfour words are here\none two").passed
     # Two of three prompts, four of five instructions.
     assert accuracy([[True, True], [False, True], [True]]) == (2 / 3, 4 / 5)
+
+
+def test_sentences_are_counted_as_published() -> None:
+    pytest.importorskip("punkt", reason="needs the extra verify")
+    for text, count in {"Dr. Fox came. He left.": 2, "Stop!!": 2, "Stop!! Go.": 2}.items():
+        for bound in (count, count + 1):
+            own = {"relation": "at least", "num_sentences": bound}
+            assert follows(text, "length_constraints:number_sentences", own) is (bound == count)
 
 
 def test_what_differs_on_purpose() -> None:

@@ -10,14 +10,14 @@ from typing import Any
 from attending.config import suggest
 from attending.errors import ConfigError
 from attending.verifier.rules.answer import choice, exact, items, maths, numeric
-from attending.verifier.rules.ifeval import ifeval
+from attending.verifier.rules.ifeval import instructions
 from attending.verifier.rules.rule import Checked, answer_of, bind, verdict
 from attending.verifier.rules.text import json_value, language, length, regex, sections, think
 
 RULES: dict[str, Callable[..., Checked]] = {
     **{"choice": choice, "numeric": numeric, "maths": maths, "exact": exact, "items": items},
     **{"regex": regex, "json": json_value, "sections": sections, "think": think},
-    **{"length": length, "language": language, "ifeval": ifeval},
+    **{"length": length, "language": language, "ifeval": instructions},
 }
 
 

@@ -74,6 +74,7 @@ def maths(text: str, answer: str) -> Checked:
     """A formula equal to the reference, in LaTeX, by math_verify.
 
     In this process, without the library's time limit: it takes signals, which a thread has not.
+    What looks endless is refused, by sight alone; give hostile text to a process with a limit.
     """
     library = extra("math_verify")
     gold = library.parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)

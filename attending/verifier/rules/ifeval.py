@@ -9,6 +9,8 @@ count, where the published checker draws one by chance for `#`.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from statistics import fmean
 from string import Formatter
 from typing import Any
 
@@ -17,15 +19,13 @@ from attending.errors import ConfigError
 from attending.verifier.rules.rule import DATA, Checked, extra
 from attending.verifier.rules.text import identify
 
+Kwargs = dict[str, Any]
 OWN = DATA["ifeval"]
 KINDS: dict[str, list[str]] = OWN["kinds"]
 
 
-def ifeval(
-    text: str,
-    instruction_id_list: tuple[str, ...],
-    kwargs: tuple[dict[str, Any], ...],
-    loose: bool = False,
+def instructions(
+    text: str, instruction_id_list: tuple[str, ...], kwargs: tuple[Kwargs, ...], loose: bool = False
 ) -> Checked:
     """All instructions of a prompt, named as the data set's columns are; the score is a share."""
     names = instruction_id_list
@@ -40,8 +40,7 @@ def ifeval(
 def accuracy(followed: Iterable[Sequence[bool]]) -> tuple[float, float]:
     """The shares of prompts with every instruction followed, and of instructions."""
     rows = [list(row) for row in followed]
-    total = sum(map(len, rows))
-    return sum(map(all, rows)) / max(len(rows), 1), sum(map(sum, rows)) / max(total, 1)
+    return fmean(map(all, rows)), fmean(chain.from_iterable(rows))
 
 
 def follows(text: str, name: str, kwargs: Mapping[str, Any], *, loose: bool = False) -> bool:

@@ -36,8 +36,8 @@ def bind(rule: Callable[..., Any], values: Mapping[str, Any], where: str) -> dic
 
 def answer_of(response: str) -> str | None:
     """What follows the last `</think>`, as M2's card reads it; None if the thinking never ends."""
-    text = response.rpartition("</think>")[2]
-    return None if "<think>" in text else text.strip()
+    _, tag, text = response.rpartition("</think>")
+    return None if "<think>" in text else text.strip() if tag else text
 
 
 def extra(module: str) -> Any:

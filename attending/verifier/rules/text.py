@@ -21,13 +21,13 @@ COUNTED = {
 
 def regex(text: str, pattern: re.Pattern[str], full: bool = False) -> Checked:
     """A pattern in Python's syntax occurs, or is all of the response."""
-    found = bool(pattern.fullmatch(text) if full else pattern.search(text))
+    found = bool(pattern.fullmatch(text.strip()) if full else pattern.search(text))
     return verdict(found, f"{'matches' if found else 'does not match'} {pattern.pattern}")
 
 
 def json_value(text: str, keys: tuple[str, ...] = ()) -> Checked:
     """The response, or the fenced block that it is, parses (RFC 8259); if keys, as an object."""
-    fenced = re.fullmatch(DATA["text"]["fence"], text)
+    fenced = re.fullmatch(DATA["text"]["fence"], text.strip())
     try:
         value = json.loads(fenced[1] if fenced else text, parse_constant=int)
     except (ValueError, RecursionError) as error:
