@@ -84,6 +84,8 @@ async def test_three_steps_make_a_rubric_and_tell_what_was_dropped() -> None:
     assert (steps, server.peak) == (["candidates", "candidates", "select", "weigh"], 2)
     assert {call.body["temperature"] for call in server.calls} == {0.5}
     form = server.calls[-1].body["response_format"]["json_schema"]
+    assert form["schema"]["properties"]["items"]["minItems"] == 4  # one for each that is left
+    assert form["schema"]["properties"]["items"]["maxItems"] == 4
     assert form["schema"]["$defs"]["Weight"]["properties"]["points"]["maximum"] == 10
 
 
