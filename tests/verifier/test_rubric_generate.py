@@ -147,6 +147,17 @@ async def test_a_reply_of_another_form_is_asked_for_again_and_never_used(
     assert SECRET not in str(error.value)
 
 
+async def test_a_reply_that_was_cut_is_never_used() -> None:
+    async def behave(call: Call) -> None:
+        choice = {"message": {"content": '{"items": []}'}, "finish_reason": "length"}
+        await call.send(200, {"choices": [choice]})
+
+    async with asking(behave) as (server, endpoint):
+        with pytest.raises(ReplyError, match="cut"):
+            await generate(endpoint, "r", ASK, dimensions=TWO[:1])
+    assert len(server.calls) == 4
+
+
 async def test_one_good_reply_among_bad_ones_is_enough() -> None:
     tries = list[str]()
 
