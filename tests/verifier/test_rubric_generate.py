@@ -84,6 +84,8 @@ async def test_three_steps_make_a_rubric_and_tell_what_was_dropped() -> None:
     assert (steps, server.peak) == (["candidates", "candidates", "select", "weigh"], 2)
     assert {call.body["temperature"] for call in server.calls} == {0.5}
     form = server.calls[-1].body["response_format"]["json_schema"]
+    assert form["schema"]["properties"]["items"]["minItems"] == 4  # one for each that is left
+    assert form["schema"]["properties"]["items"]["maxItems"] == 4
     assert form["schema"]["$defs"]["Weight"]["properties"]["points"]["maximum"] == 10
 
 
@@ -143,6 +145,17 @@ async def test_a_reply_of_another_form_is_asked_for_again_and_never_used(
         await run(say, dimensions=TWO[:1] if step == "candidates" else TWO)
     assert asked.count(step) == 4
     assert SECRET not in str(error.value)
+
+
+async def test_a_reply_that_was_cut_is_never_used() -> None:
+    async def behave(call: Call) -> None:
+        choice = {"message": {"content": '{"items": []}'}, "finish_reason": "length"}
+        await call.send(200, {"choices": [choice]})
+
+    async with asking(behave) as (server, endpoint):
+        with pytest.raises(ReplyError, match="cut"):
+            await generate(endpoint, "r", ASK, dimensions=TWO[:1])
+    assert len(server.calls) == 4
 
 
 async def test_one_good_reply_among_bad_ones_is_enough() -> None:

@@ -109,9 +109,11 @@ async def generate(
 
     if left:
         drop({one.criteria[1]: one.text for one in repeats(drop({}))})
-        chosen = await author.ask("select", Items[Verdict], is_chosen, candidates=left, most=most)
+        all_of = range(len(left), len(left) + 1)
+        chosen = await author.ask("select", Items[Verdict], is_chosen, all_of, left, most=most)
         drop({one.number - 1: one.reason for one in chosen.items if not one.core})
-        weighed = await author.ask("weigh", Items[Weight], is_weighed, candidates=left)
+        all_of = range(len(left), len(left) + 1)
+        weighed = await author.ask("weigh", Items[Weight], is_weighed, all_of, left)
         points = {one.number - 1: one.points for one in weighed.items}
         left[:] = [replace(one, points=points[place]) for place, one in enumerate(left)]
     rubric = drop({one.criteria[0]: one.text for one in signs(drop({}))})
@@ -134,13 +136,12 @@ class _Author:
     async def candidates(self, dimensions: Sequence[str], most: int) -> list[Criterion]:
         """Of all dimensions at once; their points only say whether their wording is a fault's."""
 
-        def is_few(found: Items[str]) -> bool:
-            return len(found.items) <= most
-
         async def of(name: str) -> list[Criterion]:
             about = DIMENSIONS[name]
             more = {"description": about[self.language], "most": most}
-            found = await self.ask("candidates", Items[Line], is_few, **more)
+            found = await self.ask(
+                "candidates", Items[Line], lambda _: True, range(most + 1), **more
+            )
             tags = (f"dimension:{name}", f"axis:{about['axis']}", "level:example", "source:model")
             texts = [" ".join(text.split()) for text in found.items if text.strip()]
             points = [-1 if fault_or_virtue(text) == "fault" else 1 for text in texts]
@@ -158,17 +159,20 @@ class _Author:
         step: str,
         form: type[Items[Item]],
         is_whole: Callable[[Items[Item]], bool],
+        counts: range,
         candidates: Sequence[Criterion] = (),
         **more: Any,
     ) -> Items[Item]:
-        """A reply of this form that is whole; ReplyError if no try brings one."""
+        """A reply of this form and length that is whole; ReplyError if no try brings one."""
         listed = _quoted([{"number": n, "text": one.text} for n, one in enumerate(candidates, 1)])
         template = _template(f"{step}.{self.language}")
         prompt = template.render(**self.told, **more, candidates=listed)
         messages, how = [{"role": "user", "content": prompt}], dict(self.sampling)
         if self.has_schemas:
-            schema = {"name": step, "strict": True, "schema": form.model_json_schema()}
-            how["response_format"] = {"type": "json_schema", "json_schema": schema}
+            schema = form.model_json_schema()
+            schema["properties"]["items"] |= {"minItems": counts[0], "maxItems": counts[-1]}
+            named = {"name": step, "strict": True, "schema": schema}
+            how["response_format"] = {"type": "json_schema", "json_schema": named}
 
         def read(reply: Reply) -> Any:
             found = OBJECT.fullmatch(reply.text) if len(reply.text) <= LONGEST else None
@@ -178,7 +182,7 @@ class _Author:
                 parsed = form.model_validate_json(found[1])
             except ValidationError:  # it quotes the reply
                 raise ReplyError(f"the {step} reply is not of the form asked for.") from None
-            if not is_whole(parsed):
+            if len(parsed.items) not in counts or not is_whole(parsed):
                 raise ReplyError(f"the {step} reply names an item twice, none, or too many.")
             return parsed.model_dump()
 
