@@ -1,6 +1,7 @@
 """Rules about answers: every case read by hand."""
 
 import re
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ OPTIONS = {
     **{"A": "Aspirin", "B": "Warfarin", "C": "Metformin", "D": "E. coli"},
     "E": "Metformin and insulin",
 }
+RED = {"kind": "numeric", "answer": 7}
 CHOSEN = [
     *("The answer is (C)", "Answer: C.", r"so \boxed{C}", "C", "(C)", "**C**", "c", "metformin"),
     *(
@@ -95,6 +97,14 @@ def test_another_number_does_not_pass(
     text: str, answer: float | str, more: dict[str, float]
 ) -> None:
     assert check({"kind": "numeric", "answer": answer, **more}, text).score == 0.0
+
+
+def test_a_text_of_signs_takes_no_minutes() -> None:
+    start = time.monotonic()
+    for text in ("#" * 20_000, "\\boxed{" * 3_000, "answer to " + "a " * 20_000, "1 " * 10_000):
+        for spec in (RED, {"kind": "exact", "answer": "a"}, {"kind": "items", "answer": ["a"]}):
+            assert not check(spec, text).passed
+    assert time.monotonic() - start < 10
 
 
 def test_units_are_converted_or_refused() -> None:

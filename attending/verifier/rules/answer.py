@@ -125,7 +125,8 @@ def _value(number: re.Match[str]) -> float:
 def _committed(text: str) -> list[str]:
     """What follows each commitment on its line, or on the next, last first; boxes are opened."""
     text = _fold(text)
-    rests = [text[match.end() :].lstrip(" *_:\n") for match in SIGN["commit"].finditer(text)]
+    last = [*SIGN["commit"].finditer(text)][-16:]  # so that a text of signs takes no minutes
+    rests = [text[match.end() :].lstrip(" *_:\n") for match in last]
     return [SIGN["box"].sub(r"\1 , ", rest.partition("\n")[0]).strip(" ,") for rest in rests[::-1]]
 
 
