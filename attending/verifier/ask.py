@@ -1,34 +1,47 @@
-"""Asking a model for one JSON object with known keys: the only way that the verifier reads replies.
+"""Asking a model for one JSON object of a known form: how the verifier reads every verdict.
 
-An endpoint that has JSON schemas is held to ours; one that refuses the parameter is asked without
-it and its text is parsed strictly. What is not exactly the object asked for raises ReplyError, so
-that `Endpoint.derived` asks again, a bounded number of times. Nothing is guessed.
+An endpoint that has JSON schemas is held to the form's; one that refuses the parameter is asked
+without it, and the text is parsed strictly in any case. What is not exactly the form raises
+ReplyError and is asked for again, a bounded number of times. Nothing is guessed.
 """
 
 import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
-from attending.endpoint import Derived, Endpoint, Messages, Reply
+from pydantic import BaseModel
+
+from attending.endpoint import Endpoint, Messages, Reply
 from attending.errors import EndpointError, ReplyError
 
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+LONGEST = 20_000  # characters of a reply that is read
+TRIES = 4  # for one well-formed reply that is not kept
 NO_PARAMETER = {400, 404, 415, 422, 501}  # what servers answer to a parameter that they lack
-Keys = Mapping[str, type]  # in the order in which they are to be written: reasons first
+Form = TypeVar("Form", bound=BaseModel)
 T = TypeVar("T")
 _without_schema: WeakSet[Endpoint] = WeakSet()
 
 
-def parse_object(text: str, keys: Keys) -> dict[str, Any]:
-    """The JSON object that is the whole text, a code fence or closed thoughts aside.
+@dataclass(frozen=True, slots=True)
+class Answered(Generic[Form]):
+    """What was asked for."""
+
+    form: Form | None  # None where `kept` came from the cache
+    kept: Any = None
+
+
+def parse(text: str, form: type[Form]) -> Form:
+    """The object that is the whole text, a code fence or closed thoughts aside.
 
     Raises:
-        ReplyError: It is none, lacks a key, has another or one twice, or a value of another type.
+        ReplyError: It is none, has a key twice, or is not of the form; nothing of it is quoted.
     """
-    text = text.rpartition("</think>")[2].strip()
+    text = text.rpartition("</think>")[2].strip() if len(text) <= LONGEST else ""
     if fenced := FENCE.fullmatch(text):
         text = fenced[1]
 
@@ -38,50 +51,75 @@ def parse_object(text: str, keys: Keys) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        value = json.loads(text, object_pairs_hook=once)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or value.keys() != keys.keys():
-        raise ReplyError(f"the reply is no JSON object of exactly {', '.join(keys)}.")
-    if wrong := [key for key, kind in keys.items() if type(value[key]) is not kind]:
-        raise ReplyError(f"the reply's {wrong[0]} is no {keys[wrong[0]].__name__}.")
-    return value
+        json.loads(text, object_pairs_hook=once)
+        return form.model_validate_json(text)
+    except (ValueError, RecursionError):  # pydantic's quotes the reply
+        fields = ", ".join(form.model_fields)
+        raise ReplyError(f"the reply is no JSON object of the form asked for: {fields}.") from None
 
 
-async def ask_object(
+async def ask(
     endpoint: Endpoint,
     messages: Messages,
-    keys: Keys,
-    keep: Callable[[dict[str, Any]], Any],
-    *,
+    form: type[Form],
     kind: str,
+    *,
+    keep: Callable[[Form], Any] | None = None,
+    is_whole: Callable[[Form], bool] = lambda form: True,
+    schema: Mapping[str, Any] | None = None,
     **sampling: Any,
-) -> tuple[Derived, dict[str, Any] | None]:
-    """What `keep` makes of the object, from the cache or asked for; and the object if it was asked.
+) -> Answered[Form]:
+    """An object of this form, asked for again while it is malformed.
 
-    Only what `keep` returns is cached, under `kind`, so it must hold no patient's text.
+    Args:
+        endpoint: Who is asked.
+        messages: What.
+        form: Its fields in the order in which they are to be written: reasons first.
+        kind: Names the form, in the schema and in the cache's key.
+        keep: What the endpoint's cache keeps of it; it must hold no patient's text. By default
+            nothing is cached.
+        is_whole: What more it must fulfil.
+        schema: A narrower one than the form's.
+        sampling: As the endpoint takes it.
 
     Raises:
-        EndpointError, ReplyError: As `Endpoint.derived`; the last try was malformed.
+        EndpointError, ReplyError: No try brought an answer, or a well-formed one.
     """
-    objects: list[dict[str, Any]] = []
+    read: list[Form] = []
 
     def derive(reply: Reply) -> Any:
-        objects.append(parse_object(reply.text, keys))
-        return keep(objects[-1])
+        if reply.finish_reason == "length":
+            raise ReplyError(f"the {kind} reply is cut: allow more max_tokens.")
+        found = parse(reply.text, form)
+        if not is_whole(found):
+            raise ReplyError(f"the {kind} reply names something twice, not at all, or too much.")
+        read.append(found)
+        return keep(found) if keep else None
 
-    async def ask(**more: Any) -> tuple[Derived, dict[str, Any] | None]:
-        found = await endpoint.derived(messages, derive, kind=kind, **sampling, **more)
-        return found, None if found.cached else objects[-1]
+    async def attempt(**how: Any) -> Answered[Form]:
+        if keep:
+            told = await endpoint.derived(messages, derive, kind=kind, **how)
+            return Answered(None if told.cached else read[-1], told.value)
+        for left in reversed(range(TRIES)):
+            try:
+                derive(await endpoint.chat(messages, **how))
+                break
+            except ReplyError:
+                if not left:
+                    raise
+        return Answered(read[-1])
 
     if endpoint in _without_schema:
-        return await ask()
+        return await attempt(**sampling)
+    schema = {"schema": schema or form.model_json_schema(), "strict": True}
+    schema["name"] = re.sub(r"\W+", "_", kind)
     try:
-        return await ask(response_format=_schema(kind, keys))
+        asked = {"type": "json_schema", "json_schema": schema}
+        return await attempt(response_format=asked, **sampling)
     except EndpointError as error:
         if error.status not in NO_PARAMETER:
             raise
-        found = await ask()  # where it is refused for another reason, this raises as well
+        found = await attempt(**sampling)  # refused for another reason, this raises as well
         _without_schema.add(endpoint)
         return found
 
@@ -95,15 +133,3 @@ async def together(asking: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _schema(name: str, keys: Keys) -> dict[str, Any]:
-    names = {str: "string", bool: "boolean", int: "integer", list: "array"}
-    schema = {
-        "type": "object",
-        "properties": {key: {"type": names[kind]} for key, kind in keys.items()},
-        "required": list(keys),
-        "additionalProperties": False,
-    }
-    of = {"name": re.sub(r"\W+", "_", name), "strict": True, "schema": schema}
-    return {"type": "json_schema", "json_schema": of}

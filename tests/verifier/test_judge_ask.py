@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import CheckFailed, ReplyError, UsageError
-from attending.verifier.ask import parse_object
+from attending.verifier.ask import parse
 from attending.verifier.judge.ask import EndpointJudge, JudgeOptions, judge_all
 from attending.verifier.rubric.schema import Criterion, Rubric
 from attending.verifier.rubric.score import bounds, score
@@ -45,6 +46,15 @@ async def yes(call: Call) -> None:
     await call.answer(verdict(call), after=0.01)
 
 
+class Form(Config):
+    """A reason and a verdict."""
+
+    why: str
+    """Why."""
+    met: bool
+    """Whether."""
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -55,7 +65,7 @@ async def yes(call: Call) -> None:
     ],
 )
 def test_an_object_that_is_the_whole_reply_is_read(text: str) -> None:
-    assert parse_object(text, {"why": str, "met": bool}) == {"why": "w", "met": True}
+    assert parse(text, Form) == Form(why="w", met=True)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,7 @@ def test_an_object_that_is_the_whole_reply_is_read(text: str) -> None:
 )
 def test_anything_else_is_no_verdict(text: str) -> None:
     with pytest.raises(ReplyError) as caught:
-        parse_object(text, {"why": str, "met": bool})
+        parse(text, Form)
     assert "yes, it is met" not in str(caught.value)
 
 

@@ -13,14 +13,14 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveInt
 
 from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import CheckFailed, EndpointError, ReplyError, UsageError
-from attending.verifier.ask import ask_object, together
+from attending.verifier.ask import ask, together
 from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.rubric.schema import Criterion, Message, Rubric
 
@@ -40,6 +40,34 @@ class JudgeOptions(Config):
     """Share of verdicts without a judge's word above which a run stops."""
     min_verdicts: PositiveInt = 50
     """Verdicts before that share is looked at."""
+
+
+class Positive(Config):
+    """The reply to a criterion that says what is acceptable (appendix A)."""
+
+    explanation: str
+    """Why."""
+    acceptable: bool
+    """The answer does it."""
+
+    @property
+    def met(self) -> bool:
+        """As every verdict calls it."""
+        return self.acceptable
+
+
+class Negative(Config):
+    """The reply to a criterion that says what is unacceptable (appendix A)."""
+
+    explanation: str
+    """Why."""
+    unacceptable: bool
+    """The bad thing is there."""
+
+    @property
+    def met(self) -> bool:
+        """As every verdict calls it."""
+        return self.unacceptable
 
 
 class EndpointJudge:
@@ -92,24 +120,23 @@ class EndpointJudge:
         return [found[at] for at in range(len(criteria))]
 
     async def _verdict(self, endpoint: Endpoint, prefix: str, criterion: Criterion) -> Verdict:
-        sign = "positive" if criterion.points > 0 else "negative"
-        key = "acceptable" if criterion.points > 0 else "unacceptable"
+        form: type[Positive | Negative] = Positive if criterion.points > 0 else Negative
+        sign = form.__name__.lower()
         prompt = f"{prefix}{_template(sign)}[{criterion.points}] {criterion.text}\n"
+        messages = [{"role": "user", "content": prompt}]
+        how: dict[str, Any] = {
+            "temperature": self.options.temperature,
+            "max_tokens": self.options.max_tokens,
+        }
         try:
-            derived, reply = await ask_object(
-                endpoint,
-                [{"role": "user", "content": prompt}],
-                {"explanation": str, key: bool},
-                lambda value: value[key],
-                kind=f"verdict {sign}",
-                temperature=self.options.temperature,
-                max_tokens=self.options.max_tokens,
+            found = await ask(
+                endpoint, messages, form, f"verdict {sign}", keep=lambda told: told.met, **how
             )
         except (EndpointError, ReplyError) as error:
             self._count(unscored=True)
             return Verdict(None, str(error))
         self._count(unscored=False)
-        return Verdict(derived.value, reply["explanation"] if reply else "")
+        return Verdict(found.kept, found.form.explanation if found.form else "")
 
     def _count(self, *, unscored: bool) -> None:
         self.verdicts += 1

@@ -10,7 +10,7 @@ keeps the faults of what was refused.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
@@ -21,7 +21,7 @@ from pydantic import PositiveInt
 from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import UsageError
-from attending.verifier.ask import ask_object
+from attending.verifier.ask import ask
 from attending.verifier.patient import speech
 from attending.verifier.patient.case import Access, Case, Fact
 from attending.verifier.patient.faults import Fault, form_faults
@@ -43,6 +43,28 @@ class PatientOptions(Config):
     """Replies after which the consultation is over, whatever the doctor says."""
     max_reply_tokens: PositiveInt = 200
     """Most tokens that an endpoint may word a reply with."""
+
+
+class Gate(Config):
+    """What the gate's model replies."""
+
+    reason: str
+    """Why."""
+    concluded: bool
+    """The doctor has."""
+
+
+class Factual(Config):
+    """What the factual unit's model replies, of a patient's words."""
+
+    reason: str
+    """Why."""
+    leaks: bool
+    """They tell what is not allowed yet."""
+    contradicts: bool
+    """They say the opposite of the record."""
+    invents: bool
+    """They say what the record does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +176,8 @@ class Patient:
         """Why the consultation ends with this message; empty where it goes on."""
         if self._endpoint is None:
             return concluded(message) or ""
-        value = await self._check("gate", {"reason": str, "concluded": bool}, message=message)
-        return (concluded(message) or End.DIAGNOSIS) if value["concluded"] else ""
+        told = await self._check("gate", Gate, message=message)
+        return (concluded(message) or End.DIAGNOSIS) if told["concluded"] else ""
 
     async def _word(self, message: str, facts: Sequence[Fact], plain: str) -> Turn:
         """The affective unit's wording that the factual unit lets pass, or the rules' own."""
@@ -195,10 +217,9 @@ class Patient:
     async def _refused_by_model(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
         """The factual unit's own judgement, after the rules found nothing."""
         told = [fact.says for fact in self.case.facts if fact.id in self._told and fact.present]
-        keys = {"reason": str, "leaks": bool, "contradicts": bool, "invents": bool}
-        value = await self._check(
+        found = await self._check(
             "factual",
-            keys,
+            Factual,
             reply=text,
             allowed=[*dict.fromkeys([*told, *(fact.says for fact in facts)])],
             record=[fact.text for fact in self.case.facts if fact.present],
@@ -208,7 +229,7 @@ class Patient:
             "contradicts": Fault.CONTRADICTION,
             "invents": Fault.FABRICATION,
         }
-        return [kind for key, kind in kinds.items() if value[key]]
+        return [kind for name, kind in kinds.items() if found[name]]
 
     def factual_faults(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
         """The rules' part of the factual unit, of any wording of some facts.
@@ -250,20 +271,21 @@ class Patient:
                 found[near[1].id] = None
         return tuple(found)
 
-    async def _check(self, name: str, keys: Mapping[str, type], **values: Any) -> Any:
-        """Yes or no from a unit's model; the reason is not kept."""
+    async def _check(self, name: str, form: type[Config], **values: Any) -> dict[str, bool]:
+        """Yes or no from a unit's model; its reason is not kept."""
         assert self._endpoint is not None
-        prompt = render(name, self.case.language, **values)
-        messages = [{"role": "user", "content": prompt}]
-        tokens, kind = self.options.max_reply_tokens, f"patient {name}"
-        derived, _ = await ask_object(
-            self._endpoint, messages, keys, _verdicts, kind=kind, max_tokens=tokens, temperature=0.0
+        messages = [{"role": "user", "content": render(name, self.case.language, **values)}]
+        how: dict[str, Any] = {"max_tokens": self.options.max_reply_tokens, "temperature": 0.0}
+        kind = f"patient {name}"
+        found = await ask(
+            self._endpoint,
+            messages,
+            form,
+            kind,
+            keep=lambda told: told.model_dump(exclude={"reason"}),
+            **how,
         )
-        return derived.value
-
-
-def _verdicts(value: Mapping[str, Any]) -> dict[str, bool]:
-    return {key: told for key, told in value.items() if isinstance(told, bool)}
+        return dict(found.kept)
 
 
 def render(name: str, language: str, **values: Any) -> str:

@@ -5,31 +5,28 @@ A reply has exactly the form that was asked for, or is asked for again. So an or
 conversation can at most change criteria; `check` has seen them, and `admit` puts them to a test.
 """
 
-import asyncio
 import json
 import re
 import tomllib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Annotated, Any, Generic, TypeVar
 
 import jinja2
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from attending.config import suggest
-from attending.endpoint import Endpoint, Reply
+from attending.endpoint import Endpoint
 from attending.errors import ConfigError, ReplyError
 from attending.overlap import HAN
+from attending.verifier.ask import ask, together
 from attending.verifier.rubric.check import fault_or_virtue, repeats, signs
 from attending.verifier.rubric.schema import LARGEST, Criterion, Message, Rubric
 
 ROOM = resources.files("attending.verifier") / "rubric"
 DIMENSIONS = tomllib.loads((ROOM / "dimensions.toml").read_text("utf-8"))
-TRIES, LONGEST = 4, 20_000  # characters of a reply
-OBJECT = re.compile(r"\s*(?:```(?:json)?\s*)?(\{.*\})\s*(?:```)?\s*", re.S)
 Line = Annotated[str, Field(min_length=1, max_length=400)]
 Item = TypeVar("Item")
 
@@ -72,13 +69,11 @@ async def generate(
     dimensions: Sequence[str] = tuple(DIMENSIONS),
     most_each: int = 4,
     most: int = 14,
-    has_schemas: bool = True,
     is_synthetic: bool = False,
     **sampling: Any,
 ) -> Generated:
     """At most `most_each` candidates of every dimension, at most `most` of all kept and weighed.
 
-    An endpoint without `has_schemas` is not sent `response_format`; replies are checked anyway.
     Only where the conversation `is_synthetic`, no patient's, may the endpoint keep what was said.
 
     Raises:
@@ -90,7 +85,7 @@ async def generate(
     is_chinese = 4 * len(re.findall(f"[{HAN}]", said)) > sum(map(str.isalpha, said))
     told = {"conversation": _quoted(conversation), "reference": reference and _quoted(reference)}
     language = "zh" if is_chinese else "en"
-    author = _Author(endpoint, language, told, has_schemas, is_synthetic, sampling)
+    author = _Author(endpoint, language, told, is_synthetic, sampling)
     left, dropped = await author.candidates(dimensions, most_each), list[tuple[str, str]]()
 
     def drop(reasons: dict[int, str]) -> Rubric:
@@ -129,7 +124,6 @@ class _Author:
     endpoint: Endpoint
     language: str
     told: dict[str, str]
-    has_schemas: bool
     is_synthetic: bool
     sampling: dict[str, Any]
 
@@ -147,12 +141,8 @@ class _Author:
             points = [-1 if fault_or_virtue(text) == "fault" else 1 for text in texts]
             return [Criterion(*both, tags) for both in zip(texts, points, strict=True)]
 
-        tasks = [asyncio.ensure_future(of(name)) for name in dict.fromkeys(dimensions)]
-        try:
-            return [one for found in await asyncio.gather(*tasks) for one in found]
-        finally:
-            for task in tasks:
-                task.cancel()  # where one has failed, the others are of no use
+        found = await together([of(name) for name in dict.fromkeys(dimensions)])
+        return [one for each in found for one in each]
 
     async def ask(
         self,
@@ -167,32 +157,19 @@ class _Author:
         listed = _quoted([{"number": n, "text": one.text} for n, one in enumerate(candidates, 1)])
         template = _template(f"{step}.{self.language}")
         prompt = template.render(**self.told, **more, candidates=listed)
-        messages, how = [{"role": "user", "content": prompt}], dict(self.sampling)
-        if self.has_schemas:
-            schema = form.model_json_schema()
-            schema["properties"]["items"] |= {"minItems": counts[0], "maxItems": counts[-1]}
-            named = {"name": step, "strict": True, "schema": schema}
-            how["response_format"] = {"type": "json_schema", "json_schema": named}
-
-        def read(reply: Reply) -> Any:
-            found = OBJECT.fullmatch(reply.text) if len(reply.text) <= LONGEST else None
-            if not found or reply.finish_reason == "length":
-                raise ReplyError(f"the {step} reply is cut, too long, or no JSON object alone.")
-            try:
-                parsed = form.model_validate_json(found[1])
-            except ValidationError:  # it quotes the reply
-                raise ReplyError(f"the {step} reply is not of the form asked for.") from None
-            if len(parsed.items) not in counts or not is_whole(parsed):
-                raise ReplyError(f"the {step} reply names an item twice, none, or too many.")
-            return parsed.model_dump()
-
-        if self.is_synthetic:
-            kept = await self.endpoint.derived(messages, read, kind=f"rubric {step}", **how)
-            return form.model_validate(kept.value)
-        for _ in range(TRIES - 1):
-            with suppress(ReplyError):
-                return form.model_validate(read(await self.endpoint.chat(messages, **how)))
-        return form.model_validate(read(await self.endpoint.chat(messages, **how)))
+        schema = form.model_json_schema()
+        schema["properties"]["items"] |= {"minItems": counts[0], "maxItems": counts[-1]}
+        found = await ask(
+            self.endpoint,
+            [{"role": "user", "content": prompt}],
+            form,
+            f"rubric {step}",
+            keep=(lambda told: told.model_dump()) if self.is_synthetic else None,
+            is_whole=lambda told: len(told.items) in counts and is_whole(told),
+            schema=schema,
+            **self.sampling,
+        )
+        return found.form or form.model_validate(found.kept)
 
 
 def _quoted(value: object) -> str:
