@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -59,9 +58,9 @@ def load_bert(folder: Path) -> Bert:
         for name, shape in bert.linears.items():
             if bert.weights[f"{name}.weight"].shape != shape:
                 raise ValueError(f"{name} is not {shape}")
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except Exception as error:  # what tokenizers raises has no other name
         why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder.name} is no whole BERT ({why}); pull it again.") from None
+        raise CheckpointError(f"{folder.name} is no whole BERT ({why}); pull it again.") from error
     return bert
 
 

@@ -11,7 +11,7 @@ import json
 import random
 import re
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import chain
@@ -97,18 +97,19 @@ def medquad_cases(documents: Rows, kqa: Rows, count: int, rng: random.Random) ->
     named = " ".join(" ".join(map(str, row.values())) for row in held).lower()
     by_focus = defaultdict(list)
     for row in documents:
-        names = (name.lower() for name in (row["focus"], *row["synonyms"]) if len(name) > 3)
-        if not any(name in named for name in names):
-            by_focus[row["focus"]].append(sentences(row["answer"])[:LONGEST])
-    often = Counter(part for part in chain(*chain(*by_focus.values())) if STATEMENT.fullmatch(part))
-    answers = [(focus, parts) for focus, all_parts in by_focus.items() for parts in all_parts]
-    for focus, parts in rng.sample(answers, len(answers)):
-        usable = [part for part in parts if often[part] == 1 and not DULL.search(part)]
-        if count and len(parts) > 2 and len(usable) > 1:
+        by_focus[row["focus"], *row["synonyms"]].append(row["answer"])
+    order = [(names, text) for names, texts in by_focus.items() for text in texts]
+    for names, text in rng.sample(order, len(order)):
+        if not count:
+            return
+        parts = sentences(text)[:LONGEST]
+        usable = [part for part in parts if STATEMENT.fullmatch(part) and not DULL.search(part)]
+        is_held = any(name.lower() in named for name in names if len(name) > 3)
+        if len(parts) > 2 and len(usable) > 1 and not is_held:
             count -= 1
-            siblings = [other for other in by_focus[focus] if other != parts]
+            siblings = [sentences(one)[:LONGEST] for one in by_focus[names] if one != text]
             for part in rng.sample(usable, 2):
-                yield Case(reword(part, rng), parts, siblings[:1], focus, 1.0)
+                yield Case(reword(part, rng), parts, siblings[:1], names[0], 1.0)
 
 
 def reword(sentence: str, rng: random.Random) -> str:
