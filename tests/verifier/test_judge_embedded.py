@@ -64,11 +64,9 @@ def test_the_encoder_equals_transformers_on_real_weights(monkeypatch: pytest.Mon
         pytest.skip("the judge's base is not in the cache: run attending pull judge")
     bert = load_bert(path)
     assert_equal(bert, BertModel.from_pretrained(path).eval())
-    like, other = (
-        embed(bert, ["Aspirin thins the blood.", "Aspirin is a blood thinner.", "Rain."])[1:]
-        @ embed(bert, ["Aspirin thins the blood."])[0]
-    )
-    assert like > 0.8 > 0.3 > other
+    texts = ["Aspirin thins the blood.", "Aspirin is a blood thinner.", "It rains."]
+    first, like, other = (embed(bert, texts)[text] for text in texts)
+    assert first @ like > 0.8 > 0.3 > first @ other
 
 
 def test_an_adapter_adds_its_product_to_a_layer(tiny: Bert) -> None:
@@ -84,8 +82,9 @@ def test_an_adapter_adds_its_product_to_a_layer(tiny: Bert) -> None:
 def test_an_embedding_has_length_one_and_does_not_depend_on_its_neighbours(tiny: Bert) -> None:
     texts = ["the drug is safe", "take a dose daily before meals", "pain"]
     together = embed(tiny, texts)
-    torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
-    torch.testing.assert_close(together, torch.cat([embed(tiny, [text]) for text in texts]))
+    for text in texts:
+        torch.testing.assert_close(together[text].norm(), torch.tensor(1.0))
+        torch.testing.assert_close(together[text], embed(tiny._replace(known={}), [text])[text])
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -30,7 +30,7 @@ def tiny(tmp_path: Path, one_thread: None) -> Bert:
 
 
 def config(**changes: object) -> JudgeConfig:
-    values = {"rank": 4, "batch": 4, "epochs": 12, "rate": 0.02, "documents": 2, "kqa_weight": 2.0}
+    values = {"rank": 4, "batch": 4, "epochs": 24, "rate": 0.05, "documents": 2, "kqa_weight": 2.0}
     return JudgeConfig.build(values | changes)
 
 
@@ -53,9 +53,9 @@ def test_the_loss_falls_and_a_resumed_run_gives_the_same_weights(
 ) -> None:
     caplog.set_level("DEBUG", "attending.verifier.judge.training")
     state, made = tmp_path / "state.safetensors", some_pairs()
-    whole = training.fit(config(), tiny, made, {}, state, nothing)
+    whole = training.fit(config(), tiny, made, nothing, state)
     losses = [float(record.message.split()[-1]) for record in caplog.records]
-    assert len(losses) == 36  # 12 pairs in batches of 4, 12 times
+    assert len(losses) == 72  # 12 pairs in batches of 4, 24 times
     assert np.mean(losses[-3:]) < 0.6 * np.mean(losses[:3])
     assert not state.exists()
 
@@ -63,16 +63,16 @@ def test_the_loss_falls_and_a_resumed_run_gives_the_same_weights(
         """What ends the run."""
 
     def kill(done: int, total: int | None, what: str) -> None:
-        if (done, total) == (20, 36):
+        if (done, total) == (20, 72):
             raise KilledError
 
     monkeypatch.setattr(training, "SAVE_SECONDS", 0)
     with pytest.raises(KilledError):
-        training.fit(config(), tiny, made, {}, state, kill)
-    resumed = training.fit(config(), tiny, made, {}, state, nothing, resume=True)
+        training.fit(config(), tiny, made, kill, state)
+    resumed = training.fit(config(), tiny, made, nothing, state, resume=True)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    other = training.fit(config(seed=1), tiny, made, {}, state, nothing)
+    other = training.fit(config(seed=1), tiny, made, nothing, state)
     assert not torch.equal(whole["head.hidden"], other["head.hidden"])
 
 
@@ -114,7 +114,7 @@ def test_pairs_of_a_case_are_as_their_kinds_say(tiny: Bert) -> None:
     axes = dict(zip([statement, *parts, "the heart."], torch.eye(4), strict=True))
     vectors = axes | {statement: axes[SAFE]}
     case = Case(statement, parts, [["the heart."]], "q", 2.0)
-    made = pairs.construct(tiny, [case], random.Random(0), vectors)
+    made = pairs.construct(tiny._replace(known=vectors), [case], random.Random(0))
     by_kind = {kind: [p for p in made if p.kind == kind] for kind in training.KINDS}
     assert {kind: len(found) for kind, found in by_kind.items()} == {
         **dict.fromkeys(("plain", "elsewhere", "negated", "removed", "sibling"), 1),
@@ -139,7 +139,7 @@ def test_pairs_of_a_case_are_as_their_kinds_say(tiny: Bert) -> None:
 def test_a_statement_whose_support_is_not_plain_is_not_edited(tiny: Bert) -> None:
     vectors = {"The heart.": torch.eye(2)[0], SAFE: torch.eye(2)[1]}
     case = Case("The heart.", [SAFE], [], "q", 1.0)
-    made = pairs.construct(tiny, [case], random.Random(0), vectors)
+    made = pairs.construct(tiny._replace(known=vectors), [case], random.Random(0))
     assert [pair.kind for pair in made] == ["plain"]
 
 
@@ -195,7 +195,7 @@ def test_training_publishes_weights_report_and_run(tiny: Bert, tmp_path: Path) -
     text = "It makes the heart beat too fast in gout. It hurts the brain of the people. No."
     medquad = write(tmp_path / "m.jsonl", {"focus": "Gout", "synonyms": [], "answer": text})
     out = tmp_path / "out"
-    result = training.run(config(epochs=1), tiny, kqa, medquad, out, nothing)
+    result = training.run(config(epochs=1), tiny, (kqa, medquad), out, nothing)
     assert result["questions"] == 60 and result["pairs"]["plain"] == 60
     names = {"report.json", "run.json", "judge.safetensors"}
     assert {path.name for path in out.iterdir()} == names
