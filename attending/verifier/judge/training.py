@@ -177,8 +177,11 @@ def report(bert: Bert, weights: Weights, kqa: Path) -> dict[str, Any]:
 
     Each figure stands with its 95 % interval, bootstrapped over the questions.
     """
-    rows, rng = pairs.read_kqa(kqa), random.Random(0)
-    tune, made = (pairs.construct(bert, pairs.kqa_cases(rows, x), rng) for x in ("tune", "report"))
+    rows = pairs.read_kqa(kqa)
+    tune, made = (
+        pairs.construct(bert, pairs.kqa_cases(rows, part), random.Random(0))
+        for part in ("tune", "report")
+    )
     _, tune_met, tuned = measure(bert, weights, tune)
     chance, met, features = measure(bert, weights, made)
     said = {"embedded": chance >= float(weights["threshold"])}
