@@ -35,7 +35,7 @@ def train(
 
     bert = load_bert(sources.resolve("judge").path)
     with progress_bar(of_bytes=False) as progress:
-        result = training.run(config, bert, kqa, medquad, to, progress, resume=resume)
+        result = training.run(config, bert, (kqa, medquad), to, progress, resume=resume)
     _show(result, as_json)
 
 

@@ -14,6 +14,7 @@ WORDS: dict[str, Any] = tomllib.loads(
     (resources.files("attending.verifier") / "contradict.toml").read_text("utf-8")
 )
 NEGATION = WORDS["negation"]
+FLAGS = re.IGNORECASE | re.ASCII  # in Unicode an i is more than one letter
 OPPOSITE: dict[str, str] = {}
 for left, right in [*WORDS["opposites"]["pairs"], *WORDS["opposites"]["one_way"].items()]:
     OPPOSITE.setdefault(left, right)
@@ -28,7 +29,7 @@ def _any(words: Iterable[str]) -> str:
 def _pattern(words: Iterable[str]) -> re.Pattern[str]:
     """Whole words; Chinese writes no spaces between its own."""
     han, latin = ([w for w in words if w.isascii() is flag] for flag in (False, True))
-    return re.compile(rf"(?<![\w-])(?:{_any(latin)})(?![\w-])|{_any(han) or '(?!)'}", re.I)
+    return re.compile(rf"(?<![\w-])(?:{_any(latin)})(?![\w-])|{_any(han) or '(?!)'}", FLAGS)
 
 
 AUXILIARY = re.compile(
@@ -43,7 +44,7 @@ NEGATED = re.compile(
     r"\b(?:not|no|never|none|neither|nor|cannot|without|rarely|seldom)\b|n't\b", re.I
 )
 OPENER = re.compile(rf"(?:{_any(NEGATION['openers'])})\b[^,;]*, ", re.I)
-QUANTIFIER = re.compile(rf"(?:{_any(NEGATION['quantifiers'])})\b(?! of\b)", re.I)
+QUANTIFIER = re.compile(rf"(?:{_any(NEGATION['quantifiers'])})\b(?! of\b)", FLAGS)
 IMPERATIVE = re.compile(rf"(please )?({_any(NEGATION['imperatives'])})\b(?! of\b| is| are|-)", re.I)
 KEEP = _pattern(WORDS["opposites"]["keep"])
 RANGE = r"(?<![\w.,/-])(?<!type )(?<!stage )(?<!grade )(\d[\d,]*(?:\.\d+)?)"
@@ -51,7 +52,7 @@ NUMBER = re.compile(
     rf"{RANGE}(?:(\s?(?:-|–|to|and|or|至|到)\s?)(\d[\d,]*(?:\.\d+)?))?"
     rf"(?P<unit>[\s-]?(?:%|(?:{WORDS['units']})(?![A-Za-z])|percent\b))"
 )
-NUMBER_WORD = re.compile(rf"\b({_any(WORDS['number_words'])})(?=[ -](?:{WORDS['units']})\b)", re.I)
+NUMBER_WORD = re.compile(rf"\b({_any(WORDS['number_words'])})(?=[ -](?:{WORDS['units']})\b)", FLAGS)
 ENTITIES = {name: _pattern(terms) for name, terms in WORDS["entities"].items()}
 
 
@@ -88,15 +89,12 @@ def _negate(text: str) -> Iterator[str]:
     opener = OPENER.match(text)
     start = opener.end() if opener else 0
     if negated := NEGATED.findall(text):
-        if (
-            len(negated) == 1
-            and NEGATED.search(text, start)
-            and not re.search(r"not (?:only|necessar|yet|all|every)|no one\b", text, re.I)
-        ):
+        is_sure = not re.search(r"not (?:only|necessar|yet|all|every)|no one\b", text, re.I)
+        if len(negated) == 1 and NEGATED.search(text, start) and is_sure:
             yield from _without_not(text)
         return
     if hit := IMPERATIVE.match(text):
-        yield f"{'Please do' if hit[1] else 'Do'} not {_small(text[hit.start(2) :])}"
+        yield f"{'Please do' if hit[1] else 'Do'} not {hit[2].lower()}{text[hit.end() :]}"
         return
     if hit := QUANTIFIER.match(text):
         if re.match(rf"{re.escape(hit[0])} \w+s\b|{hit[0]} (?:people|of)\b", text):
@@ -131,10 +129,8 @@ def _without_not(text: str) -> Iterator[str]:
         yield _cased(text[hit.end() :], text)
     elif hit := REMOVABLE.search(text):
         new = REMOVAL[hit[0].lower()]
-        if new.endswith(" a") and re.match(
-            r" \w+(?<!s)s\b| (?:\w+ ){1,2}\w+s\b", text[hit.end() :]
-        ):
-            new = new[:-2]
+        is_plural = re.match(r" \w+(?<!s)s\b| (?:\w+ ){1,2}\w+s\b", text[hit.end() :])
+        new = new.removesuffix(" a") if is_plural else new
         yield text[: hit.start()] + _cased(new, hit[0]) + text[hit.end() :]
 
 
@@ -186,7 +182,3 @@ def _rename(text: str, others: Sequence[str]) -> Iterator[str]:
 
 def _cased(new: str, old: str) -> str:
     return new[:1].upper() + new[1:] if old[:1].isupper() else new
-
-
-def _small(text: str) -> str:
-    return text[:1].lower() + text[1:]

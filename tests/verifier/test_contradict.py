@@ -1,6 +1,8 @@
 """Contradictions: hand-checked vectors, and silence where no rule is sure."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attending.verifier.contradict import contradict
 
@@ -100,3 +102,11 @@ def test_the_same_sentence_gives_the_same_contradictions_and_never_itself() -> N
         assert found == contradict(text, ["aspirin"])
         assert text not in [new for new, _ in found]
         assert len({new for new, _ in found}) == len(found)
+
+
+PIECES = [*"不无有2, -.%İſK1", " is ", " no ", " some ", " safe ", " mg", "take ", "who ", "has "]
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_no_text_makes_it_fail(text: str) -> None:
+    assert text.strip() not in [new for new, _ in contradict(text, [text])]

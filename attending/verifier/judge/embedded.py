@@ -8,7 +8,7 @@ constructed labels (`training.py`): how well it agrees with those is all that is
 import asyncio
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -33,17 +33,18 @@ WORD = re.compile(r"[a-z]{4,}|\d+(?:\.\d+)?|[\u4e00-\u9fff]")
 STEM = 6  # letters that decide whether two words are the same
 KEPT, LONGEST, BATCH = 2, 80, 32  # sentences of evidence, tokens of a pair, pairs at a time
 FEATURES = ("cosine", "next cosine", "words in it", "words in all", "negation", "lost numbers")
+NOTHING = Verdict(False, "The answer has no sentence.")
 CAUTION = (
     "Embedded judge: agreement with constructed labels, macro-F1 {:.2f} ({:.2f} to {:.2f}), not "
     "with physicians; it knows English statements of fact, and a criterion that is an instruction "
     "('Advises ...', 'Does not mention ...') is outside what it was trained on."
 )
-Vectors = dict[str, Tensor]  # by text
 
 
 class Evidence(NamedTuple):
     """What an answer says about a criterion."""
 
+    criterion: str
     quote: str  # the nearest sentence
     text: str  # the few nearest, in the answer's order
     features: tuple[float, ...]
@@ -78,16 +79,16 @@ class EmbeddedJudge:
         """A verdict for each criterion and answer; UsageError for a criterion without text."""
         if not all(criterion.strip() for criterion, _ in pairs):
             raise UsageError("a criterion without text cannot be judged: say what must be there.")
-        parts = [sentences(answer) for _, answer in pairs]
-        verdicts = [Verdict(False, "The answer has no sentence.")] * len(pairs)
-        at = [i for i, own in enumerate(parts) if own]
-        criteria = [pairs[i][0] for i in at]
-        found = gather(self.bert, criteria, [parts[i] for i in at], {})
-        chances = probabilities(self.bert, self.weights, criteria, found).tolist()
-        for i, one, chance in zip(at, found, chances, strict=True):
-            told = f"{one.quote!r}: met with probability {chance:.2f}."
-            verdicts[i] = Verdict(chance >= float(self.weights["threshold"]), told)
-        return verdicts
+        bert = self.bert._replace(known={})  # nothing of a patient's is kept
+        parts = [(criterion, sentences(answer)) for criterion, answer in pairs]
+        found = gather(bert, [pair for pair in parts if pair[1]])
+        chances = probabilities(bert, self.weights, found).tolist()
+        made = zip(found, chances, strict=True)
+        return [self._verdict(*next(made)) if own else NOTHING for _, own in parts]
+
+    def _verdict(self, found: Evidence, chance: float) -> Verdict:
+        told = f"{found.quote!r}: met with probability {chance:.2f}."
+        return Verdict(chance >= float(self.weights["threshold"]), told)
 
 
 def sentences(text: str) -> list[str]:
@@ -96,45 +97,36 @@ def sentences(text: str) -> list[str]:
     return [part for part in parts if re.search(r"[^\W\d_]", part)]
 
 
-def gather(
-    bert: Bert, criteria: Sequence[str], answers: Sequence[Sequence[str]], vectors: Vectors
-) -> list[Evidence]:
-    """The evidence for each criterion in its answer's sentences, of which there is at least one."""
-    remember(bert, vectors, (text for parts in (criteria, *answers) for text in parts))
-    return [nearest(*pair, vectors) for pair in zip(criteria, answers, strict=True)]
+def gather(bert: Bert, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[Evidence]:
+    """For each criterion the evidence in its answer's sentences, of which there is at least one."""
+    known = embed(bert, (text for criterion, parts in pairs for text in (criterion, *parts)))
+    return [nearest(criterion, parts, known) for criterion, parts in pairs]
 
 
-def remember(bert: Bert, vectors: Vectors, texts: Iterable[str]) -> None:
-    """Embed the texts that are not there yet."""
-    new = sorted({*texts} - vectors.keys())
-    vectors.update(zip(new, embed(bert, new), strict=True))
-
-
-def nearness(criterion: str, parts: Sequence[str], vectors: Vectors) -> list[tuple[float, float]]:
+def nearness(criterion: str, parts: Sequence[str], known: Weights) -> list[tuple[float, float]]:
     """Of each sentence: cosine to the criterion, and share of the criterion's words."""
     wanted = words(criterion)
-    cosine = torch.stack([vectors[part] for part in parts]) @ vectors[criterion]
+    cosine = torch.stack([known[part] for part in parts]) @ known[criterion]
     shared = (len(wanted & words(part)) / max(1, len(wanted)) for part in parts)
     return list(zip(cosine.tolist(), shared, strict=True))
 
 
-def nearest(criterion: str, parts: Sequence[str], vectors: Vectors) -> Evidence:
+def nearest(criterion: str, parts: Sequence[str], known: Weights) -> Evidence:
     """The few with the greatest sum of both, and what is measured on them."""
-    near, wanted = nearness(criterion, parts, vectors), words(criterion)
+    near, wanted = nearness(criterion, parts, known), words(criterion)
     order = sorted(range(len(parts)), key=lambda i: -sum(near[i]))
     best, text = parts[order[0]], " ".join(parts[i] for i in sorted(order[:KEPT]))
-    cosine, shared = near[order[0]]
     numbers = {word for word in wanted if word[0].isdigit()}
     is_negated = [len(NEGATED.findall(one)) % 2 for one in (criterion, best)]
     features = (
-        cosine,
+        near[order[0]][0],
         near[order[1]][0] if order[1:] else 0.0,
-        shared,
+        near[order[0]][1],
         len(wanted & words(text)) / max(1, len(wanted)),
         float(is_negated[0] != is_negated[1]),
         len(numbers - words(text)) / max(1, len(numbers)),
     )
-    return Evidence(best, text, features)
+    return Evidence(criterion, best, text, features)
 
 
 def words(text: str) -> set[str]:
@@ -142,29 +134,22 @@ def words(text: str) -> set[str]:
     return {word[:STEM] for word in WORD.findall(text.lower())}
 
 
-def logits(
-    bert: Bert, weights: Weights, criteria: Sequence[str], found: Sequence[Evidence]
-) -> Tensor:
-    """One for each criterion and evidence, [pairs]; gradients reach the adapter and the head."""
-    texts = [(criterion, one.text) for criterion, one in zip(criteria, found, strict=True)]
-    hidden = encode(bert, tokenise(bert, texts, LONGEST), weights)[:, 0]
+def logits(bert: Bert, weights: Weights, found: Sequence[Evidence]) -> Tensor:
+    """One for each evidence, [pairs]; gradients reach the adapter and the head."""
+    tokens = tokenise(bert, [(one.criterion, one.text) for one in found], LONGEST)
     seen = torch.tensor([one.features for one in found]) @ weights["head.features"]
+    hidden = encode(bert, tokens, weights)[:, 0]
     return hidden @ weights["head.hidden"] + seen + weights["head.bias"]
 
 
 @torch.no_grad()
-def probabilities(
-    bert: Bert, weights: Weights, criteria: Sequence[str], found: Sequence[Evidence]
-) -> Tensor:
+def probabilities(bert: Bert, weights: Weights, found: Sequence[Evidence]) -> Tensor:
     """Calibrated (Platt): sigmoid(slope * logit + shift), [pairs]."""
-    slope, shift = weights["platt"]
-    order = sorted(range(len(found)), key=lambda i: len(criteria[i]) + len(found[i].text))
-    chances = torch.empty(len(found))
-    for start in range(0, len(order), BATCH):
-        at = order[start : start + BATCH]
-        some = logits(bert, weights, [criteria[i] for i in at], [found[i] for i in at])
-        chances[at] = torch.sigmoid(slope * some + shift)
-    return chances
+    order = sorted(range(len(found)), key=lambda i: len(found[i].criterion) + len(found[i].text))
+    values = torch.empty(len(found))
+    for at in (order[start : start + BATCH] for start in range(0, len(order), BATCH)):
+        values[at] = logits(bert, weights, [found[i] for i in at])
+    return torch.sigmoid(weights["platt"][0] * values + weights["platt"][1])
 
 
 def load_weights(folder: Path, bert: Bert) -> dict[str, Tensor]:

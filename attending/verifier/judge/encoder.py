@@ -5,12 +5,11 @@ low-rank product to linear layers: the base stays as it is, and only the adapter
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -21,7 +20,7 @@ from attending.errors import CheckpointError
 Weights = Mapping[str, Tensor]  # of an adapter: LINEAR.down [rank, in] and LINEAR.up [out, rank]
 INPUTS = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
 MIXED, WIDE, NARROW = "attention.output.dense", "intermediate.dense", "output.dense"
-TEXTS = 64  # embedded at a time
+TEXTS, LONGEST = 64, 64  # embedded at a time; tokens of one
 
 
 class Bert(NamedTuple):
@@ -30,6 +29,7 @@ class Bert(NamedTuple):
     weights: Weights
     config: Mapping[str, Any]
     tokenizer: Tokenizer
+    known: dict[str, Tensor]  # embeddings of texts that came before
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -53,15 +53,15 @@ def load_bert(folder: Path) -> Bert:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
-        bert = Bert(load_file(folder / "model.safetensors"), config, tokenizer)
+        bert = Bert(load_file(folder / "model.safetensors"), config, tokenizer, {})
         if (config["model_type"], config["hidden_act"]) != ("bert", "gelu"):
             raise ValueError("its config.json is not one of a BERT with gelu")
         for name, shape in bert.linears.items():
             if bert.weights[f"{name}.weight"].shape != shape:
                 raise ValueError(f"{name} is not {shape}")
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+    except Exception as error:  # what tokenizers raises has no other name
         why = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder.name} is no whole BERT ({why}); pull it again.") from None
+        raise CheckpointError(f"{folder.name} is no whole BERT ({why}); pull it again.") from error
     return bert
 
 
@@ -103,13 +103,12 @@ def tokenise(bert: Bert, texts: Sequence[str | tuple[str, str]], longest: int) -
 
 
 @torch.no_grad()
-def embed(bert: Bert, texts: Sequence[str], longest: int = 64) -> Tensor:
-    """Unit vectors [texts, width]: hidden states' means, as all-MiniLM-L6-v2 was trained for."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-    found = torch.empty(len(texts), bert.config["hidden_size"])
-    for start in range(0, len(order), TEXTS):
-        at = order[start : start + TEXTS]
-        tokens = tokenise(bert, [texts[i] for i in at], longest)
-        kept = tokens[2][..., None]
-        found[at] = functional.normalize((encode(bert, tokens, {}) * kept).sum(1), dim=-1)
-    return found
+def embed(bert: Bert, texts: Iterable[str]) -> dict[str, Tensor]:
+    """Unit vectors [width]: hidden states' means, as all-MiniLM-L6-v2 was trained for."""
+    new = sorted({*texts} - bert.known.keys(), key=lambda text: (len(text), text))  # little padding
+    for start in range(0, len(new), TEXTS):
+        some = new[start : start + TEXTS]
+        tokens = tokenise(bert, some, LONGEST)
+        total = (encode(bert, tokens, {}) * tokens[2][..., None]).sum(1)
+        bert.known.update(zip(some, functional.normalize(total, dim=-1), strict=True))
+    return bert.known

@@ -11,8 +11,8 @@ import json
 import random
 import re
 import tomllib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from attending.errors import UsageError
 from attending.verifier.contradict import contradict
-from attending.verifier.judge.embedded import Vectors, nearness, remember, sentences
-from attending.verifier.judge.encoder import Bert
+from attending.verifier.judge.embedded import nearness, sentences
+from attending.verifier.judge.encoder import Bert, Weights, embed
 
 RULES = tomllib.loads(
     (resources.files("attending.verifier.judge") / "reword.toml").read_text("utf-8")
@@ -97,18 +97,19 @@ def medquad_cases(documents: Rows, kqa: Rows, count: int, rng: random.Random) ->
     named = " ".join(" ".join(map(str, row.values())) for row in held).lower()
     by_focus = defaultdict(list)
     for row in documents:
-        names = (name.lower() for name in (row["focus"], *row["synonyms"]) if len(name) > 3)
-        if not any(name in named for name in names):
-            by_focus[row["focus"]].append(sentences(row["answer"])[:LONGEST])
-    often = Counter(part for part in chain(*chain(*by_focus.values())) if STATEMENT.fullmatch(part))
-    answers = [(focus, parts) for focus, all_parts in by_focus.items() for parts in all_parts]
-    for focus, parts in rng.sample(answers, len(answers)):
-        usable = [part for part in parts if often[part] == 1 and not DULL.search(part)]
-        if count and len(parts) > 2 and len(usable) > 1:
+        by_focus[row["focus"], *row["synonyms"]].append(row["answer"])
+    order = [(names, text) for names, texts in by_focus.items() for text in texts]
+    for names, text in rng.sample(order, len(order)):
+        if not count:
+            return
+        parts = sentences(text)[:LONGEST]
+        usable = [part for part in parts if STATEMENT.fullmatch(part) and not DULL.search(part)]
+        is_held = any(name.lower() in named for name in names if len(name) > 3)
+        if len(parts) > 2 and len(usable) > 1 and not is_held:
             count -= 1
-            siblings = [other for other in by_focus[focus] if other != parts]
+            siblings = [sentences(one)[:LONGEST] for one in by_focus[names] if one != text]
             for part in rng.sample(usable, 2):
-                yield Case(reword(part, rng), parts, siblings[:1], focus, 1.0)
+                yield Case(reword(part, rng), parts, siblings[:1], names[0], 1.0)
 
 
 def reword(sentence: str, rng: random.Random) -> str:
@@ -116,33 +117,24 @@ def reword(sentence: str, rng: random.Random) -> str:
     if (listing := LISTING.match(sentence)) and rng.random() < 0.8:
         items = re.split(r", (?:and |or )?", listing[2])
         sentence = f"{listing[1]} {rng.choice(items).strip()}."
-    chosen = RULES["synonyms"]
-    text = SYNONYM.sub(
-        lambda hit: chosen[hit[1]] if rng.random() < 0.7 else hit[1], DROP.sub("", sentence).strip()
-    )
+    text, swap = DROP.sub("", sentence).strip(), RULES["synonyms"]
+    text = SYNONYM.sub(lambda hit: swap[hit[1]] if rng.random() < 0.7 else hit[1], text)
     return text[:1].upper() + text[1:]
 
 
-def construct(
-    bert: Bert, cases: Sequence[Case], rng: random.Random, vectors: Vectors
-) -> list[Pair]:
+def construct(bert: Bert, cases: Iterable[Case], rng: random.Random) -> list[Pair]:
     """All pairs of all cases; edits only where the supporting sentence is plain to see."""
-    remember(
-        bert, vectors, (t for c in cases for t in (c.statement, *c.parts, *chain(*c.siblings)))
-    )
-    made: list[Pair] = []
-    for case in cases:
-        for statement, parts, met, kind in _variants(case, rng, vectors) if case.parts else ():
-            made.append(Pair(statement, parts, met, kind, case.cluster, case.weight))
-    return made
+    some = [case for case in cases if case.parts]
+    known = embed(bert, (t for c in some for t in (c.statement, *c.parts, *chain(*c.siblings))))
+    return [Pair(*one, c.cluster, c.weight) for c in some for one in _variants(c, rng, known)]
 
 
 def _variants(
-    case: Case, rng: random.Random, vectors: Vectors
+    case: Case, rng: random.Random, known: Weights
 ) -> Iterator[tuple[str, list[str], bool, str]]:
     statement, parts = case.statement, case.parts
     yield statement, parts, True, "plain"
-    near = nearness(statement, parts, vectors)
+    near = nearness(statement, parts, known)
     best = max(range(len(parts)), key=lambda i: sum(near[i]))
     if near[best][0] < ALIGNED:
         return
@@ -154,7 +146,7 @@ def _variants(
         edited = (new if part == other else part for part in parts)
         yield statement, [part for part in edited if part], True, "elsewhere"
     for sibling in filter(None, case.siblings):
-        if max(cosine for cosine, _ in nearness(statement, sibling, vectors)) < SAME:
+        if max(cosine for cosine, _ in nearness(statement, sibling, known)) < SAME:
             yield statement, sibling, False, "sibling"
             break
     if not (made := contradict(statement)):

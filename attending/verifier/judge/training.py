@@ -26,8 +26,7 @@ from torch.nn import functional
 from attending import artifact
 from attending.sources import Progress
 from attending.verifier.judge import embedded, pairs
-from attending.verifier.judge.embedded import Evidence, Vectors
-from attending.verifier.judge.encoder import Bert
+from attending.verifier.judge.encoder import Bert, Weights
 from attending.verifier.judge.pairs import Pair
 from attending.verifier.judge.recipe import JudgeConfig
 
@@ -41,35 +40,37 @@ logger = logging.getLogger(__name__)
 def run(
     config: JudgeConfig,
     bert: Bert,
-    kqa: Path,
-    medquad: Path,
+    files: tuple[Path, Path],
     out: Path,
     progress: Progress,
     *,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train, calibrate, report; publish `judge.safetensors`, `report.json` and `run.json`."""
-    parents = [{"uri": path.name, "sha256": artifact.digest(path)} for path in (kqa, medquad)]
+    """Train, calibrate, report; publish `judge.safetensors`, `report.json` and `run.json`.
+
+    Args:
+        files: K-QA's .jsonl, and MedQuAD's.
+    """
+    parents = [{"uri": path.name, "sha256": artifact.digest(path)} for path in files]
     record = artifact.Record("judge", config.model_dump(mode="json"), config.seed, parents)
-    rows, vectors, rng = pairs.read_kqa(kqa), Vectors(), random.Random(config.seed)
-    documents = pairs.read_rows(medquad, "focus", "synonyms", "answer")
+    rows, rng = pairs.read_kqa(files[0]), random.Random(config.seed)
+    documents = pairs.read_rows(files[1], "focus", "synonyms", "answer")
+    state = out.with_name(f"{out.name}.state.safetensors")
     with artifact.publish(out) as draft:
         cases = [*pairs.kqa_cases(rows, "train", config.kqa_weight, documents)]
         cases += pairs.medquad_cases(documents, rows, config.documents, rng)
         progress(0, None, f"embedding the answers of {len(cases):,} statements")
-        made = pairs.construct(bert, cases, rng, vectors)
-        state = out.with_name(f"{out.name}.state.safetensors")
-        weights = fit(config, bert, made, vectors, state, progress, resume=resume)
-        tune = pairs.construct(bert, [*pairs.kqa_cases(rows, "tune")], random.Random(0), vectors)
-        calibrate(bert, weights, tune, vectors)
+        made = pairs.construct(bert, cases, rng)
+        weights = fit(config, bert, made, progress, state, resume=resume)
+        tune = pairs.construct(bert, pairs.kqa_cases(rows, "tune"), random.Random(0))
+        calibrate(bert, weights, tune)
         small = {k: v.half() if k.endswith((".down", ".up")) else v for k, v in weights.items()}
         save_file(small, draft / "judge.safetensors")
-        result = report(bert, embedded.load_weights(draft, bert), kqa)  # as it was rounded
+        result = report(bert, embedded.load_weights(draft, bert), files[0])  # as it was rounded
         artifact.write_json(draft / "report.json", result)
-        kinds = Counter(f"judge/{pair.kind}_pairs" for pair in made)
-        artifact.write_run(
-            draft, record, {"judge/macro_f1": result["embedded"]["macro-F1"][0], **kinds}
-        )
+        metrics = Counter(f"judge/{pair.kind}_pairs" for pair in made)
+        value = {"judge/macro_f1": result["embedded"]["macro-F1"][0]}
+        artifact.write_run(draft, record, value | metrics)
     state.unlink(missing_ok=True)
     return result
 
@@ -78,42 +79,33 @@ def fit(
     config: JudgeConfig,
     bert: Bert,
     made: Sequence[Pair],
-    vectors: Vectors,
-    state: Path,
     progress: Progress,
+    state: Path,
     *,
     resume: bool = False,
 ) -> dict[str, Tensor]:
-    """Adam on the weighted cross-entropy, in bfloat16; a state is written every two minutes."""
-    found = _evidence(bert, made, vectors)
+    """Adam on the weighted cross-entropy, in bfloat16; `state` is written every two minutes."""
+    found = embedded.gather(bert, [pair[:2] for pair in made])
     weights = start(config, bert)
     trained = [value.requires_grad_() for name, value in weights.items() if name not in FITTED]
     optimizer = torch.optim.Adam(trained, config.rate, betas=(0.9, 0.98))
-    batches = _batches(
-        [len(p.statement) + len(e.text) for p, e in zip(made, found, strict=True)], config
-    )
+    batches = _batches([len(one.criterion) + len(one.text) for one in found], config)
     first = _load(state, trained, optimizer) if resume and state.is_file() else 0
     began = saved = time.monotonic()
-    for step, chosen in enumerate(batches[first:], first):
+    for step, at in enumerate(batches[first:], first):
         share = (step + 1) / len(batches)
         optimizer.param_groups[0]["lr"] = config.rate * min(share / WARM_UP, 1.001 - share)
-        some = [made[i] for i in chosen]
+        met, weight = torch.tensor([(float(made[i].met), made[i].weight) for i in at]).T
         with torch.autocast("cpu", torch.bfloat16):
-            logits = embedded.logits(
-                bert, weights, [p.statement for p in some], [found[i] for i in chosen]
-            )
-        labels = torch.tensor([(pair.met, pair.weight) for pair in some])
-        loss = functional.binary_cross_entropy_with_logits(
-            logits.float(), labels[:, 0], labels[:, 1]
-        )
+            logits = embedded.logits(bert, weights, [found[i] for i in at])
+        loss = functional.binary_cross_entropy_with_logits(logits.float(), met, weight)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         logger.debug("step %d of %d: loss %.4f", step + 1, len(batches), float(loss.detach()))
         if step == first + 9:
-            seconds = (time.monotonic() - began) / 10 * len(batches[step:])
-            told = f"{config.epochs} x {len(made):,} pairs, {len(batches):,} steps"
-            progress(0, None, f"{told}: {seconds / 3600:.2f} hours to go")
+            hours = (time.monotonic() - began) / 10 * len(batches[step:]) / 3600
+            progress(0, None, f"{config.epochs} x {len(made):,} pairs: {hours:.2f} hours to go")
         progress(step + 1, len(batches), "training")
         if time.monotonic() - saved > SAVE_SECONDS:
             _save(state, step + 1, trained, optimizer)
@@ -122,45 +114,28 @@ def fit(
 
 
 def start(config: JudgeConfig, bert: Bert) -> dict[str, Tensor]:
-    """An adapter that changes nothing yet, a head that reads little."""
-    rng = torch.Generator().manual_seed(config.seed)
-    weights = {
-        name: torch.zeros(shape) for name, shape in embedded.shapes(bert, config.rank).items()
-    }
-    for name, value in weights.items():
-        if name.endswith(".down") or name == "head.hidden":
-            value.normal_(
-                0,
-                0.1 / math.sqrt(value.shape[-1])
-                if name[0] == "h"
-                else 1 / math.sqrt(value.shape[-1]),
-                generator=rng,
-            )
+    """An adapter that changes nothing yet, and a head that reads little."""
+    rng, weights = torch.Generator().manual_seed(config.seed), dict[str, Tensor]()
+    for name, shape in embedded.shapes(bert, config.rank).items():
+        is_drawn = name.endswith(".down") or name == "head.hidden"
+        scale = (0.1 if name == "head.hidden" else 1.0) / math.sqrt(shape[-1]) if is_drawn else 0.0
+        weights[name] = torch.zeros(shape).normal_(0, 1, generator=rng) * scale
     return weights | {"platt": torch.tensor([1.0, 0.0]), "threshold": torch.tensor(0.5)}
 
 
-def calibrate(
-    bert: Bert, weights: dict[str, Tensor], tune: Sequence[Pair], vectors: Vectors
-) -> None:
+def calibrate(bert: Bert, weights: dict[str, Tensor], tune: Sequence[Pair]) -> None:
     """Fit Platt's slope and shift on the tune part, and choose the threshold there."""
-    chance, met, _ = measure(bert, weights, tune, vectors)
-    weights["platt"] = torch.tensor(platt(np.log(chance / (1 - chance)), met), dtype=torch.float32)
-    chance, _, _ = measure(bert, weights, tune, vectors)
-    weights["threshold"] = torch.tensor(best_threshold(chance, met), dtype=torch.float32)
+    chance, met, _ = measure(bert, weights, tune)
+    weights["platt"] = torch.tensor(platt(np.log(chance / (1 - chance)), met))
+    weights["threshold"] = torch.tensor(best_threshold(measure(bert, weights, tune)[0], met))
 
 
-def measure(
-    bert: Bert, weights: dict[str, Tensor], made: Sequence[Pair], vectors: Vectors
-) -> tuple[Values, Values, Values]:
+def measure(bert: Bert, weights: Weights, made: Sequence[Pair]) -> tuple[Values, Values, Values]:
     """Probability, label and features of each pair."""
-    found = _evidence(bert, made, vectors)
-    chance = embedded.probabilities(bert, weights, [pair.statement for pair in made], found)
+    found = embedded.gather(bert, [pair[:2] for pair in made])
+    chance = embedded.probabilities(bert, weights, found).double().clamp(1e-6, 1 - 1e-6).numpy()
     met = np.array([pair.met for pair in made], np.float64)
-    return (
-        chance.double().clamp(1e-6, 1 - 1e-6).numpy(),
-        met,
-        np.array([one.features for one in found]),
-    )
+    return chance, met, np.array([one.features for one in found])
 
 
 def platt(logits: Values, met: Values) -> tuple[float, float]:
@@ -183,15 +158,10 @@ def best_threshold(values: Values, met: Values) -> float:
 
 def macro_f1(said: NDArray[np.bool_], met: Values, weight: Values) -> float:
     """The mean of the F1 of met and the F1 of not met."""
+    hits = [weight[(said == one) & (met == one)].sum() for one in (True, False)]
+    sizes = [weight[said == one].sum() + weight[met == one].sum() for one in (True, False)]
     return float(
-        np.mean(
-            [
-                2
-                * weight[(said == is_met) & (met == is_met)].sum()
-                / max(1e-9, weight[said == is_met].sum() + weight[met == is_met].sum())
-                for is_met in (True, False)
-            ]
-        )
+        np.mean([2 * hit / max(1e-9, size) for hit, size in zip(hits, sizes, strict=True)])
     )
 
 
@@ -202,44 +172,40 @@ def calibration_error(chance: Values, met: Values, weight: Values, bins: int = 1
     return float(np.abs(gap).sum() / weight.sum())
 
 
-def report(bert: Bert, weights: dict[str, Tensor], kqa: Path) -> dict[str, Any]:
+def report(bert: Bert, weights: Weights, kqa: Path) -> dict[str, Any]:
     """Agreement with the constructed labels of the 60 report questions, beside two baselines.
 
     Each figure stands with its 95 % interval, bootstrapped over the questions.
     """
-    questions, vectors = pairs.read_kqa(kqa), Vectors()
+    rows = pairs.read_kqa(kqa)
     tune, made = (
-        pairs.construct(bert, [*pairs.kqa_cases(questions, part)], random.Random(0), vectors)
+        pairs.construct(bert, pairs.kqa_cases(rows, part), random.Random(0))
         for part in ("tune", "report")
     )
-    _, tune_met, tune_features = measure(bert, weights, tune, vectors)
-    chance, met, features = measure(bert, weights, made, vectors)
-    kinds, clusters = (
-        np.array([p.kind for p in made]),
-        np.unique([p.cluster for p in made], return_inverse=True)[1],
-    )
+    _, tune_met, tuned = measure(bert, weights, tune)
+    chance, met, features = measure(bert, weights, made)
     said = {"embedded": chance >= float(weights["threshold"])}
-    for name, column in (("cosine", 0), ("word overlap", 2)):
-        said[name] = features[:, column] >= best_threshold(tune_features[:, column], tune_met)
+    for name, at in (("cosine", 0), ("word overlap", 2)):
+        said[name] = features[:, at] >= best_threshold(tuned[:, at], tune_met)
+    is_kind = {kind: np.array([pair.kind == kind for pair in made]) for kind in KINDS}
+    clusters = np.unique([pair.cluster for pair in made], return_inverse=True)[1]
 
     def figures(name: str, weight: Values) -> list[float]:
-        right = weight * (said[name] == met)
         found = [macro_f1(said[name], met, weight)]
-        found += [
-            right[kinds == kind].sum() / max(1e-9, weight[kinds == kind].sum()) for kind in KINDS
-        ]
-        if name == "embedded":
-            brier = float((weight * (chance - met) ** 2).sum() / weight.sum())
-            found += [calibration_error(chance, met, weight), brier]
-        return found
+        for its in is_kind.values():
+            right = weight[its & (said[name] == met)].sum()
+            found.append(right / max(1e-9, weight[its].sum()))
+        brier = float((weight * (chance - met) ** 2).sum() / weight.sum())
+        ours = [calibration_error(chance, met, weight), brier]  # the others give no probability
+        return [*found, *(ours if name == "embedded" else ())]
 
     names = ("macro-F1", *(f"accuracy: {kind}" for kind in KINDS), "ECE", "Brier")
-    counts = {kind: int((kinds == kind).sum()) for kind in KINDS}
-    result = {"labels": "constructed", "questions": len({*clusters}), "pairs": counts}
+    counts = {kind: int(its.sum()) for kind, its in is_kind.items()}
+    result = {"labels": "constructed", "questions": int(clusters.max()) + 1, "pairs": counts}
     for name in said:
         judged = partial(figures, name)
-        rows = np.stack([judged(np.ones(len(met))), *interval(judged, clusters)]).round(4)
-        result[name] = dict(zip(names, rows.T.tolist(), strict=False))
+        table = np.stack([judged(np.ones(len(met))), *interval(judged, clusters)]).round(4)
+        result[name] = dict(zip(names, table.T.tolist(), strict=False))
     return result
 
 
@@ -249,15 +215,8 @@ def interval(
     """The 2.5 and 97.5 percentiles [2, figures] over draws of whole clusters, with replacement."""
     rng, count = np.random.default_rng(0), int(clusters.max()) + 1
     drawn = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(draws))
-    return np.percentile(
-        [figures(one[clusters].astype(float)) for one in drawn], [2.5, 97.5], axis=0
-    )
-
-
-def _evidence(bert: Bert, made: Sequence[Pair], vectors: Vectors) -> list[Evidence]:
-    return embedded.gather(
-        bert, [pair.statement for pair in made], [pair.parts for pair in made], vectors
-    )
+    rows = [figures(one[clusters].astype(np.float64)) for one in drawn]
+    return np.percentile(rows, [2.5, 97.5], axis=0)
 
 
 def _batches(lengths: Sequence[int], config: JudgeConfig) -> list[list[int]]:
