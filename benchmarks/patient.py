@@ -62,9 +62,15 @@ if __name__ == "__main__":
     found = asyncio.run(measure(data))
     for name, each in found.items():
         codes = {c for c, _ in each}
-        print(name, len(codes), len(each), [sum(x[i] for _, x in each) / len(each) for i in range(3)])
+        print(
+            name, len(codes), len(each), [sum(x[i] for _, x in each) / len(each) for i in range(3)]
+        )
         by = {}
-        for c, x in each: by.setdefault(c, []).append(x)
-        print('  per evidence', [sum(sum(x[i] for x in v)/len(v) for v in by.values())/len(by) for i in range(3)])
+        for c, x in each:
+            by.setdefault(c, []).append(x)
+        print(
+            "  per evidence",
+            [sum(sum(x[i] for x in v) / len(v) for v in by.values()) / len(by) for i in range(3)],
+        )
     good = sum((concluded(r["text"]) is not None) == r["ends"] for r in rows("endings.jsonl"))
     print("endings", good)
