@@ -111,7 +111,7 @@ async def cached() -> float:
                 )
                 await reader.readexactly(int(size.split(b":")[1]))
                 writer.write(head.encode() + b"\r\n\r\n" + data)
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, asyncio.CancelledError):
             writer.close()
 
     turns = ({"role": "user", "content": "What helps against a headache? " * 40},)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -111,10 +112,9 @@ async def ask(
 
     if endpoint in _without_schema:
         return await attempt(**sampling)
-    schema = {"schema": schema or form.model_json_schema(), "strict": True}
-    schema["name"] = re.sub(r"\W+", "_", kind)
+    held = {"name": re.sub(r"\W+", "_", kind), "strict": True, "schema": schema or _schema(form)}
     try:
-        asked = {"type": "json_schema", "json_schema": schema}
+        asked = {"type": "json_schema", "json_schema": held}
         return await attempt(response_format=asked, **sampling)
     except EndpointError as error:
         if error.status not in NO_PARAMETER:
@@ -122,6 +122,11 @@ async def ask(
         found = await attempt(**sampling)  # refused for another reason, this raises as well
         _without_schema.add(endpoint)
         return found
+
+
+@cache
+def _schema(form: type[BaseModel]) -> dict[str, Any]:
+    return form.model_json_schema()
 
 
 async def together(asking: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

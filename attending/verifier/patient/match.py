@@ -17,7 +17,7 @@ from attending.verifier.sentences import sentences
 UNKNOWN = 3.0  # weight of a word that no fact has: it speaks against every fact
 ENOUGH = 0.40  # of the cosine, for a fact to be what is asked
 ENOUGH_MORE = 0.75  # for a further fact, of what the first one leaves unexplained
-NEAR = 0.85  # of the best: the second is then as likely meant
+NEAR = 0.8  # of the best: the second is then as likely meant
 SECOND = 0.3  # what a fact's second nearest phrasing counts
 SAME = 1.05  # the very words of a phrasing
 SAME_WORDS = 0.05  # added for the share of words, as they are, that two phrasings have in common
