@@ -28,13 +28,13 @@ The embedded patient, without a model. Each of DDXPlus' 223 evidences is asked b
 question** and by a **paraphrase** (`patient/paraphrases.jsonl`), of patients who have it: one drawn
 from each condition that lists it, with seven in ten of the condition's other evidences. *Told*: the
 reply tells the evidence asked for. *Another told*: it tells another one that the patient has.
-*Another told or denied*: or says of another that it is not so. By evidence (each counts once, however
-many conditions list it) and over all questions. Otherwise the patient asks back.
+*Another told or denied*: or says of another that it is not so. By evidence (each counts once,
+however many conditions list it) and over all questions. Otherwise the patient asks back.
 
 **The gate ends or goes on rightly for {ends} of 100** last messages of doctors
-(`patient/endings.jsonl`, 70 English, 30 Chinese, half of them ends). **{right:.1%} of 372 facts** of
-32 vignettes are typed (patient, examination, nobody) as someone labelled them who had not seen the
-patterns (`patient/access.jsonl`).
+(`patient/endings.jsonl`, 70 English, 30 Chinese, half of them ends). **{right:.1%} of 372 facts**
+of 32 vignettes are typed (patient, examination, nobody) as someone labelled them who had not seen
+the patterns (`patient/access.jsonl`).
 
 Paraphrases and last messages were written by an author who had seen neither how questions are
 matched nor the phrasings in `ddxplus.toml`; nobody looked at which of them fail. Thresholds were

@@ -16,7 +16,7 @@ from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.patient.case import Access, Case
 from attending.verifier.patient.scores import fact_score, personification_score, privacy_score
 from attending.verifier.patient.simulator import Patient, PatientOptions, Turn, render
-from attending.verifier.rubric.reference import from_reference
+from attending.verifier.rubric.reference import from_reference, weigh
 from attending.verifier.rubric.schema import Rubric
 from attending.verifier.rubric.score import affine_score, bounds, score
 
@@ -202,10 +202,11 @@ async def consult(
 
 
 def case_rubric(case: Case, conversation: Sequence[Message]) -> Rubric:
-    """Out of the case's reference answer, its diagnosis and its findings; no model is asked."""
+    """Out of the case's reference answer, its diagnosis and its weighty facts; without a model."""
     told = case.reference
     if case.diagnosis and case.diagnosis.lower() not in told.lower():
         words = {"en": f"The diagnosis is {case.diagnosis}.", "zh": f"诊断是{case.diagnosis}。"}
         told = f"{words[case.language]} {told}"
     facts = [fact.text for fact in case.facts if fact.present and fact.access is Access.TELL]
+    facts = [text for text in facts if not told.strip() or weigh(text) > weigh("")]
     return from_reference(case.id, conversation, told, facts)

@@ -40,7 +40,8 @@ class Fact(Config):
     access: Access
     """Who brings it into the consultation."""
     kind: str = "symptom"
-    """symptom, history, medication, allergy, family, social, person, vital, examination, test."""
+    """symptom, history, medication, allergy, family, social, person; vital, examination,
+    laboratory, test."""
     says: str
     """What the patient says, or what is found, when it is asked for; a whole sentence."""
     asks: tuple[str, ...] = ()

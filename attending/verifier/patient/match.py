@@ -143,7 +143,16 @@ def _questions(message: str) -> list[str]:
         or re.search(request, part, re.IGNORECASE)
         or is_order(part)
     ]
-    return asking or parts
+    return [clause for part in asking or parts for clause in _clauses(part)]
+
+
+def _clauses(part: str) -> list[str]:
+    """An order's parts, each an order by itself; a question is left whole."""
+    if not is_order(part):
+        return [part]
+    verb = re.search(table("cues")["questions"]["order"], part, re.IGNORECASE)
+    first, *rest = re.split(r",\s*(?:and )?|\band\b|[，、；]|再|并", part)
+    return [first, *(one if is_order(one) else f"{verb[0] if verb else ''} {one}" for one in rest)]
 
 
 def _kind(part: str) -> str:

@@ -32,7 +32,7 @@ def access_of(texts: Sequence[str]) -> list[tuple[Access, str]]:
     for text in texts:
         hits = {name for name, cue in cues.items() if re.search(cue, text, re.IGNORECASE)}
         seen = bool(found) and found[-1][0] is Access.EXAMINE
-        findings = [name for name in ("test", "vital", "examination") if name in hits]
+        findings = [name for name in ("laboratory", "test", "vital", "examination") if name in hits]
         if "conclude" in hits and "told" not in hits:
             found.append((Access.NEVER, "conclusion"))
         elif findings and ("told" not in hits or seen):
