@@ -6,7 +6,7 @@ torch nor a room.
 
 from importlib.util import find_spec
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attending.errors import UsageError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from attending.engine.local import Model
 
 __version__ = "0.1.0"
+__all__ = ["ConsultationEnv", "ConsultationTaskset", "TalkHarness", "load"]
 
 
 def load(source: str | PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> "Model":
@@ -23,3 +24,12 @@ def load(source: str | PathLike[str], *, dtype: str | None = None, device: str =
     from attending.engine import local
 
     return local.load(str(source), dtype=dtype, device=device)
+
+
+def __getattr__(name: str) -> Any:
+    """What `verifiers` looks for under the id `attending`."""
+    if name not in __all__:
+        raise AttributeError(f"module 'attending' has no attribute {name!r}")
+    from attending.verifier import environment
+
+    return getattr(environment, name)

@@ -1,11 +1,12 @@
 """A case by its name on a command line or in a recipe."""
 
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 from attending.config import suggest
-from attending.errors import UsageError
+from attending.errors import ConfigError, UsageError
 from attending.verifier.patient.case import Case, read_case
 from attending.verifier.patient.ddxplus import read_ddxplus
 from attending.verifier.patient.vignette import read_vignette
@@ -40,3 +41,17 @@ def find_case(name: str, seed: int = 0) -> Case:
         if line.strip() and str((row := json.loads(line)).get("id")) == inner:
             return read_vignette(row, seed)
     raise UsageError(f"{path.name} has no vignette {inner!r}: give FILE.jsonl:ID, with its `id`.")
+
+
+def find_cases(name: str, seed: int = 0) -> Iterator[Case]:
+    """The case that a name means, or all of FILE.jsonl, one a row; raises as `find_case` does."""
+    path = Path(name)
+    if path.suffix != ".jsonl" or not path.is_file():
+        yield find_case(name, seed)
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                yield Case.build(json.loads(line), f"{path.name}:{number}")
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path.name}:{number} is no JSON ({error}).") from None
