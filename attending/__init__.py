@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from attending.engine.local import Model
 
 __version__ = "0.1.0"
-__all__ = ["ConsultationEnv", "ConsultationTaskset", "TalkHarness", "load"]
+ENVIRONMENT = ("ConsultationEnv", "ConsultationTaskset", "TalkHarness")
 
 
 def load(source: str | PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> "Model":
@@ -27,9 +27,11 @@ def load(source: str | PathLike[str], *, dtype: str | None = None, device: str =
 
 
 def __getattr__(name: str) -> Any:
-    """What `verifiers` looks for under the id `attending`."""
-    if name not in __all__:
+    """For `verifiers`, which finds an environment by a module's `__all__`; nothing without it."""
+    if name not in ("__all__", *ENVIRONMENT) or find_spec("verifiers") is None:
         raise AttributeError(f"module 'attending' has no attribute {name!r}")
+    if name == "__all__":
+        return ["load", *ENVIRONMENT]
     from attending.verifier import environment
 
     return getattr(environment, name)

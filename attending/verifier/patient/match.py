@@ -23,7 +23,7 @@ SAME = 1.05  # the very words of a phrasing
 SAME_WORDS = 0.05  # added for the share of words, as they are, that two phrasings have in common
 
 
-class Asked(NamedTuple):
+class Heard(NamedTuple):
     """What a message asks for."""
 
     facts: tuple[Fact, ...]  # in the order asked
@@ -49,7 +49,7 @@ class Matcher:
         size = len(self._facts)
         self._weights = {c: math.log((size + 1) / (n + 0.5)) for c, n in counts.items()}
 
-    def asked(self, message: str, told: Collection[str] = ()) -> Asked:
+    def asked(self, message: str, told: Collection[str] = ()) -> Heard:
         """The facts asked for by a message; of near-equal ones, one not `told` yet."""
         parts = _questions(message)
         closed = [part for part in parts if not _is_open(part)]
@@ -64,7 +64,7 @@ class Matcher:
         if not found and not kinds and len(closed) > 1:  # one question in two sentences
             found = {fact.id: fact for fact in self._nearest(" ".join(closed), told)}
         is_ordered = any(map(is_order, parts))
-        return Asked(tuple(found.values()), tuple(kinds.values()), closed != parts, is_ordered)
+        return Heard(tuple(found.values()), tuple(kinds.values()), closed != parts, is_ordered)
 
     def similarity(self, text: str, at: int, words: frozenset[str] | None = None) -> float:
         """How near a text, or some of its concepts, is to a fact's phrasings; at most `SAME`.
