@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attending.cli.terminal import JsonFlag, err, escape, out, print_json, print_table
+from attending.cli.terminal import UNPRINTABLE, JsonFlag, err, escape, out, print_json, print_table
 from attending.errors import AttendingError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ async def _consult(
 
     def heard(said: "Said") -> None:
         if not quiet:
-            out.print(f"[bold]{said.speaker}[/] {escape(said.text)}\n")
+            out.print(f"[bold]{said.speaker}[/] {escape(UNPRINTABLE.sub('', said.text))}\n")
 
     async with AsyncExitStack() as stack:
         opened = {

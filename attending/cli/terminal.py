@@ -4,6 +4,7 @@ Standard output carries the result alone; notes, progress and errors go to stand
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from attending.sources import Progress
+
+# What a model writes must not move the cursor or rewrite the screen.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

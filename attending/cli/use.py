@@ -1,7 +1,6 @@
 """The verbs that use and operate: chat, serve, pull, plan, doctor, report."""
 
 import dataclasses
-import re
 import sys
 import time
 from contextlib import suppress
@@ -12,6 +11,7 @@ import typer
 
 from attending import load
 from attending.cli.terminal import (
+    UNPRINTABLE,
     JsonFlag,
     err,
     escape,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from attending.model.architecture import Architecture
 
 CAUTION = "Its answers may be wrong. It is not a medical device and must not guide care."
-# What a model writes must not move the cursor or rewrite the screen.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def chat(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from attending.cli.use import UNPRINTABLE
+from attending.cli.terminal import UNPRINTABLE
 from tests.engine.folders import write_model
 
 COMMAND = [sys.executable, "-m", "attending.cli"]
