@@ -1,6 +1,7 @@
 """`attending consult`: a doctor model interviews a simulated patient."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from attending.cli.terminal import UNPRINTABLE, JsonFlag, err, escape, out, prin
 from attending.errors import AttendingError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from attending.verifier.consult import Said, Trace
+    from attending.verifier.consult import Trace
     from attending.verifier.judge.verdict import Judge
 
 
@@ -58,7 +59,14 @@ def consult(
     err.print(f"[dim]{escape(DISCLAIMER)}[/]")
     models = {"doctor": model, "patient": patient, "judge": judge}
     how = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    trace = asyncio.run(_consult(found, models, rubric, how, max_turns, allow_self, quiet=as_json))
+
+    def heard(trace: "Trace") -> None:
+        trace.write(to)  # so that an interruption loses nothing
+        said = trace.said[-1]
+        if not as_json:
+            out.print(f"[bold]{said.speaker}[/] {escape(UNPRINTABLE.sub('', said.text))}\n")
+
+    trace = asyncio.run(_consult(found, models, rubric, how, max_turns, allow_self, heard))
     trace.write(to)
     *_, result = trace.rows()
     if as_json:
@@ -80,8 +88,7 @@ async def _consult(
     how: dict[str, Any],
     max_turns: int,
     allow_self: bool,
-    *,
-    quiet: bool,
+    heard: Callable[["Trace"], None],
 ) -> "Trace":
     from attending import endpoint
     from attending.verifier.consult import consult
@@ -93,10 +100,6 @@ async def _consult(
         refuse(own)
     elif rubric:
         raise UsageError(f"{rubric.name} has no row: expected one of HealthBench's form.")
-
-    def heard(said: "Said") -> None:
-        if not quiet:
-            out.print(f"[bold]{said.speaker}[/] {escape(UNPRINTABLE.sub('', said.text))}\n")
 
     async with AsyncExitStack() as stack:
         opened = {

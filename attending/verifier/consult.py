@@ -144,7 +144,7 @@ async def consult(
     rubric: Rubric | None = None,
     allow_self_play: bool = False,
     max_turns: int = 20,
-    heard: Callable[[Said], object] = lambda said: None,
+    heard: Callable[[Trace], object] = lambda trace: None,
     **sampling: Any,
 ) -> Trace:
     """Let a doctor's model interview a patient until one ends it, and judge its last message.
@@ -157,7 +157,7 @@ async def consult(
         rubric: Of one's own; by default one out of the case.
         allow_self_play: Let one model be doctor and patient.
         max_turns: Most replies of the patient.
-        heard: Is given each message as it is said.
+        heard: Is given the trace whenever something was said, so that it may be kept.
         sampling: Of the doctor.
 
     An endpoint's failure ends the trace with its `error`; what was said until then is in it.
@@ -171,9 +171,11 @@ async def consult(
         case, doctor.model, fluent.model if fluent else "embedded", render("doctor", case.language)
     )
 
+    trace.error = "it was interrupted."
+
     def add(said: Said) -> None:
         trace.said.append(said)
-        heard(said)
+        heard(trace)
 
     try:
         add(Said("patient", (turn := patient.open()).text, 0.0, turn=turn))
@@ -193,6 +195,7 @@ async def consult(
             trace.rubric = Rubric(trace.rubric.name, tuple(before), trace.rubric.criteria)
             trace.judge, trace.caution = judge.name, judge.caution
             trace.verdicts = await judge(trace.rubric, answer)
+        trace.error = ""
     except AttendingError as error:
         trace.error = str(error)
         trace.rubric = trace.rubric if trace.verdicts else None

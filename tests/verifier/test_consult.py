@@ -64,7 +64,10 @@ async def test_a_whole_consultation(tmp_path: Path) -> None:
     judge = Scripted(True, False, None)
     heard: list[str] = []
     trace, calls = await interview(
-        judge=judge, rubric=OWN, heard=lambda said: heard.append(said.speaker), temperature=0.0
+        judge=judge,
+        rubric=OWN,
+        heard=lambda trace: heard.append(trace.said[-1].speaker),
+        temperature=0.0,
     )
     assert [said.speaker for said in trace.said] == heard == ["patient", *["doctor", "patient"] * 4]
     assert trace.said[3].text == "Have you vomited?"  # without its thoughts
@@ -109,6 +112,18 @@ async def test_what_was_said_is_kept_where_the_doctor_fails(tmp_path: Path) -> N
     assert "It broke off" in (tmp_path / "trace.html").read_text()
     result = json.loads((tmp_path / "trace.jsonl").read_text().splitlines()[-1])
     assert result["error"] == trace.error and "score" not in result
+
+
+async def test_an_interruption_leaves_what_was_said(tmp_path: Path) -> None:
+    def heard(trace: Trace) -> None:
+        trace.write(tmp_path)
+        if len(trace.said) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await interview(heard=heard)
+    rows = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and rows[-1]["error"] == "it was interrupted."
 
 
 async def test_a_doctor_that_never_ends_is_ended() -> None:
