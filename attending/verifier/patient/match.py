@@ -51,7 +51,9 @@ class Matcher:
 
     def asked(self, message: str, told: Collection[str] = ()) -> Heard:
         """The facts asked for by a message; of near-equal ones, one not `told` yet."""
-        parts = _questions(message)
+        asking = _questions(message)
+        firsts = {clauses[0] for clauses in asking}
+        parts = [clause for clauses in asking for clause in clauses]
         closed = [part for part in parts if not _is_open(part)]
         kinds = {part: named for part in closed if (named := _kind(part))}
         found: dict[str, Fact] = {}
@@ -59,7 +61,7 @@ class Matcher:
             if part in kinds:
                 wanted = self._of_kind(part, kinds[part])
             else:
-                wanted = self._nearest(part, told)
+                wanted = self._nearest(part, told, ENOUGH if part in firsts else ENOUGH_MORE)
             found.update({fact.id: fact for fact in wanted})
         if not found and not kinds and len(closed) > 1:  # one question in two sentences
             found = {fact.id: fact for fact in self._nearest(" ".join(closed), told)}
@@ -101,14 +103,14 @@ class Matcher:
         best, at = max(((near(at), at) for at in range(len(self._facts))), default=(0.0, -1))
         return (best, self._facts[at]) if best else None
 
-    def _nearest(self, text: str, told: Collection[str]) -> list[Fact]:
+    def _nearest(self, text: str, told: Collection[str], enough: float = ENOUGH) -> list[Fact]:
         """The fact whose phrasing is nearest, then one that the rest of the words ask for.
 
         Where the record is closed, as a questionnaire's is, two that are as near are two readings
         of the question: then none is meant, and the doctor is to ask again.
         """
         found: list[Fact] = []
-        left, enough, able = concepts(text), ENOUGH, self._able(text)
+        left, able = concepts(text), self._able(text)
         while left and len(found) < 3:
             ranked = sorted(((self.similarity(text, at, left), at) for at in able), reverse=True)
             if not ranked or ranked[0][0] < enough:
@@ -132,8 +134,8 @@ class Matcher:
         return [at for at, fact in enumerate(self._facts) if fact.access is wanted]
 
 
-def _questions(message: str) -> list[str]:
-    """The sentences that ask or order something; all of them where none is marked as such."""
+def _questions(message: str) -> list[list[str]]:
+    """The sentences that ask or order something, in clauses; all of them if none is marked so."""
     parts = sentences(message)
     request = table("cues")["questions"]["request"]
     asking = [
@@ -143,13 +145,14 @@ def _questions(message: str) -> list[str]:
         or re.search(request, part, re.IGNORECASE)
         or is_order(part)
     ]
-    return [clause for part in asking or parts for clause in _clauses(part)]
+    return [_clauses(part) for part in asking or parts]
 
 
 def _clauses(part: str) -> list[str]:
-    """An order's parts, each an order by itself; a question is left whole."""
+    """The questions of a sentence; an order's parts, each an order by itself."""
     if not is_order(part):
-        return [part]
+        clauses = re.split(table("cues")["questions"]["another"], part, flags=re.IGNORECASE)
+        return clauses if concepts(clauses[0]) else [part]
     verb = re.search(table("cues")["questions"]["order"], part, re.IGNORECASE)
     first, *rest = re.split(r",\s*(?:and )?|\band\b|[，、；]|再|并", part)
     return [first, *(one if is_order(one) else f"{verb[0] if verb else ''} {one}" for one in rest)]
