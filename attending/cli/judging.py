@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attending.cli.terminal import JsonFlag, err, escape, out, print_json, print_table, progress_bar
+from attending.cli.terminal import JsonFlag, err, escape, print_json, print_table, progress_bar
 
 app = typer.Typer(help="The embedded judge: does an answer meet a criterion?")
 KqaArgument = Annotated[Path, typer.Argument(help="K-QA's 201 questions with statements, .jsonl.")]

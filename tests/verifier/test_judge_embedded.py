@@ -125,7 +125,7 @@ def test_evidence_is_what_is_nearest_and_is_measured() -> None:
     assert found.quote == parts[1]
     assert found.text == f"{parts[0]} {parts[1]}"  # in the answer's order
     # of take, 20, tablet and daily three are there; one side says not; 20 is not lost
-    assert found.features == pytest.approx((0.8, 0.6, 0.75, 0.75, 1.0, 0.0))
+    assert found.features == pytest.approx((0.8, 0.6, 1.0, 0.0)) and found.shared == 0.75
     assert nearest(criterion, parts[:1], vectors).features[-1] == 1.0
 
 
