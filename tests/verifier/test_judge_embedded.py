@@ -41,7 +41,7 @@ def folder(tiny: Bert, tmp_path: Path) -> Path:
 
 
 def assert_equal(bert: Bert, peer: BertModel) -> None:
-    ids, segments, mask = tokens = tokenise(bert, TEXTS, 64)
+    ids, segments, mask = tokens = tokenise(bert, TEXTS)
     with torch.no_grad():
         wanted = peer(input_ids=ids, token_type_ids=segments, attention_mask=mask)
     found = encode(bert, tokens, {})
@@ -70,7 +70,7 @@ def test_the_encoder_equals_transformers_on_real_weights(monkeypatch: pytest.Mon
 
 
 def test_an_adapter_adds_its_product_to_a_layer(tiny: Bert) -> None:
-    name, tokens = "encoder.layer.1.intermediate.dense", tokenise(tiny, TEXTS, 64)
+    name, tokens = "encoder.layer.1.intermediate.dense", tokenise(tiny, TEXTS)
     down, up = torch.randn(2, 16), torch.randn(24, 2)
     changed = tiny.weights | {f"{name}.weight": tiny.weights[f"{name}.weight"] + up @ down}  # type: ignore[operator]
     wanted = encode(tiny._replace(weights=changed), tokens, {})

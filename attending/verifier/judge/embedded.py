@@ -31,7 +31,7 @@ SENTENCE = re.compile(
 )
 WORD = re.compile(r"[a-z]{4,}|\d+(?:\.\d+)?|[\u4e00-\u9fff]")
 STEM = 6  # letters that decide whether two words are the same
-KEPT, LONGEST, BATCH = 2, 80, 32  # sentences of evidence, tokens of a pair, pairs at a time
+KEPT, BATCH = 2, 32  # sentences of evidence, pairs at a time
 FEATURES = ("cosine", "next cosine", "one is negated", "lost numbers")
 NOTHING = Verdict(False, "The answer has no sentence.")
 CAUTION = (
@@ -135,7 +135,7 @@ def words(text: str) -> set[str]:
 
 def logits(bert: Bert, weights: Weights, found: Sequence[Evidence]) -> Tensor:
     """One for each evidence, [pairs]; gradients reach the adapter and the head."""
-    tokens = tokenise(bert, [(one.criterion, one.text) for one in found], LONGEST)
+    tokens = tokenise(bert, [(one.criterion, one.text) for one in found])
     seen = torch.tensor([one.features for one in found]) @ weights["head.features"]
     hidden = encode(bert, tokens, weights)[:, 0]
     return hidden @ weights["head.hidden"] + seen + weights["head.bias"]
