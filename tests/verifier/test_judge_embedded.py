@@ -24,6 +24,12 @@ from tests.verifier.tiny_bert import save_tiny_bert
 
 TEXTS = [("take the drug daily", "the drug is not safe. take a dose before meals."), ("a", "pain")]
 
+CRITERIA = (
+    "Aspirin is not safe during pregnancy.",
+    "Aspirin is safe in pregnancy.",
+    "Mastitis needs antibiotics.",
+)
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Bert:
@@ -67,6 +73,14 @@ def test_the_encoder_equals_transformers_on_real_weights(monkeypatch: pytest.Mon
     texts = ["Aspirin thins the blood.", "Aspirin is a blood thinner.", "It rains."]
     first, like, other = (embed(bert, texts)[text] for text in texts)
     assert first @ like > 0.8 > 0.3 > first @ other
+    told = EmbeddedJudge(bert).judge(
+        [
+            (criterion, "Mastitis is common. Aspirin is not safe in pregnancy. Rest helps.")
+            for criterion in CRITERIA
+        ]
+    )
+    assert [verdict.met for verdict in told] == [True, False, False]
+    assert told[0].explanation.startswith("'Aspirin is not safe in pregnancy.': met with")
 
 
 def test_an_adapter_adds_its_product_to_a_layer(tiny: Bert) -> None:
