@@ -24,6 +24,12 @@ from tests.verifier.tiny_bert import save_tiny_bert
 
 TEXTS = [("take the drug daily", "the drug is not safe. take a dose before meals."), ("a", "pain")]
 
+CRITERIA = (
+    "Aspirin is not safe during pregnancy.",
+    "Aspirin is safe in pregnancy.",
+    "Mastitis needs antibiotics.",
+)
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Bert:
@@ -41,7 +47,7 @@ def folder(tiny: Bert, tmp_path: Path) -> Path:
 
 
 def assert_equal(bert: Bert, peer: BertModel) -> None:
-    ids, segments, mask = tokens = tokenise(bert, TEXTS, 64)
+    ids, segments, mask = tokens = tokenise(bert, TEXTS)
     with torch.no_grad():
         wanted = peer(input_ids=ids, token_type_ids=segments, attention_mask=mask)
     found = encode(bert, tokens, {})
@@ -67,10 +73,18 @@ def test_the_encoder_equals_transformers_on_real_weights(monkeypatch: pytest.Mon
     texts = ["Aspirin thins the blood.", "Aspirin is a blood thinner.", "It rains."]
     first, like, other = (embed(bert, texts)[text] for text in texts)
     assert first @ like > 0.8 > 0.3 > first @ other
+    told = EmbeddedJudge(bert).judge(
+        [
+            (criterion, "Mastitis is common. Aspirin is not safe in pregnancy. Rest helps.")
+            for criterion in CRITERIA
+        ]
+    )
+    assert [verdict.met for verdict in told] == [True, False, False]
+    assert told[0].explanation.startswith("'Aspirin is not safe in pregnancy.': met with")
 
 
 def test_an_adapter_adds_its_product_to_a_layer(tiny: Bert) -> None:
-    name, tokens = "encoder.layer.1.intermediate.dense", tokenise(tiny, TEXTS, 64)
+    name, tokens = "encoder.layer.1.intermediate.dense", tokenise(tiny, TEXTS)
     down, up = torch.randn(2, 16), torch.randn(24, 2)
     changed = tiny.weights | {f"{name}.weight": tiny.weights[f"{name}.weight"] + up @ down}  # type: ignore[operator]
     wanted = encode(tiny._replace(weights=changed), tokens, {})
@@ -125,7 +139,7 @@ def test_evidence_is_what_is_nearest_and_is_measured() -> None:
     assert found.quote == parts[1]
     assert found.text == f"{parts[0]} {parts[1]}"  # in the answer's order
     # of take, 20, tablet and daily three are there; one side says not; 20 is not lost
-    assert found.features == pytest.approx((0.8, 0.6, 0.75, 0.75, 1.0, 0.0))
+    assert found.features == pytest.approx((0.8, 0.6, 1.0, 0.0)) and found.shared == 0.75
     assert nearest(criterion, parts[:1], vectors).features[-1] == 1.0
 
 

@@ -31,8 +31,8 @@ SENTENCE = re.compile(
 )
 WORD = re.compile(r"[a-z]{4,}|\d+(?:\.\d+)?|[\u4e00-\u9fff]")
 STEM = 6  # letters that decide whether two words are the same
-KEPT, LONGEST, BATCH = 2, 80, 32  # sentences of evidence, tokens of a pair, pairs at a time
-FEATURES = ("cosine", "next cosine", "words in it", "words in all", "negation", "lost numbers")
+KEPT, BATCH = 2, 32  # sentences of evidence, pairs at a time
+FEATURES = ("cosine", "next cosine", "one is negated", "lost numbers")
 NOTHING = Verdict(False, "The answer has no sentence.")
 CAUTION = (
     "Embedded judge: agreement with constructed labels, macro-F1 {:.2f} ({:.2f} to {:.2f}), not "
@@ -47,6 +47,7 @@ class Evidence(NamedTuple):
     criterion: str
     quote: str  # the nearest sentence
     text: str  # the few nearest, in the answer's order
+    shared: float  # of the criterion's words, in the nearest
     features: tuple[float, ...]
 
 
@@ -121,12 +122,10 @@ def nearest(criterion: str, parts: Sequence[str], known: Weights) -> Evidence:
     features = (
         near[order[0]][0],
         near[order[1]][0] if order[1:] else 0.0,
-        near[order[0]][1],
-        len(wanted & words(text)) / max(1, len(wanted)),
         float(is_negated[0] != is_negated[1]),
         len(numbers - words(text)) / max(1, len(numbers)),
     )
-    return Evidence(criterion, best, text, features)
+    return Evidence(criterion, best, text, near[order[0]][1], features)
 
 
 def words(text: str) -> set[str]:
@@ -136,7 +135,7 @@ def words(text: str) -> set[str]:
 
 def logits(bert: Bert, weights: Weights, found: Sequence[Evidence]) -> Tensor:
     """One for each evidence, [pairs]; gradients reach the adapter and the head."""
-    tokens = tokenise(bert, [(one.criterion, one.text) for one in found], LONGEST)
+    tokens = tokenise(bert, [(one.criterion, one.text) for one in found])
     seen = torch.tensor([one.features for one in found]) @ weights["head.features"]
     hidden = encode(bert, tokens, weights)[:, 0]
     return hidden @ weights["head.hidden"] + seen + weights["head.bias"]

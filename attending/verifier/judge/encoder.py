@@ -20,7 +20,7 @@ from attending.errors import CheckpointError
 Weights = Mapping[str, Tensor]  # of an adapter: LINEAR.down [rank, in] and LINEAR.up [out, rank]
 INPUTS = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
 MIXED, WIDE, NARROW = "attention.output.dense", "intermediate.dense", "output.dense"
-TEXTS, LONGEST = 64, 64  # embedded at a time; tokens of one
+TEXTS, LONGEST = 64, 80  # embedded at a time; tokens of a text or of a pair
 
 
 class Bert(NamedTuple):
@@ -53,6 +53,7 @@ def load_bert(folder: Path) -> Bert:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_padding()
+        tokenizer.enable_truncation(LONGEST, strategy="longest_first")
         bert = Bert(load_file(folder / "model.safetensors"), config, tokenizer, {})
         if (config["model_type"], config["hidden_act"]) != ("bert", "gelu"):
             raise ValueError("its config.json is not one of a BERT with gelu")
@@ -92,9 +93,8 @@ def encode(bert: Bert, tokens: Tensor, adapter: Weights) -> Tensor:
     return x
 
 
-def tokenise(bert: Bert, texts: Sequence[str | tuple[str, str]], longest: int) -> Tensor:
+def tokenise(bert: Bert, texts: Sequence[str | tuple[str, str]]) -> Tensor:
     """Ids, segments and mask [3, texts, tokens], padded; of a pair the longer text is cut first."""
-    bert.tokenizer.enable_truncation(longest, strategy="longest_first")
     rows = bert.tokenizer.encode_batch(list(texts))
     tokens = torch.zeros(3, len(rows), max(len(row.ids) for row in rows), dtype=torch.int64)
     for i, row in enumerate(rows):
@@ -108,7 +108,7 @@ def embed(bert: Bert, texts: Iterable[str]) -> dict[str, Tensor]:
     new = sorted({*texts} - bert.known.keys(), key=lambda text: (len(text), text))  # little padding
     for start in range(0, len(new), TEXTS):
         some = new[start : start + TEXTS]
-        tokens = tokenise(bert, some, LONGEST)
+        tokens = tokenise(bert, some)
         total = (encode(bert, tokens, {}) * tokens[2][..., None]).sum(1)
         bert.known.update(zip(some, functional.normalize(total, dim=-1), strict=True))
     return bert.known

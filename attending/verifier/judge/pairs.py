@@ -26,7 +26,9 @@ from attending.verifier.judge.encoder import Bert, Weights, embed
 RULES = tomllib.loads(
     (resources.files("attending.verifier.judge") / "reword.toml").read_text("utf-8")
 )
-DROP, LISTING, DULL = (re.compile(RULES[name]) for name in ("drop", "listing", "boilerplate"))
+DROP, LISTING, SUBJECT, DULL = (
+    re.compile(RULES[name]) for name in ("drop", "listing", "subject", "boilerplate")
+)
 SYNONYM = re.compile(rf"\b({'|'.join(sorted(RULES['synonyms'], key=len, reverse=True))})\b")
 STATEMENT = re.compile(r"[A-Z](?:\S+ ){5,34}\S+\.")
 PARTS = {"train": slice(101), "tune": slice(101, 141), "report": slice(141, 201)}
@@ -76,8 +78,17 @@ def read_kqa(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: hashlib.sha256(row["Question"].encode()).hexdigest())
 
 
-def kqa_cases(rows: Rows, part: str, weight: float = 1.0, documents: Rows = ()) -> Iterator[Case]:
-    """Every statement of a part; siblings share the diagnosis (to train: within the part)."""
+def kqa_cases(
+    rows: Rows,
+    part: str,
+    weight: float = 1.0,
+    documents: Rows = (),
+    rng: random.Random | None = None,
+) -> Iterator[Case]:
+    """Every statement of a part, half of them in other words again where there is an `rng`.
+
+    Siblings share the diagnosis; those to train on are of the same part.
+    """
     chosen = rows[PARTS[part]]
     others = chosen if part == "train" else rows
     for row in chosen:
@@ -88,7 +99,10 @@ def kqa_cases(rows: Rows, part: str, weight: float = 1.0, documents: Rows = ()) 
         near += [one["answer"] for one in documents if one["focus"].lower() in subject]
         siblings = [sentences(text)[:LONGEST] for text in near[:3]]
         for text in filter(str.strip, (*row["Must_have"], *row["Nice_to_have"])):
-            yield Case(text.strip(), parts, siblings, row["Question"], weight)
+            statement = (
+                text.strip() if rng is None or rng.random() < 0.5 else reword(text.strip(), rng)
+            )
+            yield Case(statement, parts, siblings, row["Question"], weight)
 
 
 def medquad_cases(documents: Rows, kqa: Rows, count: int, rng: random.Random) -> Iterator[Case]:
@@ -119,6 +133,8 @@ def reword(sentence: str, rng: random.Random) -> str:
         sentence = f"{listing[1]} {rng.choice(items).strip()}."
     text, swap = DROP.sub("", sentence).strip(), RULES["synonyms"]
     text = SYNONYM.sub(lambda hit: swap[hit[1]] if rng.random() < 0.7 else hit[1], text)
+    if rng.random() < 0.3:
+        text = SUBJECT.sub("It", text)
     return text[:1].upper() + text[1:]
 
 

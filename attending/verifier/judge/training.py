@@ -57,7 +57,7 @@ def run(
     documents = pairs.read_rows(files[1], "focus", "synonyms", "answer")
     state = out.with_name(f"{out.name}.state.safetensors")
     with artifact.publish(out) as draft:
-        cases = [*pairs.kqa_cases(rows, "train", config.kqa_weight, documents)]
+        cases = [*pairs.kqa_cases(rows, "train", config.kqa_weight, documents, rng)]
         cases += pairs.medquad_cases(documents, rows, config.documents, rng)
         progress(0, None, f"embedding the answers of {len(cases):,} statements")
         made = pairs.construct(bert, cases, rng)
@@ -131,11 +131,11 @@ def calibrate(bert: Bert, weights: dict[str, Tensor], tune: Sequence[Pair]) -> N
 
 
 def measure(bert: Bert, weights: Weights, made: Sequence[Pair]) -> tuple[Values, Values, Values]:
-    """Probability, label and features of each pair."""
+    """Of each pair the probability, the label, and the cosine and shared words [pairs, 2]."""
     found = embedded.gather(bert, [pair[:2] for pair in made])
     chance = embedded.probabilities(bert, weights, found).double().clamp(1e-6, 1 - 1e-6).numpy()
     met = np.array([pair.met for pair in made], np.float64)
-    return chance, met, np.array([one.features for one in found])
+    return chance, met, np.array([(one.features[0], one.shared) for one in found])
 
 
 def platt(logits: Values, met: Values) -> tuple[float, float]:
@@ -185,7 +185,7 @@ def report(bert: Bert, weights: Weights, kqa: Path) -> dict[str, Any]:
     _, tune_met, tuned = measure(bert, weights, tune)
     chance, met, features = measure(bert, weights, made)
     said = {"embedded": chance >= float(weights["threshold"])}
-    for name, at in (("cosine", 0), ("word overlap", 2)):
+    for at, name in enumerate(("cosine", "word overlap")):
         said[name] = features[:, at] >= best_threshold(tuned[:, at], tune_met)
     is_kind = {kind: np.array([pair.kind == kind for pair in made]) for kind in KINDS}
     clusters = np.unique([pair.cluster for pair in made], return_inverse=True)[1]
