@@ -60,8 +60,8 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     rows = [
         [name, *(_cell(result[judge].get(name)) for judge in judges)] for name in result[judges[0]]
     ]
-    print_table(["agreement with constructed labels (95 %)", *judges], rows)
+    print_table(["constructed labels", *judges], rows)
 
 
 def _cell(figure: list[float] | None) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(*figure) if figure else ""
+    return "{:.2f} ({:.2f}-{:.2f})".format(*figure) if figure else ""
