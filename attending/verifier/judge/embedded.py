@@ -36,8 +36,9 @@ FEATURES = ("cosine", "next cosine", "one is negated", "lost numbers")
 NOTHING = Verdict(False, "The answer has no sentence.")
 CAUTION = (
     "Embedded judge: agreement with constructed labels, macro-F1 {:.2f} ({:.2f} to {:.2f}), not "
-    "with physicians; it knows English statements of fact, and a criterion that is an instruction "
-    "('Advises ...', 'Does not mention ...') is outside what it was trained on."
+    "with physicians; it misses what an answer says in quite other words, knows English only, and "
+    "a criterion that is an instruction ('Advises ...', 'Does not mention ...') is outside what it "
+    "was trained on."
 )
 
 
