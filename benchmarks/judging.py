@@ -43,7 +43,8 @@ def work(path: Path) -> list[tuple[Rubric, str]]:
     """Questions that have enough statements, with the physician's answer."""
     found = []
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        texts = list(dict.fromkeys(row["Must_have"] + row["Nice_to_have"]))[:CRITERIA]
+        told = (text.strip() for text in row["Must_have"] + row["Nice_to_have"])
+        texts = [*dict.fromkeys(filter(None, told))][:CRITERIA]
         if len(texts) == CRITERIA:
             criteria = tuple(Criterion(text, 5) for text in texts)
             turns = ({"role": "user", "content": row["Question"]},)

@@ -176,6 +176,21 @@ def test_an_answer_without_sentences_meets_nothing(tiny: Bert, folder: Path) -> 
     assert mixed[0] == found[0] and "'the drug is safe.'" in mixed[1].explanation
 
 
+def test_the_words_that_make_a_criterion_are_not_part_of_its_statement(
+    tiny: Bert, folder: Path
+) -> None:
+    judge = EmbeddedJudge(tiny, folder)
+    criteria = ("States: the drug is not safe.", "the drug is not safe.")
+    [made, plain] = asyncio.run(judge(rubric(*criteria), TEXTS[0][1]))
+    assert made == plain
+
+
+def test_what_is_not_english_is_unscored(tiny: Bert, folder: Path) -> None:
+    judge = EmbeddedJudge(tiny, folder)
+    verdicts = asyncio.run(judge(rubric("指出：需要住院。"), "您需要住院。"))
+    assert [verdict.met for verdict in verdicts] == [None]
+
+
 def test_an_empty_criterion_is_refused(tiny: Bert, folder: Path) -> None:
     with pytest.raises(UsageError, match="without text"):
         EmbeddedJudge(tiny, folder).judge([(" ", "the drug")])

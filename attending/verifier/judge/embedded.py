@@ -20,9 +20,11 @@ from torch import Tensor
 
 from attending import sources
 from attending.errors import CheckpointError, UsageError
+from attending.overlap import HAN
 from attending.verifier.contradict import NEGATED
 from attending.verifier.judge.encoder import Bert, Weights, embed, encode, load_bert, tokenise
 from attending.verifier.judge.verdict import Verdict
+from attending.verifier.rubric.reference import statement_of
 from attending.verifier.rubric.schema import Rubric
 
 SHIPPED = Path(str(resources.files("attending.verifier.judge") / "weights"))
@@ -33,6 +35,7 @@ WORD = re.compile(r"[a-z]{4,}|\d+(?:\.\d+)?|[\u4e00-\u9fff]")
 STEM = 6  # letters that decide whether two words are the same
 KEPT, BATCH = 2, 32  # sentences of evidence, pairs at a time
 FEATURES = ("cosine", "next cosine", "one is negated", "lost numbers")
+FOREIGN = Verdict(None, "The embedded judge reads English only.")
 NOTHING = Verdict(False, "The answer has no sentence.")
 CAUTION = (
     "Embedded judge: agreement with constructed labels, macro-F1 {:.2f} ({:.2f} to {:.2f}), not "
@@ -74,7 +77,9 @@ class EmbeddedJudge:
 
     async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
         """A verdict for each criterion, with the sentence it rests on and the probability."""
-        pairs = [(criterion.text, answer) for criterion in rubric.criteria]
+        pairs = [(statement_of(criterion.text), answer) for criterion in rubric.criteria]
+        if any(re.search(f"[{HAN}]", text) for pair in pairs for text in pair):
+            return [FOREIGN] * len(pairs)
         return await asyncio.to_thread(self.judge, pairs)
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:

@@ -38,6 +38,7 @@ SUBJECT = re.compile(
 )
 COMMA = re.compile(r",\s*(?:and |or )?(?![^(]*\))|、|以及|和|及")
 CONJUNCTION = re.compile(WORDS["conjunction"])
+LEADS = [form.partition("{}")[0] for form in WORDS["wording"].values()]
 SINGULAR, PLURAL = ("is", "was", "has", "does"), ("are", "were", "have", "do")
 HANZI = re.compile(f"[{HAN}]")
 
@@ -162,6 +163,11 @@ def _items(text: str) -> list[str]:
             head, end = ("", "。") if HANZI.search(hit[0]) else (" ", ".")
             return [f"{text[: hit.end()]}{head}{one}{end}" for one in listed]
     return [text]
+
+
+def statement_of(criterion: str) -> str:
+    """What a criterion made here states, without the words that make it one."""
+    return re.sub(rf"^(?:{'|'.join(map(re.escape, LEADS))})", "", criterion)
 
 
 def _worded(text: str, is_case: bool = False) -> str:
