@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from attending.endpoint import Endpoint
-from attending.errors import AttendingError, UsageError
+from attending.errors import AttendingError, ConfigError, ReplyError, UsageError
 from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.patient.case import Access, Case
 from attending.verifier.patient.scores import fact_score, personification_score, privacy_score
@@ -19,6 +19,7 @@ from attending.verifier.patient.simulator import Patient, PatientOptions, Turn, 
 from attending.verifier.rubric.reference import from_reference, weigh
 from attending.verifier.rubric.schema import Rubric
 from attending.verifier.rubric.score import affine_score, bounds, score
+from attending.verifier.rules.rule import answer_of
 
 DISCLAIMER = (
     "A simulated consultation. The patient is no person, the doctor is a language model, and "
@@ -54,7 +55,8 @@ class Trace:
     caution: str = ""
     rubric: Rubric | None = None
     verdicts: list[Verdict] = field(default_factory=list)
-    cost: float | None = None  # of the doctor's, the patient's and the judge's endpoint, if known
+    cost: float | None = None  # of all endpoints asked, if their prices are known
+    tokens: int = 0  # that all endpoints wrote
 
     @property
     def turns(self) -> list[Turn]:
@@ -71,8 +73,8 @@ class Trace:
         return {
             "turns": float(len(self.turns) - 1),
             **{f"{k}_share": len({*v} & told) / len(v) if v else None for k, v in shares.items()},
-            "privacy": privacy_score(self.turns),
-            "fact": fact_score(self.turns),
+            "privacy": privacy_score(self.case, self.turns),
+            "fact": fact_score(self.case, self.turns),
             "personification": personification_score(self.case, self.turns),
         }
 
@@ -103,13 +105,13 @@ class Trace:
             self.rubric.criteria if self.rubric else (), self.verdicts, strict=True
         ):
             yield {"kind": "criterion", **asdict(one), **verdict._asdict()}
-        tokens = [s.output_tokens for s in self.said if s.speaker == "doctor"]
         yield {
             "kind": "result",
             **self.measures(),
             **self.scores(),
             "caution": self.caution,
-            "output_tokens": None if None in tokens else sum(t or 0 for t in tokens),
+            "ended": self.turns[-1].end if self.turns else "",
+            "output_tokens": self.tokens,
             "cost": self.cost,
             "error": self.error,
         }
@@ -178,38 +180,53 @@ async def consult(
         heard(trace)
 
     try:
-        add(Said("patient", (turn := patient.open()).text, 0.0, turn=turn))
+        turn = patient.open()
+        base = (rubric or case_rubric(case, patient.conversation)) if judge else None
+        add(Said("patient", turn.text, 0.0, turn=turn))
         while not turn.end:
             system = {"role": "system", "content": trace.instructions}
             reply = await doctor.chat([system, *patient.conversation], **sampling)
-            text = reply.text.rpartition("</think>")[2].strip()
             counts = (reply.input_tokens, reply.output_tokens, reply.finish_reason)
-            add(Said("doctor", text, reply.latency_seconds, *counts))
+            add(Said("doctor", answer_of(reply.text) or "", reply.latency_seconds, *counts))
+            if not trace.said[-1].text:
+                raise ReplyError(
+                    f"{doctor.model} wrote no answer, or only thoughts: more max_tokens?"
+                )
             start = time.monotonic()
-            turn = await patient.answer(text)
+            turn = await patient.answer(trace.said[-1].text)
             add(Said("patient", turn.text, time.monotonic() - start, turn=turn))
-        if judge:
-            answer = next(said.text for said in reversed(trace.said) if said.speaker == "doctor")
-            before = patient.conversation[:-2]
-            trace.rubric = rubric or case_rubric(case, before)
-            trace.rubric = Rubric(trace.rubric.name, tuple(before), trace.rubric.criteria)
+        if judge and base and turn.end != "turns":  # else nothing was concluded
+            before = tuple(patient.conversation[:-2])
             trace.judge, trace.caution = judge.name, judge.caution
-            trace.verdicts = await judge(trace.rubric, answer)
+            asked = Rubric(base.name, before, base.criteria)
+            trace.verdicts = await judge(asked, trace.said[-2].text)
+            trace.rubric = asked
         trace.error = ""
     except AttendingError as error:
         trace.error = str(error)
-        trace.rubric = trace.rubric if trace.verdicts else None
-    spent = [endpoint.totals.cost for endpoint in (doctor, fluent) if endpoint]
+    asked_of = [doctor, *([fluent] if fluent else []), *(judge.endpoints if judge else ())]
+    spent = [endpoint.totals.cost for endpoint in asked_of]
     trace.cost = None if None in spent else sum(cost or 0.0 for cost in spent)
+    trace.tokens = sum(endpoint.totals.output_tokens for endpoint in asked_of)
     return trace
 
 
 def case_rubric(case: Case, conversation: Sequence[Message]) -> Rubric:
-    """Out of the case's reference answer, its diagnosis and its weighty facts; without a model."""
+    """Out of the case's reference answer, its diagnosis and its weighty facts; without a model.
+
+    Raises:
+        ConfigError: The case has neither a reference nor a diagnosis: give a rubric of your own.
+    """
     told = case.reference
     if case.diagnosis and case.diagnosis.lower() not in told.lower():
         words = {"en": f"The diagnosis is {case.diagnosis}.", "zh": f"诊断是{case.diagnosis}。"}
         told = f"{words[case.language]} {told}"
-    facts = [fact.text for fact in case.facts if fact.present and fact.access is Access.TELL]
-    facts = [text for text in facts if not told.strip() or weigh(text) > weigh("")]
-    return from_reference(case.id, conversation, told, facts)
+    if not told.strip():
+        raise ConfigError(
+            f"case {case.id} has neither a diagnosis nor a reference answer to judge by: give a "
+            "rubric of your own, or judge nothing."
+        )
+    facts = [f for f in case.of(Access.TELL) if f.present and f.kind != "person"]
+    return from_reference(
+        case.id, conversation, told, [f.text for f in facts if weigh(f.text) > weigh("")]
+    )

@@ -21,6 +21,7 @@ from attending.verifier.consult import Said, Trace, case_rubric
 from attending.verifier.judge.ask import EndpointJudge
 from attending.verifier.patient.case import Case
 from attending.verifier.patient.simulator import Patient, PatientOptions, Turn
+from attending.verifier.rules.rule import answer_of
 from attending.verifier.taskset import Consultation, ConsultationTaskset, TalkHarness
 
 __all__ = ["ConsultationEnv", "ConsultationTaskset", "TalkHarness"]
@@ -80,7 +81,7 @@ class ConsultationEnv(vf.Env[ConsultationConfig]):
         async with agents.doctor.interaction(task) as talk:
             turn = patient.open()
             while not turn.end:
-                said = (await talk.turn(turn.text)).last_reply.rpartition("</think>")[2].strip()
+                said = answer_of((await talk.turn(turn.text)).last_reply)
                 if not said:
                     break
                 turn = await patient.answer(said)
@@ -102,7 +103,7 @@ class ConsultationEnv(vf.Env[ConsultationConfig]):
             trace.info |= {"judge": self._judge.name, "caution": self._judge.caution}
             trace.info["criteria"] = [row for row in record.rows() if row["kind"] == "criterion"]
         measures, scores = record.measures(), record.scores()
-        measures["faults"] = sum(len(turn.faults) + len(turn.said_faults) for turn in record.turns)
+        measures["faults"] = float(sum(len(turn.faults) for turn in record.turns))
         measures["unscored"] = scores.get("unscored")
         trace.record_metrics({name: value for name, value in measures.items() if value is not None})
         if (reward := scores.get("affine_score")) is not None:

@@ -28,7 +28,7 @@ CASE = find_case("appendicitis")
 class Scripted:
     """A judge that meets what it is told to."""
 
-    name, caution = "scripted", "A judge for tests."
+    name, caution, endpoints = "scripted", "A judge for tests.", ()
 
     def __init__(self, *met: bool | None) -> None:
         self.met, self.seen = met, list[tuple[Rubric, str]]()
@@ -129,11 +129,30 @@ async def test_an_interruption_leaves_what_was_said(tmp_path: Path) -> None:
 async def test_a_doctor_that_never_ends_is_ended() -> None:
     trace, calls = await interview(("Any fever?",) * 9, max_turns=3)
     assert (trace.turns[-1].end, len(calls)) == ("turns", 3)
+    assert trace.turns[-1].revealed == ("fever",)  # its last answer is said nevertheless
+
+
+async def test_what_was_never_concluded_is_not_judged() -> None:
+    judge = Scripted(True)
+    trace, _ = await interview(("Any fever?",) * 9, max_turns=3, judge=judge, rubric=OWN)
+    assert judge.seen == [] and trace.scores() == {} and not trace.error
+
+
+async def test_a_case_without_anything_to_judge_by_is_refused_before_it_costs() -> None:
+    bare = CASE.replace(diagnosis="", reference="")
+
+    async def behave(call: Call) -> None:
+        raise AssertionError("asked")
+
+    async with asking(behave) as (server, endpoint):
+        trace = await consult(bare, endpoint, judge=Scripted(True))
+    assert "neither a diagnosis nor a reference" in trace.error and server.calls == []
 
 
 async def test_an_empty_answer_of_the_doctor_is_an_error_of_the_trace() -> None:
-    trace, _ = await interview(("<think>only thoughts</think>",))
-    assert "empty message" in trace.error
+    for said in ("<think>only thoughts</think>", "<think>You have appendicitis. I should"):
+        trace, _ = await interview((said,), judge=Scripted(True), rubric=OWN)
+        assert "only thoughts" in trace.error and trace.scores() == {}
 
 
 async def test_one_model_as_doctor_and_patient_is_refused() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from attending.errors import UsageError
+from attending.verifier.patient.case import Access
 from attending.verifier.patient.faults import Fault, form_faults
 from attending.verifier.patient.find import find_case
 from attending.verifier.patient.gate import End, concluded
@@ -80,7 +81,6 @@ async def test_the_patient_tells_what_is_asked(question: str, told: list[str]) -
     assert sorted(turn.revealed) == sorted(told)
     says = {fact.id: fact.says for fact in patient.case.facts}
     assert all(lay(says[name], patient.case.persona) in turn.text for name in told)
-    assert turn.said_faults == ()
 
 
 async def test_findings_are_not_the_patients_words() -> None:
@@ -89,7 +89,7 @@ async def test_findings_are_not_the_patients_words() -> None:
     turn = await patient.answer("I'd like to order an ultrasound of your abdomen.")
     assert turn.text.startswith("[Findings] Ultrasound shows")
     turn = await patient.answer("Let me do an ECG.")
-    assert turn.revealed == () and "Nothing of note is recorded" in turn.text
+    assert turn.revealed == () and "No result of that is on record" in turn.text
 
 
 async def test_open_questions_bring_one_symptom_at_a_time() -> None:
@@ -178,7 +178,7 @@ async def test_a_faulty_wording_is_refused_and_asked_for_again(text: str, fault:
 
     turn, _ = await reply(say, "How bad is the pain, out of ten?")
     assert turn.text == "A 7 out of 10." and turn.tries == 2
-    assert fault in turn.faults and turn.said_faults == ()
+    assert fault in turn.faults
 
 
 async def test_the_model_of_the_factual_unit_is_heard() -> None:
@@ -200,7 +200,7 @@ async def test_after_the_last_try_the_rules_speak() -> None:
     turn, steps = await reply(say, "How bad is the pain?", max_tries=2)
     assert "I'd say it is a 7 out of 10." in turn.text
     assert steps.count("affective") == 2
-    assert turn.faults == (Fault.LEAK, Fault.FABRICATION) * 2 and turn.said_faults == ()
+    assert turn.faults == (Fault.LEAK, Fault.FABRICATION) * 2
 
 
 async def test_the_gate_of_an_endpoint_ends_it() -> None:
@@ -218,21 +218,52 @@ def test_faults_of_form() -> None:
 
 
 def test_scores_by_hand() -> None:
-    turns = [
-        Turn("Hello."),
-        Turn("a", ("x",), ("x",)),
-        Turn("b", ("x",), ("x", "y")),
-        Turn("c", said_faults=(Fault.CONTRADICTION,)),
-        Turn("d", said_faults=(Fault.REPETITION,)),
-    ]
-    assert privacy_score(turns) == 3 / 4
-    assert fact_score(turns) == 3 / 4
-    assert privacy_score(turns[:1]) is fact_score(turns[:1]) is None
     case = find_case("appendicitis")  # ISTP, low literacy, short of money
+    turns = [
+        Turn("Hello. My belly has been hurting since yesterday.", (), ("pain",)),
+        Turn("I smoke about ten a day.", ("smoke",), ("smoke",)),
+        Turn("I smoke about ten a day. Penicillin gave me a rash once.", ("smoke",), ("smoke",)),
+        Turn("I don't smoke about ten a day.", ("smoke",), ("smoke",)),
+        Turn("It is a 9 out of 10.", ("intensity",), ("intensity",)),
+        Turn("I'm not sure what you mean. Could you ask that another way?"),
+        Turn(
+            "All right. [Findings] The temperature is 38.1 °C.", ("temperature",), ("temperature",)
+        ),
+    ]
+    assert privacy_score(case, turns) == 5 / 6
+    assert fact_score(case, turns) == 4 / 6
+    assert privacy_score(case, turns[:1]) is fact_score(case, turns[:1]) is None
     plain = [Turn("Hello."), Turn("It hurts.")]
     assert personification_score(case, plain) == 1.0
     chatty = [*plain, Turn("What can we do? I am worried about my dyspnea.")]
     assert personification_score(case, chatty) == (0.0 + 0.5) / 2
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("Any nausea or loss of appetite?", {"nausea", "appetite"}),
+        ("Have you had fever, diarrhea or burning when you pee?", {"fever", "bowels", "urine"}),
+        ("Are you allergic to anything, and do you take any medicines?", {"allergy", "medication"}),
+        ("Let me take your temperature. Does coughing hurt?", {"temperature", "worse"}),
+        ("Can I check your blood pressure?", {"pulse"}),
+        ("I'll check your vitals and press on your belly.", {"temperature", "pulse", "abdomen"}),
+        ("Let me order a CBC.", {"blood"}),
+        ("I'd like to get an MRI.", set()),
+    ],
+)
+async def test_several_things_in_one_message(message: str, told: set[str]) -> None:
+    patient = Patient(find_case("appendicitis"))
+    patient.open()
+    turn = await patient.answer(message)
+    assert {*turn.revealed} == told
+    findings = {fact.id for fact in patient.case.of(Access.EXAMINE)} & told
+    assert ("[Findings]" in turn.text) == bool(findings or not told)
+    if findings and told - findings:  # the patient's words first, then the record's
+        spoken, _, found = turn.text.partition("[Findings]")
+        facts = {fact.id: fact.says for fact in patient.case.facts}
+        assert all(facts[name] in found for name in findings)
+        assert all(facts[name] in spoken for name in told - findings)
 
 
 def test_concepts_join_lay_and_clinical_words() -> None:

@@ -59,6 +59,11 @@ def test_a_vignette_keeps_every_fact_in_its_words_and_types_it() -> None:
     assert "CC BY" in found.source
 
 
+def test_only_an_answer_that_is_a_diagnosis_is_one() -> None:
+    assert read_vignette(ROW).diagnosis == "Acute pyelonephritis"
+    assert read_vignette(ROW | {"question": "Which drug is best?"}).diagnosis == ""
+
+
 def test_what_answers_the_question_is_never_told() -> None:
     row = ROW | {"facts": ["1. A 34-year-old woman has fever.", "2. She has acute pyelonephritis."]}
     assert read_vignette(row).facts[1].access is Access.NEVER
@@ -169,6 +174,8 @@ def test_a_drawn_case_has_what_its_condition_lists_and_denies_the_rest(tmp_path:
             if fact.id == "E_54" and fact.present:
                 assert fact.says == "I would describe the pain as cramping."
                 assert fact.text == "Do you have E_54? a cramp"
+            if fact.id in ("E_54", "E_56") and "E_53" in so:
+                assert fact.present  # whose pain has no place and no strength?
             if fact.id == "E_91" and not fact.present:
                 assert fact.says == table("ddxplus")["E_91"]["deny"]
 

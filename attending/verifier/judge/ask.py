@@ -89,8 +89,8 @@ class EndpointJudge:
             policy: What is judged; a judge that is the same model is refused.
             allow_self_grading: Take it nevertheless.
         """
-        self._replicas = [endpoints] if isinstance(endpoints, Endpoint) else [*endpoints]
-        names = {endpoint.model for endpoint in self._replicas}
+        self.endpoints = [endpoints] if isinstance(endpoints, Endpoint) else [*endpoints]
+        names = {endpoint.model for endpoint in self.endpoints}
         if len(names) != 1:
             raise UsageError(f"replicas of one judge serve one model, not {sorted(names)}.")
         if policy is not None and policy.model in names and not allow_self_grading:
@@ -99,7 +99,7 @@ class EndpointJudge:
                 "Name another judge, or allow self-grading."
             )
         self.options = options or JudgeOptions()
-        self.name, self.caution = self._replicas[0].model, CAUTION
+        self.name, self.caution = self.endpoints[0].model, CAUTION
         self.verdicts = self.unscored = 0
         """What was asked for so far, and how much of it had no judge's word in the end."""
 
@@ -110,8 +110,8 @@ class EndpointJudge:
             CheckFailed: Too many verdicts of the run are unscored.
         """
         prefix = _conversation(rubric.conversation, answer)
-        where = int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:4]) % len(self._replicas)
-        endpoint, criteria = self._replicas[where], rubric.criteria
+        where = int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:4]) % len(self.endpoints)
+        endpoint, criteria = self.endpoints[where], rubric.criteria
         order = sorted(range(len(criteria)), key=lambda at: criteria[at].points < 0)
         found: dict[int, Verdict] = {}
         for part in (order[:1], order[1:]):

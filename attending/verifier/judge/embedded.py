@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from attending import sources
+from attending.endpoint import Endpoint
 from attending.errors import CheckpointError, UsageError
 from attending.overlap import HAN
 from attending.verifier.contradict import NEGATED
@@ -68,6 +69,7 @@ class EmbeddedJudge:
     """
 
     name = "embedded"
+    endpoints: tuple[Endpoint, ...] = ()
 
     def __init__(self, bert: Bert | None = None, folder: Path = SHIPPED) -> None:
         self.bert = bert or load_bert(sources.resolve("judge").path)

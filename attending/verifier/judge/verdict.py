@@ -1,7 +1,9 @@
 """What every judge returns, and what it is."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from attending.endpoint import Endpoint
 from attending.verifier.rubric.schema import Rubric
 
 
@@ -21,6 +23,10 @@ class Judge(Protocol):
     """Of the model that judges; scores under different judges are not compared."""
     caution: str
     """What must be printed beside its verdicts; empty where nothing is known about it."""
+
+    @property
+    def endpoints(self) -> Sequence[Endpoint]:
+        """Who is asked, for their totals; none for the embedded one."""
 
     async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
         """A verdict for each criterion, in the rubric's order."""

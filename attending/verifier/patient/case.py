@@ -46,6 +46,8 @@ class Fact(Config):
     """What the patient says, or what is found, when it is asked for; a whole sentence."""
     asks: tuple[str, ...] = ()
     """Phrasings that ask for it, beside its own words."""
+    detail_of: str = ""
+    """The id of the fact that this one tells more about."""
     present: bool = True
     """False: known not to be so; `says` denies it."""
 

@@ -68,7 +68,8 @@ class DDXPlus:
             first = next(c for c in (*row["symptoms"], *row["antecedents"]) if self._fits(c, sex))
         so.add(first)
         so |= {self._parent(code) for code in so} & self.evidences.keys()
-        facts = [self._fact(code, code in so, draw) for code in self.evidences]
+        so |= {code for code in listed if self._parent(code) in so}  # whose pain has no place?
+        facts = [self._fact(code, so, draw) for code in self.evidences]
         complaint = next(fact for fact in facts if fact.id == first)
         return Case.build(
             {
@@ -87,20 +88,23 @@ class DDXPlus:
     def _fits(self, code: str, sex: str) -> bool:
         return sex == "female" or code not in table("ddxplus")["female"]
 
-    def _fact(self, code: str, so: bool, draw: random.Random) -> Fact:
-        """An evidence with a value drawn, or its denial."""
-        row, words = self.evidences[code], table("ddxplus")[code]
-        question, nothing = row["question_en"].strip(), table("ddxplus")["nothing"]
-        text, says = f"{question} No.", words["deny"]
-        if so:
+    def _fact(self, code: str, so: set[str], draw: random.Random) -> Fact:
+        """An evidence with a value drawn, its denial, or no idea where only its parent is so."""
+        row, words, parent = self.evidences[code], table("ddxplus")[code], self._parent(code)
+        question = row["question_en"].strip()
+        text, asks = f"{question} No.", (question, *words["asks"])
+        says = table("ddxplus")["vague"] if parent in so - {code} else words["deny"]
+        if code in so:
             meanings = {key: each["en"] for key, each in row["value_meaning"].items()}
+            nothing = table("ddxplus")["nothing"]
             options = [v for v in row["possible-values"] if meanings.get(v, v) not in nothing]
             value = draw.choice(options) if options else ""
             meaning = str(meanings.get(value, value))
-            text = f"{question} {meaning or 'Yes.'}"
             better = table("ddxplus")["locations"] | words.get("values", {})
-            says = words["tell"].replace("{value}", better.get(meaning, meaning))
-        asks = (question, *words["asks"])
+            said = better.get(meaning, meaning)
+            text = f"{question} {meaning or 'Yes.'}"
+            says = words["tell"].replace("{value}", said)
+            asks += tuple(form.replace("{value}", said) for form in words.get("asks_value", ()))
         return Fact(
             id=code,
             text=text,
@@ -108,7 +112,8 @@ class DDXPlus:
             kind=words["kind"],
             says=says,
             asks=asks,
-            present=so,
+            detail_of=parent if parent in self.evidences and parent != code else "",
+            present=code in so,
         )
 
 

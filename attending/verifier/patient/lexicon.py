@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from importlib import resources
 from typing import Any
 
-from attending.overlap import normalise
+from attending.overlap import HAN, normalise
 
 LONGEST = 6  # words in a phrase of the table
 
@@ -40,9 +40,16 @@ def stem(word: str) -> str:
 
 @lru_cache(maxsize=65536)
 def stems(text: str) -> tuple[str, ...]:
-    """Of every token; a Han character is its own."""
+    """Of every word; of Han text each two characters in a row, between those without meaning."""
     plain = re.sub(r"[’']s\b|[’']", "", text)
-    return tuple(map(stem, normalise(plain)))
+    empty = table("lexicon")["stop_han"]
+    found: list[str] = []
+    for part in re.split(rf"((?:(?![{empty}])[{HAN}])+)", plain):
+        if re.match(f"[{HAN}]", part) and not re.match(f"[{empty}]", part):
+            found += [part[at : at + 2] for at in range(max(1, len(part) - 1))]
+        else:
+            found += [stem(token) for token in normalise(part) if not re.match(f"[{HAN}]", token)]
+    return tuple(found)
 
 
 @lru_cache(maxsize=65536)

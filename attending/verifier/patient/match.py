@@ -1,13 +1,14 @@
-"""Which facts a doctor's message asks for: retrieval by concepts, without a model.
+"""What a doctor's message asks for: retrieval by concepts, without a model.
 
 A question is compared with every phrasing of every fact, those that are not so included: what is
-nearest to a fact that the patient does not have is answered with no, not with a neighbour.
+nearest to a fact that the patient does not have is answered with no, not with a neighbour. An order
+brings the findings that are about what is to be examined (`cues.toml`, topics).
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from attending.verifier.patient.case import Access, Case, Fact
@@ -16,126 +17,167 @@ from attending.verifier.sentences import sentences
 
 UNKNOWN = 3.0  # weight of a word that no fact has: it speaks against every fact
 ENOUGH = 0.40  # of the cosine, for a fact to be what is asked
-ENOUGH_MORE = 0.75  # for a further fact, of what the first one leaves unexplained
+ENOUGH_APART = 0.85  # for one of several things named in a question, or for the rest of its words
+OWN = 0.3  # from which a thing named is a part of what the whole question is about
 NEAR = 0.8  # of the best: the second is then as likely meant
 SECOND = 0.3  # what a fact's second nearest phrasing counts
+ALL = 0.95  # nothing in the question, nor in the phrasing, is left over
 SAME = 1.05  # the very words of a phrasing
 SAME_WORDS = 0.05  # added for the share of words, as they are, that two phrasings have in common
+SINCE = re.compile(r"\b(?:hour|day|week|month|year)s?\b|\bsince\b|[天周月年]", re.IGNORECASE)
 
 
 class Heard(NamedTuple):
     """What a message asks for."""
 
-    facts: tuple[Fact, ...]  # in the order asked
+    told: tuple[Fact, ...]  # the patient's to tell, in the order asked
+    found: tuple[Fact, ...]  # findings of what was ordered
     kinds: tuple[str, ...]  # kinds of facts asked for as a whole
     is_open: bool  # anything at all: "what brings you here?", "anything else?"
     is_order: bool  # an examination or a test is to be done
+    is_unclear: bool  # a question has two readings
 
 
 class Matcher:
     """Of one case."""
 
     def __init__(self, case: Case) -> None:
-        """Index every phrasing; facts that nobody may reveal are never found."""
-        self._facts = [fact for fact in case.facts if fact.access is not Access.NEVER]
-        self._is_closed = any(not fact.present for fact in self._facts)
-        texts = [dict.fromkeys(fact.asks or (fact.text, fact.says)) for fact in self._facts]
-        self._bags = [
-            [(c, frozenset(stems(t))) for t in one if (c := concepts(t))] for one in texts
-        ]
-        self._said = [tuple(map(concepts, (fact.says, fact.text))) for fact in self._facts]
-        self._own = [frozenset[str]().union(*(bag for bag, _ in one)) for one in self._bags]
+        """Index every phrasing of what the patient can tell."""
+        self.facts = case.of(Access.TELL)
+        self._findings = case.of(Access.EXAMINE)
+        self._is_closed = any(not fact.present for fact in self.facts)
+        bags = [self._bags_of(fact) for fact in self.facts]
+        self._bags = bags
+        self._own = [frozenset[str]().union(*(bag for bag, _ in one)) for one in bags]
         counts = Counter(concept for own in self._own for concept in own)
-        size = len(self._facts)
+        size = len(self.facts)
         self._weights = {c: math.log((size + 1) / (n + 0.5)) for c, n in counts.items()}
 
-    def asked(self, message: str, told: Collection[str] = ()) -> Heard:
-        """The facts asked for by a message; of near-equal ones, one not `told` yet."""
-        asking = _questions(message)
-        firsts = {clauses[0] for clauses in asking}
-        parts = [clause for clauses in asking for clause in clauses]
-        closed = [part for part in parts if not _is_open(part)]
-        kinds = {part: named for part in closed if (named := _kind(part))}
-        found: dict[str, Fact] = {}
-        for part in closed:
-            if part in kinds:
-                wanted = self._of_kind(part, kinds[part])
+    def heard(self, message: str, told: Collection[str] = ()) -> Heard:
+        """What a message asks for; of findings and near-equal facts first those not `told` yet."""
+        asking = list(_questions(message))
+        questions = [part for part in asking if not is_open(part) and not is_order(part)]
+        orders = [part for part in asking if is_order(part)]
+        found = {fact.id: fact for part in orders for fact in self._findings_of(part, told)}
+        kinds: dict[str, None] = {}
+        answers: dict[str, Fact] = {}
+        is_unclear = False
+        for part in [*questions, *(part for part in orders if not self._findings_of(part))]:
+            if kind := _kind(part):
+                kinds[kind] = None
+                answers.update({f.id: f for f in self.facts if f.kind == kind and f.present})
             else:
-                wanted = self._nearest(part, told, ENOUGH if part in firsts else ENOUGH_MORE)
-            found.update({fact.id: fact for fact in wanted})
-        if not found and not kinds and len(closed) > 1:  # one question in two sentences
-            found = {fact.id: fact for fact in self._nearest(" ".join(closed), told)}
-        is_ordered = any(map(is_order, parts))
-        return Heard(tuple(found.values()), tuple(kinds.values()), closed != parts, is_ordered)
+                wanted, unclear = self._wanted(part, told)
+                answers.update({fact.id: fact for fact in wanted})
+                is_unclear |= unclear and part not in orders
+        if not answers and not kinds and len(questions) > 1:  # one question in two sentences
+            answers = {fact.id: fact for fact in self._wanted(" ".join(questions), told)[0]}
+        is_asked = any(map(is_open, asking))
+        return Heard(
+            (*answers.values(),), (*found.values(),), (*kinds,), is_asked, bool(orders), is_unclear
+        )
 
-    def similarity(self, text: str, at: int, words: frozenset[str] | None = None) -> float:
-        """How near a text, or some of its concepts, is to a fact's phrasings; at most `SAME`.
+    def similarity(self, text: str, at: int) -> float:
+        """How near a text is to a fact's phrasings; at most `SAME`.
 
         The cosine of weighted concept sets with the nearest phrasing, and with the second; where
         several facts have the same concepts, the one that says it in the same words wins.
         """
-        question = concepts(text) if words is None else words
-        size, weigh, literal = self._size(question), self._weights, frozenset(stems(text))
+        question, literal = concepts(text), frozenset(stems(text))
         first = second = 0.0
         for bag, word in self._bags[at]:
+            if literal == word:
+                return SAME
             if shared := question & bag:
-                near = sum(weigh[c] for c in shared) / math.sqrt(size * self._size(bag))
+                near = self._size(shared) / math.sqrt(self._size(question) * self._size(bag))
                 near += SAME_WORDS * len(literal & word) / len(literal | word)
-                if literal == word:
-                    return SAME
                 first, second = max(first, near), max(second, min(first, near))
         return first if len(self._bags[at]) < 2 else (1 - SECOND) * first + SECOND * second
 
     def _size(self, words: frozenset[str]) -> float:
         return sum(self._weights.get(concept, UNKNOWN) for concept in words)
 
-    def stated(self, text: str) -> tuple[float, Fact] | None:
-        """The fact of any access whose words a statement is nearest to, and the cosine."""
-        said = concepts(text)
+    def _bags_of(self, fact: Fact) -> list[tuple[frozenset[str], frozenset[str]]]:
+        """Concepts and stems of each phrasing; without any, those of what the fact says."""
+        texts = dict.fromkeys(fact.asks or (fact.text, fact.says))
+        is_dated = not fact.asks and fact.kind != "person" and SINCE.search(fact.text)
+        since = {"DURATION", "ONSET"} if is_dated else set[str]()
+        return [(c | since, frozenset(stems(t))) for t in texts if (c := concepts(t))]
 
-        def near(at: int) -> float:
-            return max(
-                sum(self._weights.get(c, UNKNOWN) for c in said & own)
-                / (math.sqrt(self._size(said) * self._size(own)) or 1.0)
-                for own in self._said[at]
-            )
+    def _wanted(self, part: str, told: Collection[str]) -> tuple[list[Fact], bool]:
+        """The facts that a question is about, and whether it has two readings.
 
-        best, at = max(((near(at), at) for at in range(len(self._facts))), default=(0.0, -1))
-        return (best, self._facts[at]) if best else None
-
-    def _nearest(self, text: str, told: Collection[str], enough: float = ENOUGH) -> list[Fact]:
-        """The fact whose phrasing is nearest, then one that the rest of the words ask for.
-
-        Where the record is closed, as a questionnaire's is, two that are as near are two readings
-        of the question: then none is meant, and the doctor is to ask again.
+        First the whole question, then each of the things that it names.
         """
-        found: list[Fact] = []
-        left, able = concepts(text), self._able(text)
-        while left and len(found) < 3:
-            ranked = sorted(((self.similarity(text, at, left), at) for at in able), reverse=True)
-            if not ranked or ranked[0][0] < enough:
-                break
-            near = [at for score, at in ranked if score >= NEAR * ranked[0][0]]
-            if self._is_closed and len(near) > 1 and ranked[0][0] < SAME:
-                break
-            at = next((at for at in near if self._facts[at].id not in told), near[0])
-            found.append(self._facts[at])
-            left, enough = (left - self._own[at]) & self._weights.keys(), ENOUGH_MORE
-        return found
+        whole, is_unclear = self._nearest(part, told, ENOUGH)
+        if whole is None and concepts(part) <= {"DURATION", "ONSET", "LOCATION"}:
+            return self._of_complaint(part), False
+        found = [] if whole is None else [whole]
+        apart = list(_things(part))
+        if len(apart) > 1:
+            at = self.facts.index(whole) if whole else -1
+            each = [
+                whole
+                if whole and self.similarity(thing, at) >= OWN
+                else self._nearest(thing, told, ENOUGH_APART)[0]
+                for thing in apart
+            ]
+            named = list({fact.id: fact for fact in each if fact}.values())
+            found = named if len(named) > 1 else found
+        return found, is_unclear and not found
 
-    def _of_kind(self, text: str, kind: str) -> list[Fact]:
-        """All present facts of a kind that the question can bring out."""
-        facts = (self._facts[at] for at in self._able(text))
-        return [fact for fact in facts if fact.kind == kind and fact.present]
+    def _nearest(self, text: str, told: Collection[str], enough: float) -> tuple[Fact | None, bool]:
+        """The fact whose phrasing is nearest; None, and that it is unclear, where two are as near.
 
-    def _able(self, text: str) -> list[int]:
-        """What a question can bring out: findings for an order, else what the patient tells."""
-        wanted = Access.EXAMINE if is_order(text) else Access.TELL
-        return [at for at, fact in enumerate(self._facts) if fact.access is wanted]
+        Only a closed record, as a questionnaire's is, makes a question unclear. Of a fact and its
+        details the fact is meant, of details of one fact the nearest.
+        """
+        ranked = sorted(
+            ((self.similarity(text, at), at) for at in range(len(self.facts))), reverse=True
+        )
+        if not ranked or ranked[0][0] < enough:
+            return None, False
+        best = ranked[0][0]
+        near = [self.facts[at] for score, at in ranked if score >= NEAR * best]
+        if len(near) == 1 or best >= SAME or (best >= ALL and near[0].detail_of and _alike(near)):
+            return near[0], False
+        whole = next((f for f in near if all(g is f or g.detail_of == f.id for g in near)), None)
+        if whole and self.similarity(text, self.facts.index(whole)) >= ALL:
+            return whole, False
+        if self._is_closed:
+            return None, True
+        return next((fact for fact in near if fact.id not in told), near[0]), False
+
+    def _of_complaint(self, part: str) -> list[Fact]:
+        """Since when, or where, of nothing named: the first fact that says so."""
+        asked = concepts(part)
+        told = (f for at, f in enumerate(self.facts) if f.present and asked & self._own[at])
+        return [fact for fact, _ in zip(told, range(1), strict=False)]
+
+    def _findings_of(self, part: str, told: Collection[str] = ()) -> list[Fact]:
+        """What is found by an order: by phrasings of its own, by topic, or by kind."""
+        by_kind = _kind(part)
+        words, literal = concepts(part), part.lower()
+        topics = [
+            re.compile(t, re.I)
+            for t in table("cues")["topics"].values()
+            if re.search(t, literal, re.I)
+        ]
+        found = [
+            fact
+            for fact in self._findings
+            if fact.present
+            and (
+                fact.kind == by_kind
+                or any(topic.search(fact.text) for topic in topics)
+                or any(concepts(ask) and concepts(ask) <= words for ask in fact.asks)
+            )
+        ]
+        return sorted(found, key=lambda fact: fact.id in told)
 
 
-def _questions(message: str) -> list[list[str]]:
-    """The sentences that ask or order something, in clauses; all of them if none is marked so."""
+def _questions(message: str) -> Iterator[str]:
+    """What asks or orders something, in clauses; all sentences where none is marked as such."""
     parts = sentences(message)
     request = table("cues")["questions"]["request"]
     asking = [
@@ -145,17 +187,20 @@ def _questions(message: str) -> list[list[str]]:
         or re.search(request, part, re.IGNORECASE)
         or is_order(part)
     ]
-    return [_clauses(part) for part in asking or parts]
-
-
-def _clauses(part: str) -> list[str]:
-    """The questions of a sentence; an order's parts, each an order by itself."""
-    if not is_order(part):
+    for part in asking or parts:
         clauses = re.split(table("cues")["questions"]["another"], part, flags=re.IGNORECASE)
-        return clauses if concepts(clauses[0]) else [part]
-    verb = re.search(table("cues")["questions"]["order"], part, re.IGNORECASE)
-    first, *rest = re.split(r",\s*(?:and )?|\band\b|[，、；]|再|并", part)
-    return [first, *(one if is_order(one) else f"{verb[0] if verb else ''} {one}" for one in rest)]
+        yield from clauses if concepts(clauses[0]) else [part]
+
+
+def _things(part: str) -> Iterator[str]:
+    """What a question names one beside another: "fever, chills or sweats"."""
+    for thing in re.split(table("cues")["questions"]["beside"], part, flags=re.IGNORECASE):
+        if concepts(thing):
+            yield thing
+
+
+def _alike(facts: Sequence[Fact]) -> bool:
+    return len({fact.detail_of for fact in facts}) == 1
 
 
 def _kind(part: str) -> str:
@@ -165,7 +210,8 @@ def _kind(part: str) -> str:
     return next((kind for kind, phrases in kinds if asked in map(concepts, phrases)), "")
 
 
-def _is_open(part: str) -> bool:
+def is_open(part: str) -> bool:
+    """Whether a question asks for anything at all."""
     return bool(re.search(table("cues")["questions"]["open"], part, re.IGNORECASE))
 
 

@@ -22,15 +22,13 @@ from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import UsageError
 from attending.verifier.ask import ask
-from attending.verifier.patient import speech
+from attending.verifier.patient import factual, speech
 from attending.verifier.patient.case import Access, Case, Fact
 from attending.verifier.patient.faults import Fault, form_faults
 from attending.verifier.patient.gate import End, concluded
-from attending.verifier.patient.lexicon import concepts, denies
-from attending.verifier.patient.match import Matcher
-from attending.verifier.sentences import sentences
+from attending.verifier.patient.lexicon import concepts
+from attending.verifier.patient.match import Heard, Matcher
 
-LEAKED = 0.55  # cosine from which a sentence states a fact that was not asked for
 MOST_FINDINGS = 8  # told to one order
 
 
@@ -76,7 +74,6 @@ class Turn:
     revealed: tuple[str, ...] = ()  # ids of the facts said, those that are not so included
     end: str = ""  # why the consultation is over: an `End`, or "turns"
     faults: tuple[Fault, ...] = ()  # of the refused wordings, one after another
-    said_faults: tuple[Fault, ...] = ()  # of this text
     tries: int = 0  # of the endpoint
 
 
@@ -117,17 +114,29 @@ class Patient:
             raise UsageError(f"the consultation has ended ({self.turns[-1].end}).")
         if end := await self._gate(message):
             return self._say(message, Turn(self._phrase("goodbye"), end=end))
-        facts, plain = self._answer_by_rules(message)
+        heard = self._matcher.heard(message, self._told)
+        facts = [*heard.told]
+        if heard.is_open:
+            facts += self._next_untold(facts)
+        found, plain = heard.found[:MOST_FINDINGS], self._plain(heard, facts, message)
         asked = tuple(fact.id for fact in facts)
         turn = Turn(plain, asked, asked)
-        is_findings = any(fact.access is Access.EXAMINE for fact in facts)
-        if self._endpoint and not is_findings:  # findings are the record's words, not the patient's
+        if self._endpoint and (plain or not found):
             turn = await self._word(message, facts, plain)
-        elif not is_findings:
-            turn = replace(turn, said_faults=tuple(self._faults(plain, facts)))
+        if found or (heard.is_order and not facts):
+            turn = self._with_findings(turn, found)
         if len(self.turns) >= self.options.max_turns:
-            turn = Turn(self._phrase("goodbye"), end="turns")
+            turn = replace(turn, end="turns")
         return self._say(message, turn)
+
+    def _with_findings(self, turn: Turn, found: Sequence[Fact]) -> Turn:
+        """The record's words after the patient's: nobody words a finding."""
+        label = self._phrase("findings") if found else self._phrase("nothing_found")
+        text = " ".join(part for part in (turn.text, label, *(f.says for f in found)) if part)
+        names = tuple(fact.id for fact in found)
+        return replace(
+            turn, text=text, asked=(*turn.asked, *names), revealed=(*turn.revealed, *names)
+        )
 
     def _say(self, message: str | None, turn: Turn) -> Turn:
         if message is not None:
@@ -140,29 +149,22 @@ class Patient:
     def _phrase(self, name: str) -> str:
         return speech.pick(self.case, len(self.turns), name)
 
-    def _answer_by_rules(self, message: str) -> tuple[list[Fact], str]:
-        """What may be said, and the embedded wording of it."""
-        asked = self._matcher.asked(message, self._told)
-        facts = [*asked.facts[:MOST_FINDINGS]]
-        if asked.is_open:
-            facts += self._next_untold(facts)
-        if facts and facts[0].access is Access.EXAMINE:
-            label = self._phrase("findings")
-            return facts, " ".join([label, *(fact.says for fact in facts)])
+    def _plain(self, heard: Heard, facts: Sequence[Fact], message: str) -> str:
+        """The embedded wording of what may be said; empty where only findings are asked for."""
         if facts:
-            return facts, speech.reply(self.case, facts, len(self.turns))
-        if asked.is_order:
-            manner = speech.pick(self.case, len(self.turns), "order", self.case.persona.finances)
-            return [], f"{manner} {self._phrase('nothing_found')}"
-        if asked.is_open:
-            return [], self._phrase("nothing_else")
-        if asked.kinds:
-            none = any(fact.kind in asked.kinds and not fact.present for fact in self.case.facts)
-            return [], self._phrase("deny" if none else "unknown")
-        if not re.search(r"[?？]", message):
-            return [], self._phrase("acknowledge")
-        is_clear = any(concept.isupper() for concept in concepts(message))
-        return [], self._phrase("unknown" if is_clear else "unclear")
+            return speech.reply(self.case, facts, len(self.turns))
+        if heard.is_order:
+            manner = self.case.persona.finances
+            return "" if heard.found else speech.pick(self.case, len(self.turns), "order", manner)
+        if heard.is_open:
+            return self._phrase("nothing_else")
+        if heard.kinds:
+            is_closed = any(not fact.present for fact in self.case.facts)
+            return self._phrase("particular" if is_closed else "unknown")
+        if not re.search(r"[?？]", message) and not heard.is_unclear:
+            return self._phrase("acknowledge")
+        known = any(concept.isupper() for concept in concepts(message))
+        return self._phrase("unknown" if known and not heard.is_unclear else "unclear")
 
     def _next_untold(self, besides: Sequence[Fact]) -> list[Fact]:
         """One more symptom, for a question that asks for anything; at first the complaint."""
@@ -202,17 +204,15 @@ class Patient:
                 seed=tries,
             )
             text = reply.text.rpartition("</think>")[2].strip()
-            found = self._faults(text, facts) or await self._refused_by_model(text, facts)
+            found = form_faults(text, [turn.text for turn in self.turns])
+            found += factual.faults(self.case, text, facts, self._told)
+            found = found or await self._refused_by_model(text, facts)
             if not found:
-                return Turn(text, asked, self.revealed(text, facts), "", (*faults,), (), tries)
+                said = factual.revealed(self.case, text, facts)
+                return Turn(text, asked, said, "", (*faults,), tries)
             faults += found
             refused.append(", ".join(found))
-        own = tuple(self._faults(plain, facts))
-        return Turn(plain, asked, asked, "", (*faults,), own, self.options.max_tries)
-
-    def _faults(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
-        earlier = [turn.text for turn in self.turns]
-        return form_faults(text, earlier) + self.factual_faults(text, facts)
+        return Turn(plain, asked, asked, "", (*faults,), self.options.max_tries)
 
     async def _refused_by_model(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
         """The factual unit's own judgement, after the rules found nothing."""
@@ -230,46 +230,6 @@ class Patient:
             "invents": Fault.FABRICATION,
         }
         return [kind for name, kind in kinds.items() if found[name]]
-
-    def factual_faults(self, text: str, facts: Sequence[Fact]) -> list[Fault]:
-        """The rules' part of the factual unit, of any wording of some facts.
-
-        A leak is a sentence nearer to a fact that is so and was neither asked for nor told than to
-        any that was; a contradiction denies what is so, or the reverse; a number must be known.
-        """
-        found = []
-        allowed = {fact.id: fact for fact in facts}
-        known = [fact for fact in self.case.facts if fact.id in self._told] + list(facts)
-        if set(self.revealed(text, facts)) - allowed.keys() - self._told:
-            found.append(Fault.LEAK)
-        for part in sentences(text):
-            words = concepts(part)
-            for fact in facts:
-                own = concepts(fact.says)
-                same = len(words & own) >= 0.7 * len(own) > 0
-                if same and denies(part) != denies(fact.says) and Fault.CONTRADICTION not in found:
-                    found.append(Fault.CONTRADICTION)
-        numbers = set(re.findall(r"\d+(?:\.\d+)?", text))
-        stated = " ".join([*(f"{fact.text} {fact.says}" for fact in known), self.case.complaint])
-        if numbers - set(re.findall(r"\d+(?:\.\d+)?", stated)):
-            found.append(Fault.FABRICATION)
-        return found
-
-    def revealed(self, text: str, facts: Sequence[Fact] = ()) -> tuple[str, ...]:
-        """The facts that a reply states: those meant, as far as said, and any other it is near."""
-        meant = {fact.id: fact for fact in facts}
-        found: dict[str, None] = {}
-        for part in sentences(text):
-            if part.rstrip().endswith(("?", "？")):
-                continue
-            words = concepts(part)
-            near = self._matcher.stated(part)
-            said = [f for f in meant.values() if len(words & concepts(f.says)) >= 0.5 * len(words)]
-            if said:
-                found.update(dict.fromkeys(fact.id for fact in said))
-            elif near and near[0] >= LEAKED and near[1].present and not denies(part):
-                found[near[1].id] = None
-        return tuple(found)
 
     async def _check(self, name: str, form: type[Config], **values: Any) -> dict[str, bool]:
         """Yes or no from a unit's model; its reason is not kept."""
