@@ -68,6 +68,7 @@ class EmbeddedJudge:
     """
 
     name = "embedded"
+    endpoints = ()
 
     def __init__(self, bert: Bert | None = None, folder: Path = SHIPPED) -> None:
         self.bert = bert or load_bert(sources.resolve("judge").path)

@@ -1,7 +1,9 @@
 """What every judge returns, and what it is."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from attending.endpoint import Endpoint
 from attending.verifier.rubric.schema import Rubric
 
 
@@ -12,6 +14,8 @@ class Verdict(NamedTuple):
     """None is unscored: no judge's word was to be had. It is never counted as met or not met."""
     explanation: str
     """The judge's reason; of an unscored one, what failed. Empty where the verdict was cached."""
+    cached: bool = False
+    """From the endpoint's cache, which keeps no reason."""
 
 
 class Judge(Protocol):
@@ -21,6 +25,10 @@ class Judge(Protocol):
     """Of the model that judges; scores under different judges are not compared."""
     caution: str
     """What must be printed beside its verdicts; empty where nothing is known about it."""
+
+    @property
+    def endpoints(self) -> Sequence[Endpoint]:
+        """Where it asks, for tokens and cost; the embedded one nowhere."""
 
     async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
         """A verdict for each criterion, in the rubric's order."""
