@@ -53,9 +53,8 @@ def work(path: Path) -> list[tuple[Rubric, str]]:
 
 
 async def ours(served: Endpoint, answers: Sequence[tuple[Rubric, str]]) -> int:
-    options = JudgeOptions(max_tokens=TOKENS, max_unscored_share=1.0)
-    judge = EndpointJudge(served, options)
-    async for _ in judge_all(judge, answers, options.conversations_at_once):
+    judge = EndpointJudge(served, JudgeOptions(max_tokens=TOKENS, max_unscored_share=1.0))
+    async for _ in judge_all(judge, answers):
         pass
     return judge.verdicts
 

@@ -2,7 +2,7 @@
 
 An endpoint that has JSON schemas is held to the form's; one that refuses the parameter is asked
 without it, and the text is parsed strictly in any case. What is not exactly the form raises
-ReplyError and is asked for again, a bounded number of times. Nothing is guessed.
+ReplyError and is asked for again, a bounded number of times and warmer. Nothing is guessed.
 """
 
 import asyncio
@@ -20,12 +20,19 @@ from attending.endpoint import Endpoint, Messages, Reply
 from attending.errors import EndpointError, ReplyError
 
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+# What ends before the object; an object that quotes the tag begins with none.
+THOUGHTS = re.compile(r"\A(?!\{|```).*?</think>\s*(?=\{|```)", re.DOTALL)
 LONGEST = 20_000  # characters of a reply that is read
-TRIES = 4  # for one well-formed reply that is not kept
+TRIES = 4  # for one well-formed reply
+WARM = 0.3  # temperature of a further try, at least: at 0 it would bring the same
 NO_PARAMETER = {400, 404, 415, 422, 501}  # what servers answer to a parameter that they lack
 Form = TypeVar("Form", bound=BaseModel)
 T = TypeVar("T")
 _without_schema: WeakSet[Endpoint] = WeakSet()
+
+
+class _AgainError(Exception):
+    """A malformed reply; no ReplyError, for which `Endpoint.derived` would ask the same again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +44,12 @@ class Answered(Generic[Form]):
 
 
 def parse(text: str, form: type[Form]) -> Form:
-    """The object that is the whole text, a code fence or closed thoughts aside.
+    """The object that is the whole text, a code fence or thoughts before it aside.
 
     Raises:
         ReplyError: It is none, has a key twice, or is not of the form; nothing of it is quoted.
     """
-    text = text.rpartition("</think>")[2].strip() if len(text) <= LONGEST else ""
+    text = THOUGHTS.sub("", text.strip()) if len(text) <= LONGEST else ""
     if fenced := FENCE.fullmatch(text):
         text = fenced[1]
 
@@ -70,7 +77,7 @@ async def ask(
     schema: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> Answered[Form]:
-    """An object of this form, asked for again while it is malformed.
+    """An object of this form, asked for again while it is malformed: warmer, with the next seed.
 
     Args:
         endpoint: Who is asked.
@@ -87,28 +94,34 @@ async def ask(
         EndpointError, ReplyError: No try brought an answer, or a well-formed one.
     """
     read: list[Form] = []
+    faults: list[str] = []
 
     def derive(reply: Reply) -> Any:
         if reply.finish_reason == "length":
-            raise ReplyError(f"the {kind} reply is cut: allow more max_tokens.")
-        found = parse(reply.text, form)
+            raise _AgainError(f"the {kind} reply is cut: allow more max_tokens.")
+        try:
+            found = parse(reply.text, form)
+        except ReplyError as error:
+            raise _AgainError(str(error)) from None
         if not is_whole(found):
-            raise ReplyError(f"the {kind} reply names something twice, not at all, or too much.")
+            raise _AgainError(f"the {kind} reply names something twice, not at all, or too much.")
         read.append(found)
         return keep(found) if keep else None
 
     async def attempt(**how: Any) -> Answered[Form]:
-        if keep:
-            told = await endpoint.derived(messages, derive, kind=kind, **how)
-            return Answered(None if told.cached else read[-1], told.value)
-        for left in reversed(range(TRIES)):
+        for tries in range(TRIES):
+            if tries:
+                how["temperature"] = max(WARM, sampling.get("temperature", 1.0))
+                how["seed"] = sampling.get("seed", 0) + tries
             try:
+                if keep:
+                    told = await endpoint.derived(messages, derive, kind=kind, **how)
+                    return Answered(None if told.cached else read[-1], told.value)
                 derive(await endpoint.chat(messages, **how))
-                break
-            except ReplyError:
-                if not left:
-                    raise
-        return Answered(read[-1])
+                return Answered(read[-1])
+            except _AgainError as error:
+                faults.append(str(error))
+        raise ReplyError(faults[-1])
 
     if endpoint in _without_schema:
         return await attempt(**sampling)
@@ -117,7 +130,7 @@ async def ask(
         asked = {"type": "json_schema", "json_schema": held}
         return await attempt(response_format=asked, **sampling)
     except EndpointError as error:
-        if error.status not in NO_PARAMETER:
+        if faults or error.status not in NO_PARAMETER:
             raise
         found = await attempt(**sampling)  # refused for another reason, this raises as well
         _without_schema.add(endpoint)

@@ -25,7 +25,17 @@ def test_what_is_no_case_is_named_with_its_row(tmp_path: Path) -> None:
     file = tmp_path / "cases.jsonl"
     with pytest.raises(UsageError, match=r"cases\.jsonl' is no"):
         [*find_cases(str(file))]
-    for text, wrong in (('\n{"id": 1', r"cases\.jsonl:2 is no JSON"), ("{}", r"cases\.jsonl:1")):
-        file.write_text(text)
+    for data, wrong in (
+        (b'\n{"id": 1', r"cases\.jsonl:2 is no JSON"),
+        (b"\xff", r"cases\.jsonl:1 is no JSON"),
+        (b"\n\n[1]", r"cases\.jsonl:3 is no object"),
+        (b"null", r"cases\.jsonl:1 is no object"),
+    ):
+        file.write_bytes(data)
         with pytest.raises(ConfigError, match=wrong):
             [*find_cases(str(file))]
+        with pytest.raises(ConfigError, match=wrong):
+            find_case(f"{file}:7")
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match=r"cases\.jsonl:1"):
+        [*find_cases(str(file))]

@@ -13,21 +13,29 @@ from typer.testing import CliRunner
 
 from attending import cli
 from attending.errors import AttendingError, ConfigError, UsageError
+from attending.verifier.judge.ask import CAUTION
 
 SCRIPT = ["Where does it hurt?", "You have acute appendicitis. Go to the hospital today."]
 
 
 @contextmanager
-def doctor(script: list[str]) -> Iterator[str]:
-    """An endpoint that says these, one after another, and then fails."""
+def doctor(
+    script: list[str], served: tuple[str, ...] = ("scripted",), seen: list[Any] | None = None
+) -> Iterator[str]:
+    """An endpoint that says these, one after another, and then fails; its `judge` says yes."""
     left = list(script)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.reply(200, {"data": [{"id": "scripted"}]})
+            self.reply(200, {"data": [{"id": name} for name in served]})
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if seen is not None:
+                seen.append((body["model"], self.headers["authorization"]))
+            if body["model"] == "judge":
+                form = body["response_format"]["json_schema"]["schema"]["properties"]
+                left.insert(0, json.dumps({name: name != "explanation" or "why" for name in form}))
             if not left:
                 self.reply(400, {"error": {"message": "no more"}})
                 return
@@ -96,10 +104,22 @@ def test_what_is_wrong_is_said_before_anything_is_asked(tmp_path: Path) -> None:
     twice.write_text(json.dumps(row | {"rubrics": [criterion, criterion]}))
     zero = tmp_path / "zero.jsonl"
     zero.write_text(json.dumps(row | {"rubrics": [criterion | {"points": 11}]}))
+    two, none = tmp_path / "two.jsonl", tmp_path / "none.jsonl"
+    two.write_text(2 * (json.dumps(row | {"rubrics": [criterion]}) + "\n"))
+    none.write_text("\n")
     with doctor([]) as url:
         for options, error, text in (
             (["--rubric", str(twice)], ConfigError, "Each statement counts once"),
             (["--rubric", str(zero)], ConfigError, "zero.jsonl:1: criterion .* has 11 points"),
+            (["--rubric", str(two)], UsageError, "two.jsonl has 2 rows: .* one row"),
+            (["--rubric", str(none)], UsageError, "none.jsonl has 0 rows"),
+            (["--judge-price", "3", "--judge", url], UsageError, "'3'.*IN,OUT"),
+            (["--model-price", "1,x"], UsageError, "'1,x'.*IN,OUT"),
+            (["--model-price", "1,-2"], ConfigError, "greater than or equal to 0"),
+            (["--model-key-variable", "NO_KEY_HERE"], UsageError, "NO_KEY_HERE must hold"),
+            (["--cache", str(tmp_path / "c")], UsageError, "name one with --judge"),
+            (["--judge", "embedded", "--judge-id", "x"], UsageError, "name one with --judge"),
+            (["--patient-price", "1,2"], UsageError, "name one with --patient"),
             (["--judge", url], UsageError, "it would grade itself"),
             (["--patient", url], UsageError, "would be doctor and patient"),
         ):
@@ -107,6 +127,9 @@ def test_what_is_wrong_is_said_before_anything_is_asked(tmp_path: Path) -> None:
             assert isinstance(done.exception, error)
             with pytest.raises(error, match=text):
                 raise done.exception
+    for option, value in (("--max-turns", "0"), ("--rubric", str(tmp_path / "absent.jsonl"))):
+        done = run("consult", "appendicitis", "default", option, value)
+        assert done.exit_code == 2 and "Invalid value" in done.stderr
     done = run("consult", "apendicitis", "default")
     assert isinstance(done.exception, UsageError) and "appendicitis" in str(done.exception)
 
@@ -118,3 +141,35 @@ def test_without_the_judges_base_nothing_is_judged_and_it_is_said(tmp_path: Path
         assert "score" not in json.loads(done.stdout)
         done = run("consult", "appendicitis", url, "--judge", "embedded", "--out", str(tmp_path))
         assert isinstance(done.exception, AttendingError) and "pull judge" in str(done.exception)
+
+
+def test_hosted_models_have_ids_keys_prices_and_the_judge_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCTORS_KEY", "sk-doctor")
+    monkeypatch.setenv("JUDGES_KEY", "sk-judge")
+    criterion = {"criterion": "Names appendicitis.", "points": 5, "tags": []}
+    row = {"prompt_id": "r", "prompt": [{"role": "user", "content": "x"}], "rubrics": [criterion]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    cache = tmp_path / "new" / "verdicts.sqlite"
+    asked = list[list[Any]]()
+    for as_json in (["--json"], []):
+        asked.append([])
+        with doctor(SCRIPT[1:], ("scripted", "judge"), asked[-1]) as url:
+            named = [f"--judge={url}", "--judge-id=judge", "--judge-key-variable=JUDGES_KEY"]
+            named += ["--model-id=scripted", "--model-key-variable=DOCTORS_KEY"]
+            named += ["--model-price=1000,2000", "--judge-price=0,0", f"--cache={cache}"]
+            named += [f"--rubric={tmp_path / 'own.jsonl'}", f"--out={tmp_path}", *as_json]
+            done = run("consult", "appendicitis", url, *named)
+        assert done.exit_code == 0, done.exception
+        assert CAUTION in done.stderr
+        if as_json:
+            result = json.loads(done.stdout)
+            assert (result["score"], result["caution"]) == (1.0, CAUTION)
+            assert result["cost"] == pytest.approx(20 / 1e3 + 2 * 5 / 1e3)
+    assert CAUTION in done.stdout.splitlines()  # whole, in a terminal of 80 columns
+    assert asked[0] == [("scripted", "Bearer sk-doctor"), ("judge", "Bearer sk-judge")]
+    assert asked[1] == asked[0][:1]  # the verdict was kept
+    with doctor([], ("scripted", "judge")) as url:
+        done = run("consult", "appendicitis", url, "--judge", "none", f"--out={tmp_path}")
+        assert isinstance(done.exception, UsageError) and "as the model id" in str(done.exception)

@@ -10,9 +10,10 @@ its keys and values computed instead of all computing them at once.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from functools import cache
 from importlib import resources
+from itertools import islice
 from typing import Any, NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveInt
@@ -35,7 +36,7 @@ class JudgeOptions(Config):
     max_tokens: PositiveInt = 1024
     """Most tokens of one verdict with its reason."""
     conversations_at_once: PositiveInt = 8
-    """Conversations whose criteria are asked at the same time; each holds a prefix in the cache."""
+    """Conversations that `judge_all` has under way; each holds a prefix in the cache."""
     max_unscored_share: NonNegativeFloat = 0.02
     """Share of verdicts without a judge's word above which a run stops."""
     min_verdicts: PositiveInt = 50
@@ -89,7 +90,8 @@ class EndpointJudge:
             policy: What is judged; a judge that is the same model is refused.
             allow_self_grading: Take it nevertheless.
         """
-        self.endpoints = [endpoints] if isinstance(endpoints, Endpoint) else [*endpoints]
+        self.endpoints = (endpoints,) if isinstance(endpoints, Endpoint) else (*endpoints,)
+        """The replicas; their totals are what the judge has cost."""
         names = {endpoint.model for endpoint in self.endpoints}
         if len(names) != 1:
             raise UsageError(f"replicas of one judge serve one model, not {sorted(names)}.")
@@ -110,8 +112,9 @@ class EndpointJudge:
             CheckFailed: Too many verdicts of the run are unscored.
         """
         prefix = _conversation(rubric.conversation, answer)
-        where = int.from_bytes(hashlib.sha256(prefix.encode()).digest()[:4]) % len(self.endpoints)
-        endpoint, criteria = self.endpoints[where], rubric.criteria
+        shared = hashlib.sha256(_conversation(rubric.conversation).encode())  # with other answers
+        endpoint = self.endpoints[int.from_bytes(shared.digest()[:4]) % len(self.endpoints)]
+        criteria = rubric.criteria
         order = sorted(range(len(criteria)), key=lambda at: criteria[at].points < 0)
         found: dict[int, Verdict] = {}
         for part in (order[:1], order[1:]):
@@ -136,7 +139,9 @@ class EndpointJudge:
             self._count(unscored=True)
             return Verdict(None, str(error))
         self._count(unscored=False)
-        return Verdict(found.kept, found.form.explanation if found.form else "")
+        if found.form is None:
+            return Verdict(found.kept, "", cached=True)
+        return Verdict(found.kept, found.form.explanation)
 
     def _count(self, *, unscored: bool) -> None:
         self.verdicts += 1
@@ -158,31 +163,38 @@ class Judged(NamedTuple):
 
 
 async def judge_all(
-    judge: Judge, answers: Iterable[tuple[Rubric, str]], at_once: int = 8
+    judge: Judge, answers: Iterable[tuple[Rubric, str]], at_once: int | None = None
 ) -> AsyncIterator[Judged]:
     """Judge many answers, those to one conversation one after another; in order of completion.
 
     Args:
         judge: Any judge.
         answers: What is judged, with its rubric.
-        at_once: Answers under way at the same time.
+        at_once: Conversations under way at the same time; by default as the judge's options say.
     """
-    given = list(answers)
-    order = sorted(range(len(given)), key=lambda at: _conversation(given[at][0].conversation))
-    waiting, running = iter(order), set[asyncio.Task[Judged]]()
+    given, places = list(answers), dict[str, list[int]]()
+    for at, (rubric, _) in enumerate(given):
+        places.setdefault(_conversation(rubric.conversation), []).append(at)
+    options = judge.options if isinstance(judge, EndpointJudge) else JudgeOptions()
+    at_once = at_once or options.conversations_at_once
+    waiting = (iter(own) for _, own in sorted(places.items()))
+    running: dict[asyncio.Task[Judged], Iterator[int]] = {}  # with what follows in a conversation
 
     async def one(at: int) -> Judged:
         return Judged(at, await judge(*given[at]))
 
     try:
         while True:
-            while len(running) < at_once and (at := next(waiting, None)) is not None:
-                running.add(asyncio.create_task(one(at)))
+            for own in islice(waiting, at_once - len(running)):
+                running[asyncio.create_task(one(next(own)))] = own
             if not running:
                 return
-            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                yield task.result()
+                own, judged = running.pop(task), task.result()
+                if (after := next(own, None)) is not None:
+                    running[asyncio.create_task(one(after))] = own
+                yield judged
     finally:
         for task in running:  # one failed, or the caller has left: nobody waits for the others
             task.cancel()
@@ -190,11 +202,11 @@ async def judge_all(
 
 
 def _conversation(turns: Sequence[Message], answer: str | None = None) -> str:
-    """What all criteria of an answer share; a text inside it cannot end it, for it is quoted."""
+    """What all criteria of an answer share; no text inside can end it: every line is quoted."""
     said = [*turns, *([] if answer is None else [{"role": "assistant", "content": answer}])]
     lines = ["# Conversation\n"]
     for turn in said:
-        quoted = turn["content"].replace("\n", "\n> ")
+        quoted = "> ".join(turn["content"].splitlines(keepends=True))
         lines.append(f"**{turn['role']}**\n> {quoted}\n")
     return "\n".join(lines) + "\n"
 

@@ -69,7 +69,7 @@ class EmbeddedJudge:
     """
 
     name = "embedded"
-    endpoints: tuple[Endpoint, ...] = ()
+    endpoints = ()
 
     def __init__(self, bert: Bert | None = None, folder: Path = SHIPPED) -> None:
         self.bert = bert or load_bert(sources.resolve("judge").path)

@@ -14,6 +14,8 @@ class Verdict(NamedTuple):
     """None is unscored: no judge's word was to be had. It is never counted as met or not met."""
     explanation: str
     """The judge's reason; of an unscored one, what failed. Empty where the verdict was cached."""
+    cached: bool = False
+    """From the endpoint's cache, which keeps no reason."""
 
 
 class Judge(Protocol):
@@ -26,7 +28,7 @@ class Judge(Protocol):
 
     @property
     def endpoints(self) -> Sequence[Endpoint]:
-        """Who is asked, for their totals; none for the embedded one."""
+        """Where it asks, for tokens and cost; the embedded one nowhere."""
 
     async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
         """A verdict for each criterion, in the rubric's order."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from attending.config import suggest
 from attending.errors import ConfigError, UsageError
@@ -37,8 +38,8 @@ def find_case(name: str, seed: int = 0) -> Case:
         raise UsageError(f"{name!r} is no {FORMS}.{suggest(name, names)}")
     if path.suffix == ".json" and not inner:
         return read_case(path)
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line.strip() and str((row := json.loads(line)).get("id")) == inner:
+    for _, row in _rows(path):
+        if str(row.get("id")) == inner:
             return read_vignette(row, seed)
     raise UsageError(f"{path.name} has no vignette {inner!r}: give FILE.jsonl:ID, with its `id`.")
 
@@ -49,9 +50,19 @@ def find_cases(name: str, seed: int = 0) -> Iterator[Case]:
     if path.suffix != ".jsonl" or not path.is_file():
         yield find_case(name, seed)
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for where, row in _rows(path):
+        yield Case.build(row, where)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row after its file and line. Only a line feed ends one: texts hold U+2028."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
+            where = f"{path.name}:{number}"
             try:
-                yield Case.build(json.loads(line), f"{path.name}:{number}")
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path.name}:{number} is no JSON ({error}).") from None
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"{where} is no JSON ({error}).") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where} is no object: expected a case or vignette, {{...}}.")
+            yield where, row
