@@ -171,7 +171,7 @@ def test_the_threshold_decides(tiny: Bert, folder: Path) -> None:
 def test_an_answer_without_sentences_meets_nothing(tiny: Bert, folder: Path) -> None:
     judge = EmbeddedJudge(tiny, folder)
     found = asyncio.run(judge(rubric("the drug", "the heart"), "  ...\n"))
-    assert found == [(False, "The answer has no sentence.")] * 2
+    assert found == [(False, "The answer has no sentence.", False)] * 2
     mixed = judge.judge([("the drug", ""), ("the drug", "the drug is safe.")])
     assert mixed[0] == found[0] and "'the drug is safe.'" in mixed[1].explanation
 

@@ -200,7 +200,7 @@ async def test_after_the_last_try_the_rules_speak() -> None:
     turn, steps = await reply(say, "How bad is the pain?", max_tries=2)
     assert "I'd say it is a 7 out of 10." in turn.text
     assert steps.count("affective") == 2
-    assert turn.faults == (Fault.LEAK, Fault.FABRICATION) * 2
+    assert turn.faults == (Fault.FABRICATION,) * 2
 
 
 async def test_the_gate_of_an_endpoint_ends_it() -> None:

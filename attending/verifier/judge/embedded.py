@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from attending import sources
-from attending.endpoint import Endpoint
 from attending.errors import CheckpointError, UsageError
 from attending.overlap import HAN
 from attending.verifier.contradict import NEGATED

@@ -8,7 +8,7 @@ brings the findings that are about what is to be examined (`cues.toml`, topics).
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from attending.verifier.patient.case import Access, Case, Fact
@@ -156,23 +156,19 @@ class Matcher:
 
     def _findings_of(self, part: str, told: Collection[str] = ()) -> list[Fact]:
         """What is found by an order: by phrasings of its own, by topic, or by kind."""
-        by_kind = _kind(part)
-        words, literal = concepts(part), part.lower()
-        topics = [
-            re.compile(t, re.I)
-            for t in table("cues")["topics"].values()
-            if re.search(t, literal, re.I)
-        ]
-        found = [
-            fact
-            for fact in self._findings
-            if fact.present
-            and (
-                fact.kind == by_kind
+        kinds = {_kind(thing) for thing in (part, *_things(part))}
+        words = concepts(part)
+        tests, regions = (_topics(part, table("cues")[name]) for name in ("tests", "topics"))
+        found = []
+        for fact in self._findings:
+            is_test = fact.kind in ("test", "laboratory")
+            topics = tests if is_test else [] if tests else regions
+            if fact.present and (
+                fact.kind in kinds
                 or any(topic.search(fact.text) for topic in topics)
                 or any(concepts(ask) and concepts(ask) <= words for ask in fact.asks)
-            )
-        ]
+            ):
+                found.append(fact)
         return sorted(found, key=lambda fact: fact.id in told)
 
 
@@ -197,6 +193,12 @@ def _things(part: str) -> Iterator[str]:
     for thing in re.split(table("cues")["questions"]["beside"], part, flags=re.IGNORECASE):
         if concepts(thing):
             yield thing
+
+
+def _topics(part: str, table: Mapping[str, str]) -> list[re.Pattern[str]]:
+    """The patterns that an order fits."""
+    patterns = (re.compile(words, re.IGNORECASE) for words in table.values())
+    return [pattern for pattern in patterns if pattern.search(part)]
 
 
 def _alike(facts: Sequence[Fact]) -> bool:
