@@ -40,6 +40,11 @@ PAIRS = [
     (DOSE, 5, DOSE.replace("may", "may not"), 5, ""),
     ("Says that warfarin weakens vitamin K.", 5, "Says that vitamin K weakens warfarin.", 5, ""),
     ("Asks about chest pain.", 3, "Explains chest pain.", 3, ""),
+    ("Gives prednisone daily for one week", 5, "Gives prednisolone daily for one week", -5, ""),
+    ("Recommends a hydrocortisone cream", 5, "Recommends a hydrochlorothiazide cream", 3, ""),
+    (DOSE, 5, DOSE.replace("ibuprofen", "ibuprofen and codeine"), -5, ""),
+    ("Recommends resting the swollen joints", 5, "Recommend rest of swollen joint", 3, "duplicate"),
+    ("建议每日早餐后服用泼尼松一周。", 5, "建议每日早餐后服用泼尼松龙一周。", -5, ""),
     ("指出布洛芬会增加出血风险。", 5, "说明布洛芬会增加出血的风险", 5, "duplicate"),
     ("指出布洛芬会增加出血风险。", 5, "未指出布洛芬会增加出血风险。", -5, "mirrored"),
     ("指出布洛芬会增加出血风险。", 5, "指出阿司匹林会增加出血风险。", 5, ""),
@@ -63,14 +68,24 @@ def test_a_statement_that_is_there_twice_is_found(
 FAULTS = [
     "Fails to mention bleeding", "The response fails to ask about it", "Does not mention bleeding",
     "Omits the dose", "Incorrectly states that it is safe", "Overstates the benefit",
-    "Neglects to ask about pregnancy",
+    "Neglects to ask about pregnancy", "Lacks empathy", "Lacks sufficient detail", "Is too long",
+    "Provides inaccurate dosing", "Uses excessive jargon",
+    "The response gives an unnecessarily long list", "Fails to avoid unnecessary antibiotics",
+    "Fails to recommend stopping unnecessary drugs", "Gives the wrong dose",
+    "缺乏同理心", "提供不准确的剂量", "使用过多术语",
     "未提及出血风险", "回答遗漏了剂量", "错误地认为可以合用", "没有说明剂量", "夸大疗效",
 ]  # fmt: skip
-VIRTUES = ["Correctly states the dose", "Avoids jargon", "Should mention bleeding", "正确说明剂量"]
+VIRTUES = [
+    "Correctly states the dose", "Avoids jargon", "Should mention bleeding", "正确说明剂量",
+    "Fails to recommend unnecessary antibiotics", "Omits unnecessary detail",
+    "Does not dismiss the worry", "Does not incorrectly state the dose",
+    "Does not lack empathy", "未使用过多术语",
+]  # fmt: skip
 NEITHER = [
     "Does not recommend antibiotics", "Recommends stopping insulin", "States that it fails to work",
     "Does not include needless detail", "Lacks jargon", "Failure is named",
-    "Explains the incorrectly taken dose", "Minimal words are used",
+    "Explains the incorrectly taken dose", "Minimal words are used", "Minimizes jargon",
+    "Includes excessive bleeding as a warning sign", "Mentions unsafe toys", "Lacks long-term data",
     "没有推荐抗生素", "未建议手术", "指出错误地用药有害",
 ]  # fmt: skip
 

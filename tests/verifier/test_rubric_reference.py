@@ -4,9 +4,11 @@ import pytest
 
 from attending.errors import ConfigError
 from attending.verifier import Rubric
+from attending.verifier.patient.find import find_case
 from attending.verifier.rubric.check import check
 from attending.verifier.rubric.reference import from_reference, statements, weigh
 from attending.verifier.rubric.schema import parse_rubric
+from attending.verifier.sentences import sentences
 
 ASK = ({"role": "user", "content": "Is Tamosin safe with warfarin?"},)
 ANSWER = """Great question! Tamosin is a drug for pain. It is taken at 20 mg twice a day, but it \
@@ -85,6 +87,60 @@ def test_chinese_answers_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "fact",
+    ["A 72-year-old man comes to the emergency room.", "The patient is a 24-year-old man.",
+     "She is brought to the emergency department by ambulance.", "Patient is male.",
+     "She was admitted to the hospital for further evaluation.",
+     "患者女，67岁。", "患者男，因急诊入院。"],
+)  # fmt: skip
+def test_who_comes_and_where_makes_no_criterion(fact: str) -> None:
+    facts = [fact, "A 4-year-old girl is brought to the emergency room because she took 40 pills."]
+    case = [one for one in made(facts=facts).criteria if "source:case" in one.tags]
+    assert [(one.points, one.text) for one in case] == [(4, f"Takes into account: {facts[1]}")]
+
+
+CASE = """This is most consistent with a stroke.
+1. Call 911 now.
+2. Note the time the symptoms started."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (CASE, [(6, "States: The diagnosis is most consistent with a stroke."),
+                (10, "Advises: Call 911 now."),
+                (4, "Advises: Note the time the symptoms started.")]),
+        ("It’s appendicitis. It weakens the gut.", [(6, "States: The diagnosis is appendicitis.")]),
+        ("Gout is rare. It's found in a body's joints.",
+         [(4, "States: Gout is found in a body's joints.")]),
+        ("Your leg is swollen. This looks like a clot.",
+         [(4, "States: Your leg is swollen."), (6, "States: The diagnosis looks like a clot.")]),
+        ("These symptoms suggest a migraine.", [(6, "States: The symptoms suggest a migraine.")]),
+        ("This is an emergency.", [(10, "States: The situation is an emergency.")]),
+        ("Sepsis is an infection. This is an emergency! Treat fast.",
+         [(4, "States: Sepsis is an infection."), (10, "States: Sepsis is an emergency."),
+          (6, "Advises: Treat fast.")]),
+        ("Talk to a doctor first. Do not hesitate to call 911. See a doctor immediately.",
+         [(4, "Advises: Talk to a doctor first."), (10, "Advises: Do not hesitate to call 911."),
+          (10, "Advises: See a doctor immediately.")]),
+        ("Likely diagnosis: stroke.\nThis suggests sepsis.",
+         [(6, "States: Likely diagnosis: stroke."),
+          (6, "States: The clinical picture suggests sepsis.")]),
+        ("诊断是肺炎。", [(6, "指出：诊断是肺炎。")]),
+        ("这很可能是脑卒中。请拨打120。",
+         [(6, "指出：诊断很可能是脑卒中。"), (10, "建议：请拨打120。")]),
+        ("It is a drug against pain. This is because it acts. It is used rarely.", []),
+    ],
+)  # fmt: skip
+def test_diagnoses_orders_and_emergencies_are_kept(
+    answer: str, expected: list[tuple[int, str]]
+) -> None:
+    rubric = made(answer + " Aspirin thins the blood of adults.")
+    found = [(one.points, one.text) for one in rubric.criteria if one.points > 0]
+    assert found == [*expected, (4, "States: Aspirin thins the blood of adults.")]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         # No certain noun: two candidates, none, another number, a clause that depends on another.
@@ -115,8 +171,11 @@ def test_the_same_thing_twice_is_one_criterion() -> None:
 
 def test_points_go_by_the_gravest_word() -> None:
     assert [weigh(text) for text in ("Call 911 and take 5 mg", "Do not take 5 mg", "Take 5 mg",
-            "Surgery helps", "It is blue", "立即就医", "孕妇禁用", "每次5毫克", "首选手术", "蓝色")
-    ] == [10, 8, 7, 6, 4, 10, 8, 7, 6, 4]  # fmt: skip
+            "Surgery helps", "It is blue", "立即就医", "孕妇禁用", "每次5毫克", "首选手术", "蓝色",
+            "A pressure below 120/80 is normal", "It has an immediate-release form")
+    ] == [10, 8, 7, 6, 4, 10, 8, 7, 6, 4, 4, 4]  # fmt: skip
+    reference = find_case("appendicitis").reference
+    assert [weigh(text) for text in sentences(reference)] == [6, 10, 8, 6, 8]
 
 
 def test_an_answer_that_states_nothing_is_refused() -> None:

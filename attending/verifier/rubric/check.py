@@ -10,11 +10,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import resources
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Literal, NamedTuple
 
 from attending.errors import ConfigError
-from attending.overlap import ngrams, normalise
+from attending.overlap import HAN, ngrams, normalise
 from attending.verifier.judge.verdict import Judge
 from attending.verifier.rubric.schema import Rubric
 from attending.verifier.rubric.score import score
@@ -26,15 +26,17 @@ Kind = Literal["duplicate", "opposed", "mirrored", "sign", "gold", "empty", "wro
 ALIKE = 0.6  # Jaccard similarity of word pairs from which two statements may be one
 
 
-def _starts(name: str, many: str = "") -> re.Pattern[str]:
-    words = "|".join(WORDS[name])
+def _starts(*names: str, many: str = "") -> re.Pattern[str]:
+    words = "|".join(chain(*(WORDS[name] for name in names)))
     whole = r"(?!(?<=[a-z])[a-z])"  # English words end; Chinese ones just stop
     return re.compile(rf"\s*(?:(?:{words}){whole}[\s,:，：]*){many}", re.I)
 
 
-SUBJECT, ABSENT, FAULT, VIRTUE = map(_starts, ("subject", "absent", "fault", "virtue"))
-INTRODUCTION = _starts("introduction", many="+")
-MAY_BE_RIGHT, TELLING = _starts("absent_may_be_right"), _starts("telling")
+SUBJECT, ABSENT, TELLING, VIRTUE = map(_starts, ("subject", "absent", "telling", "virtue"))
+MAY_BE_RIGHT, FLAWED = _starts("absent_may_be_right"), _starts("flawed")
+INTRODUCTION, FAULT = _starts("introduction", many="+"), _starts("fault", "flawed", "absent")
+ENDING = re.compile(r"(?<=[a-z]{3})(?:ly|ing|(?<!e)ed|(?<![eiosu])s|es|e)$")  # of inflection alone
+DRUG = re.compile(rf"[{HAN}]|{'|'.join(WORDS['drug'])}")
 FUNCTION, NEGATION = frozenset(WORDS["function"]), frozenset(WORDS["negation"])
 
 
@@ -62,7 +64,7 @@ class _Statement(NamedTuple):
     """What a criterion is about, without the words that introduce it."""
 
     is_absent: bool  # the criterion is met where it is not said
-    words: Counter[str]  # by their first six letters, without function words
+    words: Counter[str]  # without function words and endings
     turned: tuple[str, ...]  # numbers and negations
     pairs: frozenset[int]
 
@@ -86,15 +88,16 @@ def repeats(rubric: Rubric) -> Iterator[Violation]:
 
     Two statements are one if, after their introductions ("States that", "Fails to mention"), they
     have the same numbers and negations, neither or only one of them has content words of its own,
-    and at least `ALIKE` of their word pairs are common. So "5 mg" is not "10 mg", and aspirin not
-    ibuprofen, however long the rest. `duplicate`: both say it with one sign. `opposed`: the answer
-    that says it wins points by one and loses them by the other. `mirrored`: its presence earns
-    points and its absence costs some, so it counts twice; HealthBench does that on purpose.
+    none of those may be a drug's, and at least `ALIKE` of their word pairs are common: 5 mg is not
+    10 mg, nor prednisone prednisolone. `duplicate`: both say it with one sign. `opposed`: who says
+    it wins points by one and loses them by the other. `mirrored`: its presence earns points and its
+    absence costs some, so it counts twice; HealthBench does that on purpose.
     """
     statements = [_statement(one.text) for one in rubric.criteria]
     for (i, a), (j, b) in combinations(enumerate(statements), 2):
-        is_alike = len(a.pairs & b.pairs) >= ALIKE * len(a.pairs | b.pairs)
-        if not is_alike or a.turned != b.turned or (a.words - b.words and b.words - a.words):
+        own = (a.words - b.words, b.words - a.words)
+        is_other = a.turned != b.turned or all(own) or any(map(DRUG.fullmatch, chain(*own)))
+        if is_other or len(a.pairs & b.pairs) < ALIKE * len(a.pairs | b.pairs):
             continue
         is_one_sign = (rubric.criteria[i].points > 0) == (rubric.criteria[j].points > 0)
         kind: Kind = "duplicate" if is_one_sign else "mirrored"
@@ -164,8 +167,10 @@ def fault_or_virtue(text: str) -> str:
     """What a criterion's wording describes; empty where it may be either."""
     text = SUBJECT.sub("", text, count=1) if SUBJECT.match(text) else text
     if missing := ABSENT.match(text):
-        is_fault = not MAY_BE_RIGHT.match(text) or TELLING.match(text[missing.end() :])
-        return "fault" if is_fault else ""
+        may_be_right, rest = MAY_BE_RIGHT.match(text), text[missing.end() :]
+        if any(map(FLAWED.match, (rest, f"gives {rest}"))) or (may_be_right and FAULT.match(rest)):
+            return "virtue"  # a fault that is not there
+        return "" if may_be_right and not TELLING.match(rest) else "fault"
     return "fault" if FAULT.match(text) else "virtue" if VIRTUE.match(text) else ""
 
 
@@ -176,6 +181,6 @@ def _statement(text: str) -> _Statement:
             text, is_absent = text[begin.end() :], is_absent or start is ABSENT
     tokens = normalise(text) or tokens
     turned = sorted(t for t in tokens if t in NEGATION or any(map(str.isdigit, t)))
-    words = [token[:6] for token in tokens if token not in FUNCTION]
+    words = [ENDING.sub("", token) for token in tokens if token not in FUNCTION]
     pairs = frozenset(ngrams(words, 2).tolist())
     return _Statement(is_absent, Counter(words), tuple(turned), pairs)

@@ -14,7 +14,7 @@ from attending.errors import ConfigError
 from attending.overlap import HAN, normalise
 from attending.verifier.contradict import contradict
 from attending.verifier.rubric.check import repeats
-from attending.verifier.rubric.schema import Criterion, Message, Rubric
+from attending.verifier.rubric.schema import LARGEST, Criterion, Message, Rubric
 from attending.verifier.sentences import sentences
 
 ROOM = resources.files("attending.verifier")
@@ -27,6 +27,7 @@ def _any(words: Sequence[str]) -> str:
 
 
 FIND = {name: re.compile(_any(words), re.I) for name, words in WORDS["find"].items()}
+UNNAMED = [(re.compile(_any(one["words"]), re.I), one) for one in WORDS["unnamed"]]
 IMPORTANCE = [(re.compile(_any(one["words"]), re.I), one["points"]) for one in WORDS["importance"]]
 OPENING = re.compile(rf"(?:{FIND['opening'].pattern}[,，:：]?\s*)*", re.I)
 MARKER = r"[ \t]*(?:[-*•]|\d{1,2}[.)、])"
@@ -61,25 +62,29 @@ def from_reference(
     """Each statement of the answer or the facts is a criterion, its contradiction a negative one.
 
     A statement is a sentence, a clause with a subject of its own, or an item of a list ("Side
-    effects include A, B, and C"). Dropped are questions, filler, what says less than four words, a
-    second referral to a doctor, and a sentence whose pronoun has no certain noun. Points are 10
-    for an emergency, 8 safety, 7 dose or course, 6 diagnosis or treatment, else 4; the items of a
-    list share them. The weightiest `limit` criteria stay, in order; at most a quarter of them are
-    negative, with the points of what they contradict.
+    effects include A, B, and C"). Dropped are questions, filler, less than four words that are no
+    order, a second referral to a doctor (but no emergency), a pronoun without a certain noun that
+    is no diagnosis, and of the facts who came where. Points are 10 for an emergency, 8 safety,
+    7 dose or course, 6 diagnosis or treatment, else 4; the items of a list share them. The
+    weightiest `limit` criteria stay, in order; at most a quarter are negative, with the points of
+    what they contradict; a fact with an age or an admission has no contradiction.
 
     Raises:
         ConfigError: Nothing is stated.
     """
     wanted, unwanted = list[Criterion](), list[Criterion]()
     told = [("reference", *one) for one in statements(answer)]
-    told += [("case", fact.strip(), 1) for fact in facts if fact.strip()]
+    told += [("case", fact.strip(), 1) for fact in facts]
     for source, text, items in told:
+        bare = FIND["person"].sub("", text) if source == "case" else text
+        if not normalise(FIND["anyone"].sub("", bare)):
+            continue
         tags = ("level:example", f"source:{source}")
-        points = max(1, weigh(text) // items)
+        points = max(1, weigh(bare) // items)
         said = _worded(text, source == "case")
         wanted.append(Criterion(said, points, ("axis:completeness", *tags)))
         false = [other for other, kind in contradict(text) if kind != "entity"]
-        if false and items == 1:
+        if false and items == 1 and bare == text:
             unwanted.append(Criterion(_worded(false[0]), -points, ("axis:accuracy", *tags)))
     draft = Rubric(name, tuple(conversation), (*wanted, *unwanted))
     again = {one.criteria[1] for one in repeats(draft)}
@@ -101,14 +106,16 @@ def weigh(text: str) -> int:
 def statements(text: str) -> Iterator[tuple[str, int]]:
     """What a text states, each to be understood alone; and the number of its list's items."""
     topic: _Topic | None = None
-    is_referred = False
+    is_referred, text = False, re.sub(r"\b’\b", "'", text)
     for clause in re.split(r"[;；]\s*|\n", "\n".join(sentences(LIST.sub(_unfold, text)))):
         clause = OPENING.sub("", clause, count=1)
         clause, topic = _resolved(clause[:1].upper() + clause[1:], topic)
-        if len(normalise(clause)) < (6 if HANZI.search(clause) else 4) or clause[-1] in "?？:：":
-            continue
+        is_grave = weigh(clause) == LARGEST and clause[-1:] in ".!。！"  # a heading has no stop
+        is_whole = any(FIND[name].match(clause) for name in ("imperative", "diagnosed"))
+        is_short = not is_whole and len(normalise(clause)) < (6 if HANZI.search(clause) else 4)
         is_referral = len(clause) < 120 and bool(FIND["referral"].search(clause))
-        if FIND["filler"].search(clause) or (is_referral and is_referred):
+        is_idle = is_short or FIND["filler"].search(clause) or (is_referral and is_referred)
+        if clause[-1:] in "?？:：" or (is_idle and not is_grave):
             continue
         is_referred |= is_referral
         for items in map(_items, _parts(clause, topic)):
@@ -127,11 +134,13 @@ def _resolved(text: str, topic: _Topic | None) -> tuple[str, _Topic | None]:
     """A statement whose subject is named, or nothing, and the subject for the next one."""
     if FIND["expletive"].match(text):
         return text, topic
+    for unnamed, one in UNNAMED:
+        if (hit := unnamed.match(text)) and (one["is_sure"] or topic is None):
+            return one["name"] + re.sub("^'s", " is", text[hit.end() :]), None
     for name, is_plural in (("one", False), ("many", True)):
-        if hit := FIND[name].match(text):
-            if topic is None or topic.is_plural is not is_plural:
-                return "", None
-            return topic.text + text[hit.end() :].replace("'s ", " is ", 1), topic
+        hit = FIND[name].match(text)
+        if hit and topic and topic.is_plural is is_plural:
+            return topic.text + re.sub("^'s", " is", text[hit.end() :]), topic
     if FIND["lost"].match(text):
         return "", None
     hit = SUBJECT.match(text)
@@ -174,4 +183,4 @@ def _worded(text: str, is_case: bool = False) -> str:
     """As a criterion says it; an order is another thing to say than a fact."""
     form = "case" if is_case else "order" if FIND["imperative"].match(text) else "fact"
     form += "_chinese" if HANZI.search(text) else ""
-    return str(WORDS["wording"][form]).format(text.rstrip(" .。"))
+    return str(WORDS["wording"][form]).format(text.rstrip(" .!。！"))

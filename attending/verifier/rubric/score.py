@@ -43,13 +43,8 @@ def affine_score(criteria: Sequence[Criterion], verdicts: Verdicts) -> float | N
 def bounds(criteria: Sequence[Criterion], verdicts: Verdicts) -> tuple[float, float] | None:
     """The least and the greatest `score` that the unscored criteria still allow."""
     _same_length(criteria, verdicts)
-    worst, best = (
-        [
-            sign * one.points > 0 if v is None else v
-            for one, v in zip(criteria, verdicts, strict=True)
-        ]
-        for sign in (-1, 1)
-    )
+    told = list(zip(criteria, verdicts, strict=True))
+    worst, best = ([s * one.points > 0 if v is None else v for one, v in told] for s in (-1, 1))
     least, most = score(criteria, worst), score(criteria, best)
     return None if least is None or most is None else (least, most)
 
