@@ -31,14 +31,18 @@ reply tells the evidence asked for. *Another told*: it tells another one that th
 *Another told or denied*: or says of another that it is not so. By evidence (each counts once,
 however many conditions list it) and over all questions. Otherwise the patient asks back.
 
-**The gate ends or goes on rightly for {ends} of 100** last messages of doctors
-(`patient/endings.jsonl`, 70 English, 30 Chinese, half of them ends). **{right:.1%} of 372 facts**
-of 32 vignettes are typed (patient, examination, nobody) as someone labelled them who had not seen
-the patterns (`patient/access.jsonl`).
+**Two or three evidences asked in one message** (`patient/combined.jsonl`, 100 messages, of one
+patient): {together:.1%} of what is asked is told or denied, with {others:.2f} others a message.
 
-Paraphrases and last messages were written by an author who had seen neither how questions are
-matched nor the phrasings in `ddxplus.toml`; nobody looked at which of them fail. Thresholds were
-chosen on other paraphrases and messages.
+**The gate ends or goes on rightly for {ends} of 100** last messages of doctors
+(`patient/endings.jsonl`) **and for {chat_ends} of 100** in the manner of chat models
+(`patient/endings_chat.jsonl`); of each 70 are English, 30 Chinese, half are ends. **{right:.1%} of
+372 facts** of 32 vignettes are typed (patient, examination, nobody) as someone labelled them who
+had not seen the patterns (`patient/access.jsonl`).
+
+Paraphrases, combined questions and last messages were written by authors who had seen neither how
+questions are matched nor the phrasings in `ddxplus.toml`; nobody looked at which of them fail.
+Thresholds and patterns were chosen on other paraphrases and messages.
 """
 Outcome = tuple[bool, bool, bool]
 
@@ -94,14 +98,36 @@ def typed(path: Path) -> float:
     return sum(right) / len(right)
 
 
+def combined(data: DDXPlus) -> tuple[float, float]:
+    """Share of what is asked together that is answered, and others answered, a message."""
+    case, asked, told, others = data.draw(3, "Pneumonia", 0.7), 0, 0, 0
+    for row in rows("combined.jsonl"):
+        turn = asyncio.run(Patient(case).answer(row["text"]))
+        asked += len(row["ids"])
+        told += len({*turn.revealed} & {*row["ids"]})
+        others += len({*turn.revealed} - {*row["ids"]})
+    return told / asked, others / len(rows("combined.jsonl"))
+
+
+def ends(name: str) -> int:
+    """Last messages at which the gate ends or goes on as it should."""
+    return sum((concluded(row["text"]) is not None) == row["ends"] for row in rows(name))
+
+
 def main(folder: Path) -> Path:
     found = []
     for way, by_evidence in asyncio.run(questioned(read_ddxplus(folder))).items():
         for at, name in enumerate(("told", "another told", "another told or denied")):
             for of, value in zip(("evidences", "questions"), shares(by_evidence, at), strict=True):
                 found.append(Measure(f"{name}, share of {of}", way, [value]))
-    ends = [(concluded(row["text"]) is not None) == row["ends"] for row in rows("endings.jsonl")]
-    notes = NOTES.format(ends=sum(ends), right=typed(folder / "mediq_imedqa_dev.jsonl"))
+    together, others = combined(read_ddxplus(folder))
+    notes = NOTES.format(
+        together=together,
+        others=others,
+        ends=ends("endings.jsonl"),
+        chat_ends=ends("endings_chat.jsonl"),
+        right=typed(folder / "mediq_imedqa_dev.jsonl"),
+    )
     return write("patient", "What the simulated patient tells", notes, found)
 
 

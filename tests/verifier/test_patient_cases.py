@@ -45,6 +45,8 @@ def case(**changes: Any) -> Case:
         {"id": "a", "text": "The patient is a 30-year-old woman.", "access": "tell",
          "kind": "person", "says": "I am 30."},
         {"id": "b", "text": "She does not smoke.", "access": "tell", "says": "I don't smoke."},
+        {"id": "m", "text": "She takes no medicines.", "access": "tell", "kind": "medication",
+         "says": "None."},
     ]  # fmt: skip
     return Case.build({"id": "c", "complaint": "I cough.", "facts": facts} | changes)
 
@@ -217,6 +219,9 @@ def test_personas_fit_the_record_and_reach_all_types() -> None:
         ({"persona": {"age": 31}}, "age 31, not 30"),
         ({"persona": {"sex": "male"}}, "sex male, not female"),
         ({"persona": {"background": "She smokes a pack a day."}}, "against 'She does not smoke.'"),
+        ({"persona": {"background": "He is a retired nurse."}}, "sex male, not female"),
+        ({"persona": {"background": "45 years old, a teacher."}}, "age 45, not 30"),
+        ({"persona": {"background": "Takes warfarin every day."}}, "against 'She takes no"),
         ({"persona": {"mbti": "ABCD"}}, "'ABCD' is none of the 16 MBTI types"),
         ({"persona": {"literacy": "none"}}, "literacy"),
         ({"facts": []}, "no fact that the patient can tell"),

@@ -15,10 +15,11 @@ from pydantic import NonNegativeInt
 
 from attending.config import Config
 from attending.errors import ConfigError
-from attending.verifier.patient.lexicon import concepts, denies
+from attending.verifier.patient.lexicon import concepts, denies, table
 from attending.verifier.sentences import sentences
 
 Language = Literal["en", "zh"]
+NONE = re.compile(r"\b(?:takes?|has|have|uses?) no\b|\bdenies (?:any|all)\b", re.IGNORECASE)
 MBTI = r"[EI][SN][TF][JP]"
 
 
@@ -146,18 +147,23 @@ def sex_of(text: str) -> Literal["female", "male"] | None:
 
 def conflict(persona: Persona, facts: tuple[Fact, ...]) -> str:
     """Where a persona's age, sex or background is against the record; empty if nowhere."""
+    background = persona.background
     record = " ".join(fact.text for fact in facts if fact.kind == "person" and fact.present)
-    told = (("age", persona.age, age_of(record)), ("sex", persona.sex, sex_of(record)))
-    for name, given, recorded in told:
-        if given is not None and recorded is not None and given != recorded:
-            return f"{name} {given}, not {recorded}"
+    known = (age_of(record), sex_of(record))
+    for given in ((persona.age, persona.sex), (age_of(background), sex_of(background))):
+        for name, one, recorded in zip(("age", "sex"), given, known, strict=True):
+            if one is not None and recorded is not None and one != recorded:
+                return f"{name} {one}, not {recorded}"
     pregnant = r"(?i)^(?:the patient|patient|she|he) is (?:\w+ )?pregnant|^患者怀孕"
     if persona.sex == "male" and any(re.search(pregnant, f.text) for f in facts if f.present):
         return "a pregnant man"
-    for sentence in sentences(persona.background):
+    for sentence in sentences(background):
+        own = concepts(sentence)
         for fact in facts:
-            words, own = concepts(fact.text), concepts(sentence)
+            words, patterns = concepts(fact.text), table("cues")["kind"]
             same = len(words & own) >= 0.6 * min(len(words), len(own)) > 0
+            kind = patterns.get(fact.kind)  # "takes no medicines" is against any medicine
+            same |= bool(kind and NONE.search(fact.text) and re.search(kind, sentence, re.I))
             if same and (denies(sentence) != denies(fact.text)) == fact.present:
                 return f"{sentence!r} against {fact.text!r}"
     return ""
