@@ -13,7 +13,7 @@ from attending.cli import app
 from attending.errors import UsageError
 from attending.verifier.judge import pairs, training
 from attending.verifier.judge.encoder import Bert, load_bert
-from attending.verifier.judge.pairs import Case, Pair
+from attending.verifier.judge.pairs import Supported, Pair
 from attending.verifier.judge.recipe import JudgeConfig
 from tests.conftest import SHARED
 from tests.verifier.tiny_bert import save_tiny_bert
@@ -113,7 +113,7 @@ def test_pairs_of_a_case_are_as_their_kinds_say(tiny: Bert) -> None:
     statement, parts = "The drug is safe.", [SAFE, "take it before meals."]
     axes = dict(zip([statement, *parts, "the heart."], torch.eye(4), strict=True))
     vectors = axes | {statement: axes[SAFE]}
-    case = Case(statement, parts, [["the heart."]], "q", 2.0)
+    case = Supported(statement, parts, [["the heart."]], "q", 2.0)
     made = pairs.construct(tiny._replace(known=vectors), [case], random.Random(0))
     by_kind = {kind: [p for p in made if p.kind == kind] for kind in training.KINDS}
     assert {kind: len(found) for kind, found in by_kind.items()} == {
@@ -138,7 +138,7 @@ def test_pairs_of_a_case_are_as_their_kinds_say(tiny: Bert) -> None:
 
 def test_a_statement_whose_support_is_not_plain_is_not_edited(tiny: Bert) -> None:
     vectors = {"The heart.": torch.eye(2)[0], SAFE: torch.eye(2)[1]}
-    case = Case("The heart.", [SAFE], [], "q", 1.0)
+    case = Supported("The heart.", [SAFE], [], "q", 1.0)
     made = pairs.construct(tiny._replace(known=vectors), [case], random.Random(0))
     assert [pair.kind for pair in made] == ["plain"]
 

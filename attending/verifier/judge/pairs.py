@@ -37,7 +37,7 @@ ALIGNED, SAME, SUPPORT = 0.5, 0.75, 0.8  # least cosine of support; of a repeat;
 Rows = Sequence[Mapping[str, Any]]
 
 
-class Case(NamedTuple):
+class Supported(NamedTuple):
     """A statement with the answer that it was drawn from."""
 
     statement: str
@@ -84,7 +84,7 @@ def kqa_cases(
     weight: float = 1.0,
     documents: Rows = (),
     rng: random.Random | None = None,
-) -> Iterator[Case]:
+) -> Iterator[Supported]:
     """Every statement of a part, half of them in other words again where there is an `rng`.
 
     Siblings share the diagnosis; those to train on are of the same part.
@@ -102,10 +102,12 @@ def kqa_cases(
             statement = (
                 text.strip() if rng is None or rng.random() < 0.5 else reword(text.strip(), rng)
             )
-            yield Case(statement, parts, siblings, row["Question"], weight)
+            yield Supported(statement, parts, siblings, row["Question"], weight)
 
 
-def medquad_cases(documents: Rows, kqa: Rows, count: int, rng: random.Random) -> Iterator[Case]:
+def medquad_cases(
+    documents: Rows, kqa: Rows, count: int, rng: random.Random
+) -> Iterator[Supported]:
     """Two reworded sentences of each of `count` answers, of no disease in K-QA's held-out rows."""
     held = [*kqa[PARTS["tune"]], *kqa[PARTS["report"]]]
     named = " ".join(" ".join(map(str, row.values())) for row in held).lower()
@@ -123,7 +125,7 @@ def medquad_cases(documents: Rows, kqa: Rows, count: int, rng: random.Random) ->
             count -= 1
             siblings = [sentences(one)[:LONGEST] for one in by_focus[names] if one != text]
             for part in rng.sample(usable, 2):
-                yield Case(reword(part, rng), parts, siblings[:1], names[0], 1.0)
+                yield Supported(reword(part, rng), parts, siblings[:1], names[0], 1.0)
 
 
 def reword(sentence: str, rng: random.Random) -> str:
@@ -138,7 +140,7 @@ def reword(sentence: str, rng: random.Random) -> str:
     return text[:1].upper() + text[1:]
 
 
-def construct(bert: Bert, cases: Iterable[Case], rng: random.Random) -> list[Pair]:
+def construct(bert: Bert, cases: Iterable[Supported], rng: random.Random) -> list[Pair]:
     """All pairs of all cases; edits only where the supporting sentence is plain to see."""
     some = [case for case in cases if case.parts]
     known = embed(bert, (t for c in some for t in (c.statement, *c.parts, *chain(*c.siblings))))
@@ -146,7 +148,7 @@ def construct(bert: Bert, cases: Iterable[Case], rng: random.Random) -> list[Pai
 
 
 def _variants(
-    case: Case, rng: random.Random, known: Weights
+    case: Supported, rng: random.Random, known: Weights
 ) -> Iterator[tuple[str, list[str], bool, str]]:
     statement, parts = case.statement, case.parts
     yield statement, parts, True, "plain"
