@@ -26,7 +26,7 @@ from attending.verifier.rubric.schema import Criterion, Rubric
 CONVERSATIONS, CRITERIA, TOKENS, WIDTH = 12, 8, 24, 120
 CACHED = 5_000
 NOTES = f"""
-{CONVERSATIONS} conversations with {CRITERIA} criteria each, all different requests; {TOKENS} tokens
+{CONVERSATIONS} conversations of three exchanges, with {CRITERIA} criteria each; {TOKENS} tokens
 are written for each, under the JSON schema of a verdict. *Ours* is `judge_all`: the conversation
 first, one question of it ahead of the others, a few conversations at a time. *Row order* is the
 reference's way (openai/simple-evals): its template's order (task, conversation, rubric item,
@@ -40,15 +40,21 @@ what it writes is thrown away, only the time counts.
 
 
 def work(path: Path) -> list[tuple[Rubric, str]]:
-    """Questions that have enough statements, with the physician's answer."""
+    """Questions with enough statements and the physician's answer, after two other exchanges."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     found = []
-    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+    for at, row in enumerate(rows):
         told = (text.strip() for text in row["Must_have"] + row["Nice_to_have"])
         texts = [*dict.fromkeys(filter(None, told))][:CRITERIA]
-        if len(texts) == CRITERIA:
-            criteria = tuple(Criterion(text, 5) for text in texts)
-            turns = ({"role": "user", "content": row["Question"]},)
-            found.append((Rubric(str(len(found)), turns, criteria), row["Free_form_answer"] * 2))
+        if len(texts) < CRITERIA:
+            continue
+        turns = []
+        for before in (rows[at - 2], rows[at - 1]):
+            turns.append({"role": "user", "content": before["Question"]})
+            turns.append({"role": "assistant", "content": before["Free_form_answer"]})
+        turns.append({"role": "user", "content": row["Question"]})
+        criteria = tuple(Criterion(text, 5) for text in texts)
+        found.append((Rubric(str(at), tuple(turns), criteria), row["Free_form_answer"]))
     return found[:CONVERSATIONS]
 
 
@@ -67,7 +73,8 @@ async def in_row_order(served: Endpoint, answers: Sequence[tuple[Rubric, str]]) 
     gate = asyncio.Semaphore(WIDTH)
 
     async def one(rubric: Rubric, answer: str, criterion: Criterion) -> None:
-        said = f"user: {rubric.conversation[0]['content']}\n\nassistant: {answer}"
+        turns = [*rubric.conversation, {"role": "assistant", "content": answer}]
+        said = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
         item = f"[{criterion.points}] {criterion.text}"
         prompt = f"{task}\n# Conversation\n{said}\n\n# Rubric item\n{item}\n\n# Instr{instructions}"
         async with gate:

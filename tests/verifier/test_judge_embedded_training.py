@@ -13,7 +13,7 @@ from attending.cli import app
 from attending.errors import UsageError
 from attending.verifier.judge import pairs, training
 from attending.verifier.judge.encoder import Bert, load_bert
-from attending.verifier.judge.pairs import Supported, Pair
+from attending.verifier.judge.pairs import Pair, Supported
 from attending.verifier.judge.recipe import JudgeConfig
 from tests.conftest import SHARED
 from tests.verifier.tiny_bert import save_tiny_bert

@@ -7,6 +7,7 @@ is not so. What the patient says, and the ways it is asked for, are ours (`ddxpl
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class DDXPlus:
         so.add(first)
         so |= {self._parent(code) for code in so} & self.evidences.keys()
         so |= {code for code in listed if self._parent(code) in so}  # whose pain has no place?
-        facts = [self._fact(code, so, draw) for code in self.evidences]
+        facts = [self._fact(code, so, sex, draw) for code in self.evidences]
         complaint = next(fact for fact in facts if fact.id == first)
         return Case.build(
             {
@@ -88,7 +89,7 @@ class DDXPlus:
     def _fits(self, code: str, sex: str) -> bool:
         return sex == "female" or code not in table("ddxplus")["female"]
 
-    def _fact(self, code: str, so: set[str], draw: random.Random) -> Fact:
+    def _fact(self, code: str, so: set[str], sex: str, draw: random.Random) -> Fact:
         """An evidence with a value drawn, its denial, or no idea where only its parent is so."""
         row, words, parent = self.evidences[code], table("ddxplus")[code], self._parent(code)
         question = row["question_en"].strip()
@@ -97,7 +98,9 @@ class DDXPlus:
         if code in so:
             meanings = {key: each["en"] for key, each in row["value_meaning"].items()}
             nothing = table("ddxplus")["nothing"]
+            other = table("ddxplus")["only"]["male" if sex == "female" else "female"]
             options = [v for v in row["possible-values"] if meanings.get(v, v) not in nothing]
+            options = [v for v in options if not re.search(other, str(meanings.get(v, v)))]
             value = draw.choice(options) if options else ""
             meaning = str(meanings.get(value, value))
             better = table("ddxplus")["locations"] | words.get("values", {})

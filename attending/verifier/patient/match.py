@@ -65,7 +65,9 @@ class Matcher:
         for part in [*questions, *(part for part in orders if not self._findings_of(part))]:
             if kind := _kind(part):
                 kinds[kind] = None
-                answers.update({f.id: f for f in self.facts if f.kind == kind and f.present})
+                own = [fact for fact in self.facts if fact.kind == kind]
+                here = [fact for fact in own if fact.present] or (own if len(own) < 3 else [])
+                answers.update({fact.id: fact for fact in here})
             else:
                 wanted, unclear = self._wanted(part, told)
                 answers.update({fact.id: fact for fact in wanted})
@@ -116,10 +118,11 @@ class Matcher:
         apart = list(_things(part))
         if len(apart) > 1:
             at = self.facts.index(whole) if whole else -1
+            enough = ENOUGH_APART if self._is_closed else ENOUGH
             each = [
                 whole
                 if whole and self.similarity(thing, at) >= OWN
-                else self._nearest(thing, told, ENOUGH_APART)[0]
+                else self._nearest(thing, told, enough)[0]
                 for thing in apart
             ]
             named = list({fact.id: fact for fact in each if fact}.values())
