@@ -20,6 +20,7 @@ from page import Measure, write
 from attending import endpoint
 from attending.endpoint import Endpoint, EndpointOptions
 from attending.errors import AttendingError
+from attending.verifier import ask
 from attending.verifier.judge.ask import EndpointJudge, JudgeOptions, Positive, judge_all
 from attending.verifier.rubric.schema import Criterion, Rubric
 
