@@ -52,8 +52,12 @@ def test_form(spec: dict[str, Any], good: list[str], bad: list[str]) -> None:
 
 
 def test_sections_are_scored_by_share() -> None:
-    spec = {"kind": "sections", "names": ["Diagnosis", "Plan", "Follow-up"]}
+    spec: dict[str, Any] = {"kind": "sections", "names": ["Diagnosis", "Plan", "Follow-up"]}
     assert check(spec, "## Diagnosis\nx\n**Plan**: y\n3. Follow-up\nz") == (True, "lacks []", 1.0)
+    for text in ("- {}: x", "* **{}:** x", "**{}**: x", "> {}", "• {}：x", "【{}】x", "__{}__\nx"):
+        assert check(spec, "\n".join(map(text.format, spec["names"]))).passed, text
+    assert not check(spec, "- Diagnosis of flu\n- My plan: x\n- Follow-up x").score
+    assert check(spec, "\n" * 50_000).score == 0.0
     assert check({**spec, "names": ["Exam", "Plan"]}, "Plan: y").score == 0.5
     found = check(spec, "Plan: y\nDiagnosis: x\nThe follow-up is soon")
     assert found == (False, "lacks ['Plan', 'Follow-up']", pytest.approx(1 / 3))

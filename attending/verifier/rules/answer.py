@@ -1,7 +1,8 @@
 """Rules about a response's answer: a choice, a number, a formula, a phrase, a list.
 
-A response commits itself by "the answer is", "答案是", `####` or a box, and the last time counts.
-Where it never does, a choice is its first or last line, a number its last, a phrase all of it.
+A response commits itself by "the answer is", "答案是", `####`, a box; weakly by "the diagnosis is".
+A final answer outranks the others, unless "wait" comes between; of equals the last one counts.
+Without any, a choice is its first or last line, a number its last, a phrase all of it.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 
 from attending.errors import ConfigError
 from attending.overlap import TOKEN
+from attending.verifier.rules.formula import compared
 from attending.verifier.rules.rule import DATA, Checked, extra, verdict
 
 FOLDS: dict[str, str] = DATA["answer"].pop("folds")
@@ -25,12 +27,15 @@ def choice(text: str, options: dict[str, str], answer: str) -> Checked:
     """
     if answer not in options:
         raise ConfigError(f"rule choice: the answer {answer!r} is none of {', '.join(options)}.")
-    own = {letter: _fold(text).strip(" .").casefold() for letter, text in options.items()}
-    said = next((named for rest in _committed(text) if (named := _named(rest, own)[0])), [])
-    if not said:
-        lines = [line for line in _fold(text).splitlines() if re.search(r"\w", line)]
-        alone = [_named(line, own) for line in lines[:1] + lines[-1:]]
-        said = [letter for named, rest in alone if SIGN["alone"].match(rest) for letter in named]
+    plain = {letter: SIGN["lead"].sub("", _fold(own)) for letter, own in options.items()}
+    own = {letter: text.strip(' .\n"').lower() for letter, text in plain.items()}
+    signs = [(min(rank, 1), _named(line, own)[0]) for rank, line, _ in _committed(text)]
+    lines = [line for line in _fold(text).splitlines() if re.search(r"\w", line)]
+    ends = [_named(line, own) for line in lines[:1] + lines[-1:]]
+    alone = [letter for named, rest in ends if SIGN["alone"].match(rest) for letter in named]
+    # A line that is nothing but an option says more than "the cause is".
+    order = sorted([*signs, (0.5, alone)], key=lambda sign: -sign[0])
+    said = next((named for _, named in order if named), [])
     letters = sorted({*said})
     if len(letters) != 1:
         return verdict(False, f"different answers: {', '.join(letters)}" if said else "no answer")
@@ -48,15 +53,19 @@ def numeric(
 
     `units` has those to know, each with its size in the reference's; another one does not pass,
     none is the reference's. Without it units are not looked at, and `50%` is both 50 and 0.5.
+
+    It is the first after an answer's sign, else the first with a unit to know, else the first
+    after "dose is", else "is" or "=", of the last line with one, else the last. "Not 5" and "> 5"
+    are none.
     """
     wanted = SIGN["number"].search(_fold(str(answer)))
     if wanted is None:
         raise ConfigError(f"rule numeric: the answer {answer!r} is no number.")
-    places = [part for rest in _committed(text) for part in (rest.rpartition("=")[2], rest)]
-    found = next(filter(None, map(SIGN["number"].search, places)), None)
-    found = found or next(iter([*SIGN["number"].finditer(_fold(text))][::-1]), None)
-    if found is None:
+    signs = (_worth(line) for rank, line, _ in _committed(text) if rank)
+    some = next(filter(None, signs), None) or _weak(_fold(text))
+    if not some:
         return verdict(False, "no number")
+    found = next((one for one in some if units and one[7] in units), some[0])
     head, rest, unit = found.string[: found.start()], found.string[found.end() :], found[7]
     if SIGN["another"].match(rest) or SIGN["before"].search(head[-40:]):
         return verdict(False, f"different answers: {head[-20:]}{found[0]}{rest[:20]}")
@@ -71,35 +80,36 @@ def numeric(
 
 
 def maths(text: str, answer: str) -> Checked:
-    """A formula equal to the reference, in LaTeX, by math_verify.
-
-    In this process, without the library's time limit: it takes signals, which a thread has not.
-    What looks endless is refused, by sight alone; give hostile text to a process with a limit.
-    """
-    library = extra("math_verify")
-    gold = library.parse(answer if "$" in answer else f"${answer}$", parsing_timeout=None)
-    if not gold:
+    """A formula equal to the reference, in LaTeX, by math_verify, which may not take for ever."""
+    formula = answer if "$" in answer else f"${answer}$"
+    if not extra("math_verify").parse(formula, parsing_timeout=None):
         raise ConfigError(f"rule maths: the answer {answer!r} is no formula.")
-    if SIGN["heavy"].search(text):
-        return verdict(False, "a power or factorial too large to compute")
-    found = library.parse(text, parsing_timeout=None)
-    passed = bool(found) and library.verify(gold, found, timeout_seconds=None)
-    return verdict(passed, f"answers {found[-1]}" if found else "no formula")
+    return verdict(*compared(formula, text))
 
 
 def exact(text: str, answer: str) -> Checked:
-    """The same words, whatever the case, width, spacing and punctuation; signs are kept."""
-    said = next(iter(_committed(text)), text)
-    parts = (said, SIGN["sentence"].split(said)[0])
+    """The same words, whatever the case, width, spacing and punctuation; signs are kept.
+
+    "Diagnosis:" or "The diagnosis is" before them is no part of the answer.
+    """
+    said = _committed(text)
+    firm = [line for rank, line, _ in said if rank][:1]
+    parts = firm or [_fold(text), *(line for _, line, _ in said[:1])]
+    parts += [SIGN["label"].sub("", part) for part in parts]
+    parts += [SIGN["sentence"].split(part)[0] for part in parts]
     return verdict(_words(answer) in map(_words, parts), "compared word by word")
 
 
 def items(text: str, answer: tuple[str, ...], min_f1: float = 1.0) -> Checked:
-    """The same list in any order, bulleted or with commas; the score is F1."""
-    text = _fold(text)
-    said = text[max((match.end() for match in SIGN["commit"].finditer(text)), default=0) :]
-    parts = SIGN["bullet"].findall(said) or SIGN["comma"].split(SIGN["box"].sub(r"\1", said))
-    found, wanted = ({tuple(_words(part)) for part in some} - {()} for some in (parts, answer))
+    """The same list in any order, bulleted (or the bullets' heads) or with commas; scores F1."""
+    said = next((rest for rank, _, rest in _committed(text) if rank), _fold(text))
+    wanted = {tuple(_words(part)) for part in answer} - {()}
+    parts = SIGN["bullet"].findall(said)
+    heads = [
+        part if tuple(_words(part)) in wanted else SIGN["head"].sub(r"\2\3", part) for part in parts
+    ]
+    parts = heads or SIGN["comma"].split(SIGN["label"].sub("", SIGN["box"].sub(r"\1", said)))
+    found = {tuple(_words(part)) for part in parts} - {()}
     hits = len(found & wanted)
     precision, recall = hits / max(len(found), 1), hits / max(len(wanted), 1)
     f1 = 2 * hits / max(len(found) + len(wanted), 1)
@@ -122,26 +132,62 @@ def _value(number: re.Match[str]) -> float:
     return float(f"{sign}1") * (float(whole or 0) + part)
 
 
-def _committed(text: str) -> list[str]:
-    """What follows each commitment on its line, or on the next, last first; boxes are opened."""
-    text = _fold(text)
-    last = [*SIGN["commit"].finditer(text)][-16:]  # so that a text of signs takes no minutes
-    rests = [text[match.end() :].lstrip(" *_:\n") for match in last]
-    return [SIGN["box"].sub(r"\1 , ", rest.partition("\n")[0]).strip(" ,") for rest in rests[::-1]]
+def _numbers(text: str, start: int = 0) -> list[re.Match[str]]:
+    """The numbers of a text that it neither denies nor makes a bound."""
+    found = [(one, one.end() - len(one[7] or "")) for one in SIGN["number"].finditer(text, start)]
+    free = [one for one, end in found if not SIGN["bound"].match(text[end : end + 60])]
+    heads = [text[max(0, one.start() - 40) : one.start()] for one in free]
+    return [one for one, head in zip(free, heads, strict=True) if not SIGN["hedge"].search(head)]
+
+
+def _worth(line: str) -> list[re.Match[str]]:
+    return _numbers(SIGN["sum"].sub("", line)) or _numbers(line)
+
+
+def _weak(text: str) -> list[re.Match[str]]:
+    """The numbers of a text without an answer's sign, the likeliest first."""
+    found = list[re.Match[str]]()
+    for line in reversed(text.splitlines()):
+        found += [one for _, rest, _ in _committed(line) for one in _worth(rest)]
+        signs = [*SIGN["equals"].finditer(line)][:-17:-1]
+        found += [one for sign in signs for one in _numbers(line, sign.end())]
+    return found + _numbers(text)[::-1]
+
+
+def _committed(text: str) -> list[tuple[int, str, str]]:
+    """Each commitment's rank (2 final, 0 weak), line, and all after it; what counts most first."""
+    text, found = _fold(text), list[tuple[bool, int, int]]()
+    cue = max((match.end() for match in SIGN["cue"].finditer(text)), default=0)
+    for match in SIGN["commit"].finditer(text):
+        start, end = match.span()
+        rank = 2 if SIGN["final"].search(match[0]) else int(bool(SIGN["answer"].search(match[0])))
+        if not SIGN["supposed"].search(text[max(0, start - 80) : start]):
+            found.append((rank > 0 and start >= cue, rank, end))
+    last = sorted(found, reverse=True)[:16]  # so that a text of signs takes no minutes
+    rests = [(rank, text[end:].lstrip(" *_:\n")) for _, rank, end in last]
+    lines = [SIGN["box"].sub(r"\1 , ", rest.partition("\n")[0]).strip(" ,") for _, rest in rests]
+    return [(rank, line, rest) for (rank, rest), line in zip(rests, lines, strict=True)]
 
 
 def _named(text: str, options: Mapping[str, str]) -> tuple[list[str], str]:
     """The letters that a text begins with, and what follows them."""
-    text, found = SIGN["lead"].sub("", text), list[str]()
-    if own := _first(text, options, r"(?![A-Za-z0-9])"):
-        return [own], text[len(options[own]) :]
-    while (match := SIGN["letter"].match(text)) and match[1].upper() in options:
-        found, text = [*found, match[1].upper()], text[match.end() :]
-        if not (more := SIGN["or"].match(text)):
-            break
+    found, more, told = list[str](), re.match("", text), ""
+    while more:
         text = SIGN["lead"].sub("", text[more.end() :])
-    own = _first(text, options, SIGN["ends"].pattern)
-    return ([*found, own], "") if found and own else (found, text)
+        if own := _first(text, options, r"(?![A-Za-z0-9])"):
+            text = text[len(options[own]) :]
+        elif (match := SIGN["letter"].match(text)) and (own := match[1].upper()) in options:
+            text = text[match.end() :]
+            after = SIGN["lead"].sub("", text)
+            its = _first(after, {own: options[own]}, r"(?![A-Za-z0-9])")
+            if told := its or _first(after, options, SIGN["ends"].pattern):
+                found, text = [*found, told], after[len(options[told]) :]
+        else:
+            break
+        found, more = [*found, own], SIGN["or"].match(text)
+        if not more and (comma := re.match(r"\s*[,;]\s*", text)):
+            more = comma if _first(text[comma.end() :], options, SIGN["listed"].pattern) else None
+    return found, "" if told and SIGN["ends"].match(text) else text
 
 
 def _first(text: str, options: Mapping[str, str], ends: str) -> str:

@@ -37,10 +37,10 @@ def json_value(text: str, keys: tuple[str, ...] = ()) -> Checked:
 
 
 def sections(text: str, names: tuple[str, ...]) -> Checked:
-    """Headings in this order, each alone on its line or before a colon; the score is a share."""
+    """Headings in this order, each at its line's start, alone or before a colon; scores a share."""
     start, lacks = 0, list[str]()
     for name in names:
-        heading = re.compile(rf"(?im)^[#*\s\d.)、]*{re.escape(name)}[*\s]*?(?:[:：]|$)")
+        heading = re.compile(rf"(?im)^[-+•>【#*_ \t\d.)、]*{re.escape(name)}[*_ \t]*(?:[:：】]|$)")
         match = heading.search(text, start)
         start, lacks = (match.end(), lacks) if match else (start, [*lacks, name])
     return Checked(not lacks, f"lacks {lacks}", 1 - len(lacks) / max(len(names), 1))
