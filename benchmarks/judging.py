@@ -60,6 +60,7 @@ def work(path: Path) -> list[tuple[Rubric, str]]:
 
 
 async def ours(served: Endpoint, answers: Sequence[tuple[Rubric, str]]) -> int:
+    ask.TRIES = 1  # every reply is cut, and none is asked for again
     judge = EndpointJudge(served, JudgeOptions(max_tokens=TOKENS, max_unscored_share=1.0))
     async for _ in judge_all(judge, answers):
         pass

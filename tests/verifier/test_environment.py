@@ -92,7 +92,7 @@ async def test_a_doctor_asks_three_questions_concludes_and_is_rewarded() -> None
     episode, asked = await rollout([*ASKED, f"<think>Easy.</think>{LAST}"])
     [trace] = episode.traces
     assert (episode.ok, trace.agent.name, trace.agent.trainable) == (True, "doctor", True)
-    assert (trace.num_turns, trace.num_branches, trace.stop_condition) == (4, 1, "diagnosis")
+    assert (trace.num_turns, trace.num_branches, trace.stop_condition) == (4, 1, "plan")
     roles = ["system", *["user", "assistant"] * 4]
     assert [message.role for message in trace.messages] == roles
     assert all(said in trace.messages[1 + 2 * at].content for at, said in enumerate(SAID))
@@ -113,10 +113,10 @@ async def test_the_reward_is_the_affine_score_of_the_verdicts() -> None:
     episode, _ = await rollout([LAST], see_the_hospital)
     [trace] = episode.traces
     points = [(row["points"], row["met"]) for row in trace.info["criteria"]]
-    assert [pair for pair in points if pair[1]] == [(4, True)]
+    assert [pair for pair in points if pair[1]] == [(10, True)]
     lowest = -sum(point for point, _ in points if point < 0)
     assert lowest > 0
-    wanted = (4 + lowest) / sum(abs(point) for point, _ in points)
+    wanted = (10 + lowest) / sum(abs(point) for point, _ in points)
     assert trace.rewards["affine_score"].score == pytest.approx(wanted)
     assert trace.info["judge"] == "judge"
     assert "physicians was not measured" in trace.info["caution"]
