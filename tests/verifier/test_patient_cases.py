@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from attending.errors import ConfigError, UsageError
-from attending.verifier.patient.case import Access, Case, Fact, Persona, age_of, read_case, sex_of
+from attending.verifier.patient.case import Access, Case, Fact, age_of, read_case, sex_of
 from attending.verifier.patient.ddxplus import DDXPlus, read_ddxplus
 from attending.verifier.patient.find import find_case
 from attending.verifier.patient.lexicon import table
 from attending.verifier.patient.persona import TYPES, draw_persona
-from attending.verifier.patient.speech import first_person, lay
 from attending.verifier.patient.vignette import NUMBER, access_of, read_vignette, read_vignettes
 from tests.conftest import SHARED
 
@@ -77,50 +76,11 @@ def test_all_vignettes_contain_their_facts_and_tell_no_answer() -> None:
         assert len(row["answer"]) <= 3 or row["answer"].lower() not in told.lower()
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("Patient is a 21-year-old male.", "I am a 21-year-old male."),
-        ("She has had 2 operations.", "I have had 2 operations."),
-        ("Patient has not had fever.", "I have not had fever."),
-        ("Patient's mother has asthma.", "My mother has asthma."),
-        ("He complains of fatigue.", "I have fatigue."),
-        ("Patient denies fever or chills.", "No, no fever or chills."),
-        ("He denies taking any drugs.", "No, I am not taking any drugs."),
-        ("He takes lisinopril and smokes.", "I take lisinopril and smoke."),
-        (
-            "A 29-year-old woman comes to the clinic.",
-            "I am a 29-year-old woman. I came to the clinic.",
-        ),
-        ("Two days ago, she fell on her arm.", "Two days ago, I fell on my arm."),
-    ],
-)
-def test_the_patient_speaks_in_the_first_person(text: str, says: str) -> None:
-    assert first_person(text) == says
-
-
-@needs_cases
-def test_the_first_person_keeps_every_number() -> None:
-    import re
-
-    rows = map(json.loads, (CASES / "mediq_imedqa_dev.jsonl").read_text().splitlines())
-    for text in (NUMBER.sub("", one) for row in rows for one in row["facts"]):
-        assert re.findall(r"\d+", text) == re.findall(r"\d+", first_person(text))
-
-
 def test_a_childs_mother_speaks_of_the_child() -> None:
     facts = ["1. A 5-year-old boy is brought by his mother.", "2. Patient has had a fever."]
     found = read_vignette({"id": 1, "facts": facts})
     assert found.persona.informant == "mother"
     assert found.facts[1].says == "He has had a fever."
-
-
-def test_low_literacy_says_lay_words() -> None:
-    low, high = Persona(literacy="low"), Persona(literacy="high")
-    assert lay("I have dyspnea and hypertension.", low) == (
-        "I have shortness of breath and high blood pressure."
-    )
-    assert lay("I have dyspnea.", high) == "I have dyspnea."
 
 
 def test_findings_after_an_examination_stay_findings() -> None:
