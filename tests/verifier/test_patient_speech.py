@@ -57,7 +57,8 @@ HIS = [
      "I am a 35-year-old taxi driver. I was brought in by my wife."),
     ("A 27-year-old man and his wife present to the clinic.",
      "I am a 27-year-old man. My wife and I came to the clinic."),
-    ("A 40-year-old man who smokes has a cough.", "I am a 40-year-old man who smokes has a cough."),
+    ("A 40-year-old man who smokes has a cough.",) * 2,  # no rule is sure
+    ("A 40-year-old man who smokes comes in.", "I am a 40-year-old man who smokes. I came in."),
     ("He works as a patient care attendant.", "I work as a patient care attendant."),
     ("60 subjects were asked to describe their pain.",) * 2,
 ]  # fmt: skip

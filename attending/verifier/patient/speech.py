@@ -87,7 +87,7 @@ def _plain(text: str, patient: str, who: str) -> str:
         (rf"^{AGED}.*?),?( and (?:his|her) .*?) (?:come|present)\b()", opens + "came"),
         (rf"^{AGED}.*?),?( \w+ly| soon)? ({CAME}.*)$", opens),
         (rf"^{AGED}(?:(?! who| that| which).)*?),?( \w+ly| soon)? ({OPENS}.*)$", opens),
-        (rf"^{AGED})", r"The patient is a\1"),
+        (rf"^{AGED})(?!.* (?:who|that|which)\b)", r"The patient is a\1"),
         (rf"{comes}{COMES}(?= (?:back|(?:in)?to|for|at|in|by|with (?:his|her))\b)", r"\1 came"),
         (rf"{comes}presents with\b", r"\1 has"),
         (rf"\b(and|but) that (?={patient}|his\b|her\b|the\b)", r"\1 "),
