@@ -68,7 +68,10 @@ def read_vignette(row: Mapping[str, Any], seed: int = 0) -> Case:
     told = [fact for fact in facts if fact.access is Access.TELL]
     if not told:
         raise ConfigError(f"{name} has no fact that a patient could tell.")
-    first = next((fact for fact in told if fact.kind == "symptom"), told[0])
+    symptoms = [fact for fact in told if fact.kind == "symptom"] or told
+    first = next(
+        (f for f in symptoms if re.match(r"(?:I|My|We|He|She|His|Her)\b", f.says)), symptoms[0]
+    )
     return Case.build(
         {
             "id": name,
