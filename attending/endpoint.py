@@ -246,11 +246,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         url = str(address.copy_with(path="/v1") if address.path == "/" else address)
         self._client = openai.AsyncOpenAI(api_key="-", base_url=url, max_retries=0, http_client=web)
         self.totals = Totals(cost=0.0 if options.price_per_million else None)
-        if options.cache:
-            options.cache.touch(mode=0o600)
-        self._cache = sqlite3.connect(options.cache or ":memory:", timeout=60, isolation_level=None)
-        self._cache.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-        self._cache.execute("CREATE TABLE IF NOT EXISTS derived (key TEXT PRIMARY KEY, value TEXT)")
+        self._cache = _open_cache(options.cache)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._slots = asyncio.Semaphore(options.max_concurrency)
         self._gate = 0.0  # monotonic time before which nothing is sent
@@ -392,6 +388,23 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                 asked.append(named.get(name.replace("remaining", "reset"), ""))
         wait = min(max(map(parse_seconds, asked)), self._options.backoff_cap_seconds)
         self._gate = max(self._gate, time.monotonic() + wait)
+
+
+def _open_cache(path: Path | None) -> sqlite3.Connection:
+    """Of several that open a new file at once SQLite lets one prepare it: the others try again."""
+    if path:
+        path.touch(mode=0o600)
+    cache = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+    for left in reversed(range(100)):
+        try:
+            cache.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+            cache.execute("CREATE TABLE IF NOT EXISTS derived (key TEXT PRIMARY KEY, value TEXT)")
+            break
+        except sqlite3.DatabaseError as error:
+            if not left or not isinstance(error, sqlite3.OperationalError):
+                raise UsageError(f"{path and path.name} cannot be a cache ({error}).") from None
+            time.sleep(0.05)
+    return cache
 
 
 def parse_seconds(text: str) -> float:

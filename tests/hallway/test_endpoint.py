@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -377,6 +379,23 @@ async def test_many_processes_share_one_cache_that_holds_no_texts(tmp_path: Path
     for secret in ("Zwiebel", "chest", "yes", "thought", KEY):
         assert secret.encode() not in b"".join(files.values())
     assert path.stat().st_mode & 0o077 == 0
+
+
+async def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("no database, and long enough to be seen as none " * 20)
+    with pytest.raises(UsageError, match=r"notes\.txt cannot be a cache"):
+        Endpoint(NOWHERE, "m", options=FAST.replace(cache=str(path)))
+
+
+async def test_a_cache_that_another_is_preparing_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "new.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(0.3, other.execute, ["COMMIT"]).start()
+    async with Endpoint(NOWHERE, "m", options=FAST.replace(cache=str(path))):
+        assert path.stat().st_size
+    other.close()
 
 
 async def test_neither_key_nor_texts_are_shown_or_logged(caplog: pytest.LogCaptureFixture) -> None:

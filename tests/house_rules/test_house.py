@@ -47,7 +47,7 @@ BAD: list[tuple[Rule, dict[str, str], str]] = [
     (rules.function_sizes, {"rl/loop.py": function(9) + function(81, "g")}, "g: 81"),
     (rules.function_sizes, {"rl/loop.py": function(81, "_g") + function(9)}, "_g: 81"),
     (rules.function_sizes, {"rl/hoop.py": function(81)}, "f: 81 lines > 80"),
-    (rules.budgets, {"a.py": lines(1300), "b.py": lines(1021)}, "hallway: 2321"),
+    (rules.budgets, {"a.py": lines(1300), "b.py": lines(1036)}, "hallway: 2336"),
     (rules.budgets, {"tokenizer/bpe/a.py": lines(251)}, "tokenizer: 251 lines"),
     (rules.budgets, {"cli/a.py": lines(21_151)}, "all Python: 21151"),
     (rules.budgets, {"engine/a.cpp": lines(1499), "engine/a.h": lines(2)}, "1501"),
