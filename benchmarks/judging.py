@@ -3,7 +3,7 @@
     python benchmarks/judging.py KQA [REPEATS]
 
 KQA is K-QA's .jsonl, for conversations and criteria. The endpoint is the default model's own
-engine, started anew for each measurement. Budget: 96 verdicts of some 900 tokens, two ways, three
+engine, started anew for each measurement. Budget: 64 verdicts of some 1,200 tokens, two ways, three
 times, at 500 to 5,000 tokens a second: about 10 minutes.
 """
 
@@ -24,7 +24,7 @@ from attending.verifier import ask
 from attending.verifier.judge.ask import EndpointJudge, JudgeOptions, Positive, judge_all
 from attending.verifier.rubric.schema import Criterion, Rubric
 
-CONVERSATIONS, CRITERIA, TOKENS, WIDTH = 12, 8, 24, 120
+CONVERSATIONS, CRITERIA, TOKENS, WIDTH = 8, 8, 24, 120
 CACHED = 5_000
 NOTES = f"""
 {CONVERSATIONS} conversations of three exchanges, with {CRITERIA} criteria each; {TOKENS} tokens
