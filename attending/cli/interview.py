@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from attending.cli.terminal import UNPRINTABLE, JsonFlag, err, escape, out, print_json, print_table
-from attending.errors import AttendingError, SourceError, UsageError
+from attending.errors import AttendingError, CheckFailed, SourceError, UsageError
 
 if TYPE_CHECKING:
     from attending.verifier.consult import Trace
@@ -57,7 +57,9 @@ def consult(
     temperature: Annotated[float, typer.Option(help="Of the doctor.")] = 0.6,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a doctor's message.")] = 512,
     max_turns: Annotated[int, typer.Option(min=1, help="Most replies of the patient.")] = 20,
-    to: Annotated[Path, typer.Option("--out", help="Folder of the trace.")] = Path("out/consult"),
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the trace; default: a new one in out/.")
+    ] = None,
     allow_self: Annotated[
         bool, typer.Option("--allow-self", help="One model may be doctor and judge, or patient.")
     ] = False,
@@ -80,10 +82,15 @@ def consult(
 
     Writes trace.jsonl and trace.html. The texts of the consultation are in them, in clear.
     """
-    from attending.verifier.consult import DISCLAIMER
+    from attending.verifier.consult import DISCLAIMER, case_rubric
     from attending.verifier.patient.find import find_case
 
     found, own = find_case(case, seed), _read_rubric(rubric) if rubric else None
+    if judge != "none" and own is None:
+        case_rubric(found, [{"role": "user", "content": found.complaint}])  # before it costs
+    folder = to or _new_folder(found.id)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: give --out a folder.")
     err.print(f"[dim]{escape(DISCLAIMER)}[/]")
     models = {
         "model": _Asked(model, model_id, model_key_variable, model_price),
@@ -93,13 +100,18 @@ def consult(
     how = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
 
     def heard(trace: "Trace") -> None:
-        trace.write(to)  # so that an interruption loses nothing
+        trace.write(folder)  # so that an interruption loses nothing
         said = trace.said[-1]
         if not as_json:
             out.print(f"[bold]{said.speaker}[/] {escape(UNPRINTABLE.sub('', said.text))}\n")
 
     trace = asyncio.run(_consult(found, models, own, how, max_turns, allow_self, heard))
-    trace.write(to)
+    trace.write(folder)
+    _report(trace, folder, as_json)
+
+
+def _report(trace: "Trace", folder: Path, as_json: bool) -> None:
+    """Print the result; what broke it off, or left criteria unscored, is an error."""
     *_, result = trace.rows()
     if as_json:
         print_json(result)
@@ -107,9 +119,18 @@ def consult(
         caution, _ = result.pop("caution"), result.pop("kind")  # a table's cell is cut
         shown = [[name, _show(value)] for name, value in result.items() if value not in (None, "")]
         print_table(["", ""], shown)
-        out.print("\n".join(filter(None, (caution, str(to / "trace.html")))), markup=False)
+        told = (trace.unjudged(), caution, str(folder / "trace.html"))
+        out.print("\n".join(filter(None, told)), markup=False)
     if trace.error:
-        raise AttendingError(f"it broke off: {trace.error} What was said is in {to}.")
+        raise AttendingError(f"it broke off: {trace.error} What was said is in {folder}.")
+    if any(verdict.met is None for verdict in trace.verdicts):
+        raise CheckFailed(trace.unjudged())
+
+
+def _new_folder(name: str) -> Path:
+    """In out/, the first of its name that is not there."""
+    names = (f"consult-{name}{f'-{n}' if n else ''}".replace("/", "_") for n in range(10_000))
+    return next(path for path in map(Path("out").joinpath, names) if not path.exists())
 
 
 class _Asked(NamedTuple):
@@ -178,7 +199,7 @@ async def _consult(
             for name, opening in openings.items()
             if opening
         }
-        judged = _judge(models["judge"].source, opened, allow_self)
+        judged = _judge(models["judge"].source, opened, allow_self, case.language)
         if judged:
             err.print(f"[dim]{escape(judged.caution)}[/]")
         return await consult(
@@ -194,8 +215,15 @@ async def _consult(
         )
 
 
-def _judge(name: str | None, opened: dict[str, Any], allow_self: bool) -> "Judge | None":
+def _judge(
+    name: str | None, opened: dict[str, Any], allow_self: bool, language: str
+) -> "Judge | None":
     if name == "none":
+        return None
+    if language != "en" and "judge" not in opened:
+        if name == "embedded":
+            raise UsageError("the embedded judge reads English only: name a model with --judge.")
+        err.print("[dim]Nothing is judged: the embedded judge reads English only.[/]")
         return None
     if "judge" in opened:
         from attending.verifier.judge.ask import EndpointJudge
@@ -216,5 +244,5 @@ def _judge(name: str | None, opened: dict[str, Any], allow_self: bool) -> "Judge
 
 def _show(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.2f}"
+        return f"{value:.3g}"
     return ", ".join(map(_show, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -71,7 +71,7 @@ class Trace:
             for name, access in (("elicited", Access.TELL), ("examined", Access.EXAMINE))
         }
         return {
-            "turns": float(len(self.turns) - 1),
+            "turns": float(max(0, len(self.turns) - 1)),
             **{f"{k}_share": len({*v} & told) / len(v) if v else None for k, v in shares.items()},
             "privacy": privacy_score(self.case, self.turns),
             "fact": fact_score(self.case, self.turns),
@@ -89,6 +89,17 @@ class Trace:
             "bounds": bounds(criteria, met),
             "unscored": met.count(None),
         }
+
+    def unjudged(self) -> str:
+        """Why there is no score, where there is none."""
+        lacking = [verdict for verdict in self.verdicts if verdict.met is None]
+        if lacking:
+            count = f"{len(lacking)} of {len(self.verdicts)} criteria are unscored"
+            return f"{count}: {lacking[0].explanation}"
+        if self.verdicts or self.error:
+            return ""
+        is_out = bool(self.turns) and self.turns[-1].end == "turns"
+        return "Not judged: it ran out of turns." if is_out else "Not judged: there is no judge."
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The lines of `trace.jsonl`: the case, each message, each criterion, the result."""
@@ -166,7 +177,8 @@ async def consult(
     """
     if fluent and fluent.model == doctor.model and not allow_self_play:
         raise UsageError(
-            f"{doctor.model} would be doctor and patient: name another model, or allow self-play."
+            f"{doctor.model} would be doctor and patient: name another model, or allow it "
+            "(--allow-self)."
         )
     patient = Patient(case, fluent, PatientOptions(max_turns=max_turns))
     trace = Trace(
@@ -224,7 +236,7 @@ def case_rubric(case: Case, conversation: Sequence[Message]) -> Rubric:
     if not told.strip():
         raise ConfigError(
             f"case {case.id} has neither a diagnosis nor a reference answer to judge by: give a "
-            "rubric of your own, or judge nothing."
+            "rubric of your own (--rubric FILE), or judge nothing (--judge none)."
         )
     facts = [f for f in case.of(Access.TELL) if f.present and f.kind != "person"]
     return from_reference(

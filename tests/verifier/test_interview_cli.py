@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attending import cli
-from attending.errors import AttendingError, ConfigError, UsageError
+from attending.errors import AttendingError, CheckFailed, ConfigError, UsageError
 from attending.verifier.judge.ask import CAUTION
 
 SCRIPT = ["Where does it hurt?", "You have acute appendicitis. Go to the hospital today."]
@@ -173,3 +173,25 @@ def test_hosted_models_have_ids_keys_prices_and_the_judge_a_cache(
     with doctor([], ("scripted", "judge")) as url:
         done = run("consult", "appendicitis", url, "--judge", "none", f"--out={tmp_path}")
         assert isinstance(done.exception, UsageError) and "as the model id" in str(done.exception)
+
+
+def test_a_judge_that_talks_prose_fails_the_check_and_leaves_the_trace(tmp_path: Path) -> None:
+    with doctor(SCRIPT[1:]) as url, doctor(["It is fine."] * 200) as judge:
+        options = ("--judge", judge, "--allow-self", "--out", str(tmp_path))
+        done = run("consult", "appendicitis", url, *options)
+    assert isinstance(done.exception, CheckFailed) and done.exception.exit_code == 3
+    assert "criteria are unscored" in str(done.exception)
+    assert '"unscored"' in (tmp_path / "trace.jsonl").read_text()
+
+
+def test_runs_do_not_overwrite_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        with doctor(SCRIPT[1:]) as url:
+            assert run("consult", "appendicitis", url, "--judge", "none").exit_code == 0
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["consult-appendicitis", "consult-appendicitis-1"]
+    taken = tmp_path / "file"
+    taken.write_text("")
+    done = run("consult", "appendicitis", "default", "--judge", "none", "--out", str(taken))
+    assert isinstance(done.exception, UsageError) and "is a file" in str(done.exception)

@@ -98,7 +98,7 @@ class EndpointJudge:
         if policy is not None and policy.model in names and not allow_self_grading:
             raise UsageError(
                 f"the judge is {policy.model}, the model that is judged: it would grade itself. "
-                "Name another judge, or allow self-grading."
+                "Name another judge, or allow self-grading (--allow-self)."
             )
         self.options = options or JudgeOptions()
         self.name, self.caution = self.endpoints[0].model, CAUTION

@@ -65,9 +65,13 @@ class Pair(NamedTuple):
 def read_rows(path: Path, *fields: str) -> list[dict[str, Any]]:
     """The records of a JSONL file; UsageError unless each has the fields."""
     lines = path.read_text("utf-8").split("\n") if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.strip()]
-    if not rows or not all(row.keys() >= {*fields} for row in rows):
-        raise UsageError(f"{path.name} is no JSONL file whose rows have {', '.join(fields)}.")
+    try:
+        rows = [json.loads(line) for line in lines if line.strip()]
+        is_whole = bool(rows) and all(row.keys() >= {*fields} for row in rows)
+    except (json.JSONDecodeError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise UsageError(f"{path.name} is not a JSONL file whose rows have {', '.join(fields)}.")
     return rows
 
 

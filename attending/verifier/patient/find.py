@@ -35,7 +35,7 @@ def find_case(name: str, seed: int = 0) -> Case:
     if path.is_dir():
         return read_ddxplus(path).draw(seed, inner)
     if not path.is_file():
-        raise UsageError(f"{name!r} is no {FORMS}.{suggest(name, names)}")
+        raise UsageError(f"{name!r} is not {FORMS}.{suggest(name, names)}")
     if path.suffix == ".json" and not inner:
         return read_case(path)
     for _, row in _rows(path):

@@ -212,7 +212,8 @@ def _kind(part: str) -> str:
     """The kind of facts that a question names, where it asks for nothing more."""
     asked = concepts(part)
     kinds = table("cues")["kinds"].items()
-    return next((kind for kind, phrases in kinds if asked in map(concepts, phrases)), "")
+    named = (kind for kind, phrases in kinds if asked and asked in map(concepts, phrases))
+    return next(named, "")
 
 
 def is_open(part: str) -> bool:
