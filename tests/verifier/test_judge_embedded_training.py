@@ -184,7 +184,7 @@ def test_the_parts_share_no_question_and_no_disease_that_is_held_out(tmp_path: P
 
 
 def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"kqa.jsonl is no JSONL file whose rows have Question"):
+    with pytest.raises(UsageError, match=r"kqa.jsonl is not a JSONL file whose rows have Question"):
         pairs.read_kqa(write(tmp_path / "kqa.jsonl", {"question": "?"}))
     with pytest.raises(UsageError):
         pairs.read_kqa(tmp_path / "absent.jsonl")
