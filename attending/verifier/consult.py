@@ -4,14 +4,12 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from attending.endpoint import Endpoint
 from attending.errors import AttendingError, ConfigError, ReplyError, UsageError
+from attending.verifier.data import template
 from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.patient.case import Access, Case
 from attending.verifier.patient.scores import fact_score, personification_score, privacy_score
@@ -55,13 +53,18 @@ class Trace:
     caution: str = ""
     rubric: Rubric | None = None
     verdicts: list[Verdict] = field(default_factory=list)
-    cost: float | None = None  # of all endpoints asked, if their prices are known
-    tokens: int = 0  # that all endpoints wrote
+    endpoints: Sequence[Endpoint] = ()  # all that are asked
 
     @property
     def turns(self) -> list[Turn]:
         """The patient's."""
         return [said.turn for said in self.said if said.turn]
+
+    @property
+    def cost(self) -> float | None:
+        """Of all endpoints so far; None where a price is unknown."""
+        spent = [endpoint.totals.cost for endpoint in self.endpoints]
+        return None if None in spent else sum(cost or 0.0 for cost in spent)
 
     def measures(self) -> dict[str, float | None]:
         """What is counted, not judged; None where it has no meaning."""
@@ -122,21 +125,18 @@ class Trace:
             **self.scores(),
             "caution": self.caution,
             "ended": self.turns[-1].end if self.turns else "",
-            "output_tokens": self.tokens,
+            "output_tokens": sum(one.totals.output_tokens for one in self.endpoints),
             "cost": self.cost,
             "error": self.error,
         }
 
     def page(self) -> str:
         """One HTML file without anything from elsewhere."""
-        source = resources.files("attending.verifier") / "trace.html.jinja"
-        environment = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        template = environment.from_string(source.read_text(encoding="utf-8"))
         facts = {fact.id: fact for fact in self.case.facts}
-        rows = [*self.rows()]
-        return template.render(trace=self, facts=facts, note=DISCLAIMER, result=rows[-1])
+        *_, result = self.rows()
+        return template("trace.html").render(
+            trace=self, facts=facts, note=DISCLAIMER, result=result
+        )
 
     def write(self, folder: Path) -> None:
         """`trace.jsonl` and `trace.html`; a reader never sees half of one."""
@@ -182,10 +182,13 @@ async def consult(
         )
     patient = Patient(case, fluent, PatientOptions(max_turns=max_turns))
     trace = Trace(
-        case, doctor.model, fluent.model if fluent else "embedded", render("doctor", case.language)
+        case,
+        doctor.model,
+        fluent.model if fluent else "embedded",
+        render("doctor", case.language),
+        error="it was interrupted.",
+        endpoints=(doctor, *([fluent] if fluent else []), *(judge.endpoints if judge else ())),
     )
-
-    trace.error = "it was interrupted."
 
     def add(said: Said) -> None:
         trace.said.append(said)
@@ -216,10 +219,6 @@ async def consult(
         trace.error = ""
     except AttendingError as error:
         trace.error = str(error)
-    asked_of = [doctor, *([fluent] if fluent else []), *(judge.endpoints if judge else ())]
-    spent = [endpoint.totals.cost for endpoint in asked_of]
-    trace.cost = None if None in spent else sum(cost or 0.0 for cost in spent)
-    trace.tokens = sum(endpoint.totals.output_tokens for endpoint in asked_of)
     return trace
 
 

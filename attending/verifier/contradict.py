@@ -5,14 +5,11 @@ and their opposites are in `contradict.toml`.
 """
 
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import resources
-from typing import Any
 
-WORDS: dict[str, Any] = tomllib.loads(
-    (resources.files("attending.verifier") / "contradict.toml").read_text("utf-8")
-)
+from attending.verifier.data import table
+
+WORDS = table("contradict")
 NEGATION = WORDS["negation"]
 FLAGS = re.IGNORECASE | re.ASCII  # in Unicode an i is more than one letter
 OPPOSITE: dict[str, str] = {}

@@ -1,13 +1,11 @@
 """Where sentences end, in English and Chinese: the one splitter of rubrics and judges."""
 
 import re
-import tomllib
-from importlib import resources
 
 from attending.overlap import HAN
+from attending.verifier.data import table
 
-ROOM = resources.files("attending.verifier")
-WORDS = tomllib.loads((ROOM / "sentences.toml").read_text("utf-8"))
+WORDS = table("sentences")
 CLOSING = r"[\"'”’」』》）)\]*_]*"
 END = re.compile(rf"[。！？!?]+{CLOSING}|(?<![.…])(?:\.+|…+){CLOSING}(?=\s|$|[{HAN}])")
 WORD = re.compile(r"[\w.]*\w(?=\W*$)")

@@ -391,7 +391,8 @@ async def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
 async def test_a_cache_that_another_is_preparing_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "new.sqlite"
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN EXCLUSIVE")
+    other.execute("CREATE TABLE other (x)")
+    other.execute("BEGIN IMMEDIATE")  # here SQLite's own waiting does not help: it fails at once
     threading.Timer(0.3, other.execute, ["COMMIT"]).start()
     async with Endpoint(NOWHERE, "m", options=FAST.replace(cache=str(path))):
         assert path.stat().st_size

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attending.verifier.data import table
 from attending.verifier.patient.case import Access, Case
 from attending.verifier.patient.find import find_case
-from attending.verifier.patient.lexicon import table
 from attending.verifier.patient.simulator import Patient, Turn
 
-WORDS = {code: row for code, row in table("ddxplus").items() if code.startswith("E_")}
+WORDS = {code: row for code, row in table("patient/ddxplus").items() if code.startswith("E_")}
 
 
 def whole() -> Case:
@@ -41,8 +41,8 @@ def test_every_phrasing_reveals_its_fact_and_no_other() -> None:
         elif not found:
             back.append(text)
     assert len(asked) > 3000
-    assert len(wrong) <= 0.015 * len(asked), wrong[:10]
-    assert len(back) <= 0.015 * len(asked), back[:10]
+    assert len(wrong) <= 0.01 * len(asked), wrong[:10]
+    assert len(back) <= 0.01 * len(asked), back[:10]
 
 
 @pytest.mark.parametrize("name", ["appendicitis", "肺炎"])

@@ -106,11 +106,12 @@ def test_anything_else_is_no_verdict(text: str) -> None:
 
 
 async def test_one_conversation_shares_a_prefix_and_the_first_goes_ahead() -> None:
-    done: list[int] = []
+    events: list[str] = []
 
     async def behave(call: Call) -> None:
+        events.append(f"asked {call.number}")
         await yes(call)
-        done.append(call.number)
+        events.append(f"answered {call.number}")
 
     async with asking(behave) as (server, endpoint):
         verdicts = await EndpointJudge(endpoint)(rubric(), "Take ibuprofen.")
@@ -122,7 +123,7 @@ async def test_one_conversation_shares_a_prefix_and_the_first_goes_ahead() -> No
     positive = [one for one in prompts if "The item is positive" in one]
     assert positive[0].rpartition("[")[0] == positive[1].rpartition("[")[0]  # the whole template
     assert "[-8] Recommends a dose" in next(one for one in prompts if "-8" in one)
-    assert server.times[1] > server.times[0] + 0.01 > server.times[1] - 5  # after its answer
+    assert events[:2] == ["asked 0", "answered 0"] and events[2].startswith("asked")
     assert server.peak == 3
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from attending.errors import ConfigError, UsageError
+from attending.verifier.data import table
 from attending.verifier.patient.case import Access, Case, Fact, age_of, read_case, sex_of
 from attending.verifier.patient.ddxplus import DDXPlus, read_ddxplus
 from attending.verifier.patient.find import find_case
-from attending.verifier.patient.lexicon import table
 from attending.verifier.patient.persona import TYPES, draw_persona
 from attending.verifier.patient.vignette import NUMBER, access_of, read_vignette, read_vignettes
 from tests.conftest import SHARED
@@ -139,7 +139,7 @@ def test_a_drawn_case_has_what_its_condition_lists_and_denies_the_rest(tmp_path:
             if fact.id in ("E_54", "E_56") and "E_53" in so:
                 assert fact.present  # whose pain has no place and no strength?
             if fact.id == "E_91" and not fact.present:
-                assert fact.says == table("ddxplus")["E_91"]["deny"]
+                assert fact.says == table("patient/ddxplus")["E_91"]["deny"]
 
 
 def test_a_drawn_case_repeats_and_another_seed_differs(tmp_path: Path) -> None:
@@ -159,7 +159,9 @@ def test_every_condition_of_ddxplus_can_be_drawn_whole() -> None:
         so = {fact.id for fact in found.facts if fact.present}
         wanted = {*row["symptoms"], *row["antecedents"]}
         assert so >= (
-            wanted if found.persona.sex == "female" else wanted - {*table("ddxplus")["female"]}
+            wanted
+            if found.persona.sex == "female"
+            else wanted - {*table("patient/ddxplus")["female"]}
         )
         assert len(found.facts) == 224
         assert not any("{" in fact.says for fact in found.facts)

@@ -11,8 +11,6 @@ its keys and values computed instead of all computing them at once.
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from functools import cache
-from importlib import resources
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import CheckFailed, EndpointError, ReplyError, UsageError
 from attending.verifier.ask import ask, together
+from attending.verifier.data import template
 from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.rubric.schema import Criterion, Message, Rubric
 
@@ -51,11 +50,6 @@ class Positive(Config):
     acceptable: bool
     """The answer does it."""
 
-    @property
-    def met(self) -> bool:
-        """As every verdict calls it."""
-        return self.acceptable
-
 
 class Negative(Config):
     """The reply to a criterion that says what is unacceptable (appendix A)."""
@@ -64,11 +58,6 @@ class Negative(Config):
     """Why."""
     unacceptable: bool
     """The bad thing is there."""
-
-    @property
-    def met(self) -> bool:
-        """As every verdict calls it."""
-        return self.unacceptable
 
 
 class EndpointJudge:
@@ -124,8 +113,10 @@ class EndpointJudge:
 
     async def _verdict(self, endpoint: Endpoint, prefix: str, criterion: Criterion) -> Verdict:
         form: type[Positive | Negative] = Positive if criterion.points > 0 else Negative
+        key = "acceptable" if form is Positive else "unacceptable"
         sign = form.__name__.lower()
-        prompt = f"{prefix}{_template(sign)}[{criterion.points}] {criterion.text}\n"
+        asking = template(f"judge/prompts/{sign}").render().lstrip() + "\n"
+        prompt = f"{prefix}{asking}[{criterion.points}] {criterion.text}\n"
         messages = [{"role": "user", "content": prompt}]
         how: dict[str, Any] = {
             "temperature": self.options.temperature,
@@ -133,7 +124,12 @@ class EndpointJudge:
         }
         try:
             found = await ask(
-                endpoint, messages, form, f"verdict {sign}", keep=lambda told: told.met, **how
+                endpoint,
+                messages,
+                form,
+                f"verdict {sign}",
+                keep=lambda told: getattr(told, key),
+                **how,
             )
         except (EndpointError, ReplyError) as error:
             self._count(unscored=True)
@@ -151,7 +147,7 @@ class EndpointJudge:
             raise CheckFailed(
                 f"{self.unscored} of {self.verdicts} verdicts of {self.name} are unscored, more "
                 f"than {self.options.max_unscored_share:.0%}: see why, and run again; what was "
-                "judged is in the endpoint's cache."
+                "judged is in the endpoint's cache, if it has a file."
             )
 
 
@@ -209,10 +205,3 @@ def _conversation(turns: Sequence[Message], answer: str | None = None) -> str:
         quoted = "> ".join(turn["content"].splitlines(keepends=True))
         lines.append(f"**{turn['role']}**\n> {quoted}\n")
     return "\n".join(lines) + "\n"
-
-
-@cache
-def _template(sign: str) -> str:
-    folder = resources.files("attending.verifier.judge") / "prompts"
-    text = (folder / f"{sign}.jinja").read_text(encoding="utf-8")
-    return text.rpartition("#}")[2].lstrip()

@@ -10,22 +10,19 @@ import hashlib
 import json
 import random
 import re
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import resources
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attending.errors import UsageError
 from attending.verifier.contradict import contradict
+from attending.verifier.data import table
 from attending.verifier.judge.embedded import nearness, sentences
 from attending.verifier.judge.encoder import Bert, Weights, embed
 
-RULES = tomllib.loads(
-    (resources.files("attending.verifier.judge") / "reword.toml").read_text("utf-8")
-)
+RULES = table("judge/reword")
 DROP, LISTING, SUBJECT, DULL = (
     re.compile(RULES[name]) for name in ("drop", "listing", "subject", "boilerplate")
 )

@@ -15,7 +15,8 @@ from pydantic import NonNegativeInt
 
 from attending.config import Config
 from attending.errors import ConfigError
-from attending.verifier.patient.lexicon import concepts, denies, table
+from attending.verifier.data import table
+from attending.verifier.patient.lexicon import concepts, denies
 from attending.verifier.sentences import sentences
 
 Language = Literal["en", "zh"]
@@ -46,7 +47,7 @@ class Fact(Config):
     says: str
     """What the patient says, or what is found, when it is asked for; a whole sentence."""
     asks: tuple[str, ...] = ()
-    """Phrasings that ask for it, beside its own words."""
+    """Phrasings that ask for it; without any, its own words do."""
     detail_of: str = ""
     """The id of the fact that this one tells more about."""
     present: bool = True
@@ -160,7 +161,7 @@ def conflict(persona: Persona, facts: tuple[Fact, ...]) -> str:
     for sentence in sentences(background):
         own = concepts(sentence)
         for fact in facts:
-            words, patterns = concepts(fact.text), table("cues")["kind"]
+            words, patterns = concepts(fact.text), table("patient/cues")["kind"]
             same = len(words & own) >= 0.6 * min(len(words), len(own)) > 0
             kind = patterns.get(fact.kind)  # "takes no medicines" is against any medicine
             same |= bool(kind and NONE.search(fact.text) and re.search(kind, sentence, re.I))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from attending.errors import ConfigError
+from attending.verifier.data import table
 from attending.verifier.patient.case import Access, Case, Fact
-from attending.verifier.patient.lexicon import table
 from attending.verifier.patient.persona import draw_persona
 
 AGES = (18, 90)
@@ -41,7 +41,7 @@ class DDXPlus:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{conditions.name}: not DDXPlus' tables ({error!r}).") from None
         unknown = sorted(
-            (named | both[1].keys()) - table("ddxplus").keys() | named - both[1].keys()
+            (named | both[1].keys()) - table("patient/ddxplus").keys() | named - both[1].keys()
         )
         if unknown:
             raise ConfigError(f"{evidences.name} has evidences without words here: {unknown[:5]}.")
@@ -87,23 +87,27 @@ class DDXPlus:
         return str(self.evidences[code]["code_question"])
 
     def _fits(self, code: str, sex: str) -> bool:
-        return sex == "female" or code not in table("ddxplus")["female"]
+        return sex == "female" or code not in table("patient/ddxplus")["female"]
 
     def _fact(self, code: str, so: set[str], sex: str, draw: random.Random) -> Fact:
         """An evidence with a value drawn, its denial, or no idea where only its parent is so."""
-        row, words, parent = self.evidences[code], table("ddxplus")[code], self._parent(code)
+        row, words, parent = (
+            self.evidences[code],
+            table("patient/ddxplus")[code],
+            self._parent(code),
+        )
         question = row["question_en"].strip()
         text, asks = f"{question} No.", (question, *words["asks"])
-        says = table("ddxplus")["vague"] if parent in so - {code} else words["deny"]
+        says = table("patient/ddxplus")["vague"] if parent in so - {code} else words["deny"]
         if code in so:
             meanings = {key: each["en"] for key, each in row["value_meaning"].items()}
-            nothing = table("ddxplus")["nothing"]
-            other = table("ddxplus")["only"]["male" if sex == "female" else "female"]
+            nothing = table("patient/ddxplus")["nothing"]
+            other = table("patient/ddxplus")["only"]["male" if sex == "female" else "female"]
             options = [v for v in row["possible-values"] if meanings.get(v, v) not in nothing]
             options = [v for v in options if not re.search(other, str(meanings.get(v, v)))]
             value = draw.choice(options) if options else ""
             meaning = str(meanings.get(value, value))
-            better = table("ddxplus")["locations"] | words.get("values", {})
+            better = table("patient/ddxplus")["locations"] | words.get("values", {})
             said = better.get(meaning, meaning)
             text = f"{question} {meaning or 'Yes.'}"
             says = words["tell"].replace("{value}", said)

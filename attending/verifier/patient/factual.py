@@ -9,9 +9,10 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 
+from attending.verifier.data import table
 from attending.verifier.patient.case import Case, Fact
 from attending.verifier.patient.faults import Fault
-from attending.verifier.patient.lexicon import concepts, denies, table
+from attending.verifier.patient.lexicon import concepts, denies
 from attending.verifier.sentences import sentences
 
 LEAKED = 0.6  # cosine from which a sentence states a fact
@@ -91,4 +92,4 @@ def _stock() -> frozenset[str]:
             for each in value.values():
                 yield from phrases(each)
 
-    return frozenset(phrases([table("wording")["en"], table("wording")["zh"]]))
+    return frozenset(phrases([table("patient/wording")["en"], table("patient/wording")["zh"]]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from attending.overlap import ngrams, normalise
-from attending.verifier.patient.lexicon import table
+from attending.verifier.data import table
 
 MAX_TOKENS = 120  # words, or Han characters
 LOOP = 6  # tokens in a row that come again
@@ -31,6 +31,6 @@ def form_faults(text: str, earlier: Sequence[str] = ()) -> list[Fault]:
         found.append(Fault.REPETITION)
     if len(tokens) > MAX_TOKENS or not tokens:
         found.append(Fault.OVER_LENGTH)
-    if re.search(table("cues")["inverted"], text, re.IGNORECASE | re.MULTILINE):
+    if re.search(table("patient/cues")["inverted"], text, re.IGNORECASE | re.MULTILINE):
         found.append(Fault.ROLE_INVERSION)
     return found

@@ -8,7 +8,7 @@ go on asking or examining. What a doctor merely considers ends nothing.
 import re
 from enum import StrEnum
 
-from attending.verifier.patient.lexicon import table
+from attending.verifier.data import table
 from attending.verifier.sentences import sentences
 
 
@@ -22,13 +22,12 @@ class End(StrEnum):
 
 def concluded(message: str) -> End | None:
     """Of a doctor's message, in English or Chinese; None where the consultation goes on."""
-    cues = table("cues")["end"]
+    cues = table("patient/cues")["end"]
     parts = [re.sub(cues["confirm"], "", one, flags=re.IGNORECASE) for one in sentences(message)]
     if any(re.search(cues["goes_on"], part, re.IGNORECASE) for part in parts[-2:]):
         return None
-    names = {"farewell": End.FAREWELL, "plan": End.PLAN, "diagnosis": End.DIAGNOSIS}
-    for cue, end in (*names.items(), ("illness", End.DIAGNOSIS)):
+    for end in (End.FAREWELL, End.PLAN, End.DIAGNOSIS):
         where = " ".join(parts[-2:] if end is End.FAREWELL else parts)
-        if re.search(cues[cue], where, re.IGNORECASE):
+        if re.search(cues[end], where, re.IGNORECASE):
             return end
-    return None
+    return End.DIAGNOSIS if re.search(cues["illness"], " ".join(parts), re.IGNORECASE) else None

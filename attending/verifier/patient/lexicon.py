@@ -4,22 +4,13 @@ The tables are `lexicon.toml`, written for the symptoms, histories and habits of
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
-from importlib import resources
-from typing import Any
 
 from attending.overlap import HAN, normalise
+from attending.verifier.data import table
 
 LONGEST = 6  # words in a phrase of the table
-
-
-@cache
-def table(name: str) -> Mapping[str, Any]:
-    """One of the data files beside this module."""
-    path = resources.files("attending.verifier.patient") / f"{name}.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=65536)
@@ -42,7 +33,7 @@ def stem(word: str) -> str:
 def stems(text: str) -> tuple[str, ...]:
     """Of every word; of Han text each two characters in a row, between those without meaning."""
     plain = re.sub(r"[’']s\b|[’']", "", text)
-    empty = table("lexicon")["stop_han"]
+    empty = table("patient/lexicon")["stop_han"]
     found: list[str] = []
     for part in re.split(rf"((?:(?![{empty}])[{HAN}])+)", plain):
         if re.match(f"[{HAN}]", part) and not re.match(f"[{empty}]", part):
@@ -84,12 +75,12 @@ def _take(
 
 def denies(text: str) -> bool:
     """Whether a statement says that something is not so; one word decides."""
-    return bool(re.search(table("lexicon")["denying"], text, re.IGNORECASE))
+    return bool(re.search(table("patient/lexicon")["denying"], text, re.IGNORECASE))
 
 
 @cache
 def _stops() -> frozenset[str]:
-    return frozenset(stems(table("lexicon")["stop"]))
+    return frozenset(stems(table("patient/lexicon")["stop"]))
 
 
 @cache
@@ -97,7 +88,7 @@ def _phrases() -> tuple[Mapping[tuple[str, ...], frozenset[str]], ...]:
     """To concepts: phrases word for word, and those of several words without the empty ones."""
     whole: dict[tuple[str, ...], frozenset[str]] = {}
     loose: dict[tuple[str, ...], frozenset[str]] = {}
-    for name, phrases in table("lexicon")["concepts"].items():
+    for name, phrases in table("patient/lexicon")["concepts"].items():
         for key in map(stems, phrases):
             short = tuple(token for token in key if token not in _stops())
             for known, own in ((whole, key), (loose, short)):

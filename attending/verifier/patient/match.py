@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from attending.verifier.data import table
 from attending.verifier.patient.case import Access, Case, Fact
-from attending.verifier.patient.lexicon import concepts, stems, table
+from attending.verifier.patient.lexicon import concepts, stems
 from attending.verifier.sentences import sentences
 
 UNKNOWN = 3.0  # weight of a word that no fact has: it speaks against every fact
 ENOUGH = 0.40  # of the cosine, for a fact to be what is asked
-ENOUGH_APART = 0.85  # for one of several things named in a question, or for the rest of its words
+ENOUGH_APART = 0.85  # for one of several things that a question names
 OWN = 0.3  # from which a thing named is a part of what the whole question is about
 NEAR = 0.8  # of the best: the second is then as likely meant
 SECOND = 0.3  # what a fact's second nearest phrasing counts
@@ -46,9 +47,8 @@ class Matcher:
         self.facts = case.of(Access.TELL)
         self._findings = case.of(Access.EXAMINE)
         self._is_closed = any(not fact.present for fact in self.facts)
-        bags = [self._bags_of(fact) for fact in self.facts]
-        self._bags = bags
-        self._own = [frozenset[str]().union(*(bag for bag, _ in one)) for one in bags]
+        self._bags = [self._bags_of(fact) for fact in self.facts]
+        self._own = [frozenset[str]().union(*(bag for bag, _ in one)) for one in self._bags]
         counts = Counter(concept for own in self._own for concept in own)
         size = len(self.facts)
         self._weights = {c: math.log((size + 1) / (n + 0.5)) for c, n in counts.items()}
@@ -57,12 +57,12 @@ class Matcher:
         """What a message asks for; of findings and near-equal facts first those not `told` yet."""
         asking = list(_questions(message))
         questions = [part for part in asking if not is_open(part) and not is_order(part)]
-        orders = [part for part in asking if is_order(part)]
-        found = {fact.id: fact for part in orders for fact in self._findings_of(part, told)}
+        orders = {part: self._findings_of(part, told) for part in asking if is_order(part)}
+        found = {fact.id: fact for facts in orders.values() for fact in facts}
         kinds: dict[str, None] = {}
         answers: dict[str, Fact] = {}
         is_unclear = False
-        for part in [*questions, *(part for part in orders if not self._findings_of(part))]:
+        for part in [*questions, *(part for part, facts in orders.items() if not facts)]:
             if kind := _kind(part):
                 kinds[kind] = None
                 own = [fact for fact in self.facts if fact.kind == kind]
@@ -154,14 +154,17 @@ class Matcher:
     def _of_complaint(self, part: str) -> list[Fact]:
         """Since when, or where, of nothing named: the first fact that says so."""
         asked = concepts(part)
-        told = (f for at, f in enumerate(self.facts) if f.present and asked & self._own[at])
-        return [fact for fact, _ in zip(told, range(1), strict=False)]
+        return [
+            f for f, own in zip(self.facts, self._own, strict=True) if f.present and asked & own
+        ][:1]
 
-    def _findings_of(self, part: str, told: Collection[str] = ()) -> list[Fact]:
+    def _findings_of(self, part: str, told: Collection[str]) -> list[Fact]:
         """What is found by an order: by phrasings of its own, by topic, or by kind."""
         kinds = {_kind(thing) for thing in (part, *_things(part))}
         words = concepts(part)
-        tests, regions = (_topics(part, table("cues")[name]) for name in ("tests", "topics"))
+        tests, regions = (
+            _topics(part, table("patient/cues")[name]) for name in ("tests", "topics")
+        )
         found = []
         for fact in self._findings:
             is_test = fact.kind in ("test", "laboratory")
@@ -178,7 +181,7 @@ class Matcher:
 def _questions(message: str) -> Iterator[str]:
     """What asks or orders something, in clauses; all sentences where none is marked as such."""
     parts = sentences(message)
-    request = table("cues")["questions"]["request"]
+    request = table("patient/cues")["questions"]["request"]
     asking = [
         part
         for part in parts
@@ -187,13 +190,13 @@ def _questions(message: str) -> Iterator[str]:
         or is_order(part)
     ]
     for part in asking or parts:
-        clauses = re.split(table("cues")["questions"]["another"], part, flags=re.IGNORECASE)
+        clauses = re.split(table("patient/cues")["questions"]["another"], part, flags=re.IGNORECASE)
         yield from clauses if concepts(clauses[0]) else [part]
 
 
 def _things(part: str) -> Iterator[str]:
     """What a question names one beside another: "fever, chills or sweats"."""
-    for thing in re.split(table("cues")["questions"]["beside"], part, flags=re.IGNORECASE):
+    for thing in re.split(table("patient/cues")["questions"]["beside"], part, flags=re.IGNORECASE):
         if concepts(thing):
             yield thing
 
@@ -211,16 +214,16 @@ def _alike(facts: Sequence[Fact]) -> bool:
 def _kind(part: str) -> str:
     """The kind of facts that a question names, where it asks for nothing more."""
     asked = concepts(part)
-    kinds = table("cues")["kinds"].items()
+    kinds = table("patient/cues")["kinds"].items()
     named = (kind for kind, phrases in kinds if asked and asked in map(concepts, phrases))
     return next(named, "")
 
 
 def is_open(part: str) -> bool:
     """Whether a question asks for anything at all."""
-    return bool(re.search(table("cues")["questions"]["open"], part, re.IGNORECASE))
+    return bool(re.search(table("patient/cues")["questions"]["open"], part, re.IGNORECASE))
 
 
 def is_order(part: str) -> bool:
     """Whether an examination or a test is to be done."""
-    return bool(re.search(table("cues")["questions"]["order"], part, re.IGNORECASE))
+    return bool(re.search(table("patient/cues")["questions"]["order"], part, re.IGNORECASE))

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from statistics import fmean
 
+from attending.verifier.data import table
 from attending.verifier.patient import factual
 from attending.verifier.patient.case import Access, Case
 from attending.verifier.patient.faults import Fault
-from attending.verifier.patient.lexicon import table
 from attending.verifier.patient.simulator import Turn
 
 
@@ -35,11 +35,11 @@ def personification_score(case: Case, turns: Sequence[Turn]) -> float | None:
     said = " ".join(turn.text for turn in turns)
     if not turns[1:]:
         return None
-    signs, persona = table("wording")["signs"][case.language], case.persona
+    signs, persona = table("patient/wording")["signs"][case.language], case.persona
     shows = {name: bool(re.search(words, said, re.IGNORECASE)) for name, words in signs.items()}
     asks = any(re.search("[?？]", turn.text) for turn in turns[1:])
     personality = [asks == (persona.mbti[0] == "E"), shows["feeling"] == (persona.mbti[2] == "F")]
-    terms = [term for term in table("wording")["lay"] if term in said.lower()]
+    terms = [term for term in table("patient/wording")["lay"] if term in said.lower()]
     social = [not terms or persona.literacy != "low"]
     social += [not shows["money"] or persona.finances == "constrained"]
     return (fmean(personality) + fmean(social)) / 2
@@ -51,7 +51,7 @@ def _share_without(case: Case, turns: Sequence[Turn], wrong: set[Fault]) -> floa
     good = []
     for turn in turns[1:]:
         meant = [facts[name] for name in turn.asked]
-        spoken = turn.text.partition(table("wording")[case.language]["findings"])[0]
+        spoken = turn.text.partition(table("patient/wording")[case.language]["findings"])[0]
         spoken_of = [fact for fact in meant if fact.access is Access.TELL]
         good.append(not wrong & {*factual.faults(case, spoken, spoken_of, told)})
         told |= {*turn.revealed}

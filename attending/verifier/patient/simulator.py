@@ -12,22 +12,22 @@ keeps the faults of what was refused.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any
 
-import jinja2
 from pydantic import PositiveInt
 
 from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import UsageError
 from attending.verifier.ask import ask
+from attending.verifier.data import template
 from attending.verifier.patient import factual, speech
 from attending.verifier.patient.case import Access, Case, Fact
 from attending.verifier.patient.faults import Fault, form_faults
 from attending.verifier.patient.gate import End, concluded
 from attending.verifier.patient.lexicon import concepts
 from attending.verifier.patient.match import Heard, Matcher
+from attending.verifier.rules.rule import answer_of
 
 MOST_FINDINGS = 8  # told to one order
 
@@ -203,7 +203,7 @@ class Patient:
                 max_tokens=self.options.max_reply_tokens,
                 seed=tries,
             )
-            text = reply.text.rpartition("</think>")[2].strip()
+            text = answer_of(reply.text) or ""
             found = form_faults(text, [turn.text for turn in self.turns])
             found += factual.faults(self.case, text, facts, self._told)
             found = found or await self._refused_by_model(text, facts)
@@ -250,9 +250,4 @@ class Patient:
 
 def render(name: str, language: str, **values: Any) -> str:
     """A prompt of this folder, in a case's language; every value is plain text in it."""
-    folder = resources.files("attending.verifier.patient") / "prompts"
-    source = (folder / f"{name}.{language}.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
-    return environment.from_string(source).render(**values).strip()
+    return template(f"patient/prompts/{name}.{language}").render(**values).strip()

@@ -5,18 +5,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from attending.verifier.data import table
 from attending.verifier.patient.case import Case, Fact, Persona, sex_of
-from attending.verifier.patient.lexicon import table
 
-PERSONS = {  # subject, owner, object, reflexive
-    "I": ("I", "my", "me", "myself"), "we": ("we", "our", "us", "ourselves"),
-    "female": ("she", "her", "her", "herself"), "male": ("he", "his", "him", "himself"),
-    "child": ("the child", "the child’s", "the child", "itself"), "none": ("(?!)",) * 4,
-    "they": ("they", "their", "them", "themselves"),
-}  # fmt: skip
-NOUNS = {"female": "woman|girl|lady", "male": "man|boy|gentleman"}
-KIN = {"female": "mother|mom|sister|daughter|wife|aunt|grandmother|girlfriend|friend|partner",
-       "male": "father|brother|son|husband|uncle|grandfather|boyfriend|friend|partner"}  # fmt: skip
+WORDS = table("patient/speech")
+PERSONS, NOUNS, KIN = WORDS["persons"], WORDS["nouns"], WORDS["kin"]
+DEEDS = "|".join(WORDS["deeds"])
 SAYS = r"(?:(?:report|state|endorse|note)[sd]?|reported|says?|said|mention(?:s|ed)|claims|adds)"
 ADVERB = r"(?: (?:also|always|often|(?:some|at )times|never|now|then|still|first|no longer|\w+ly))*"
 CLAUSE = (  # what stands around its subject
@@ -27,13 +21,6 @@ LONE = (  # what follows a "her" that owns nothing
     r"(?=[.,;:?!)]|$| (?:to|from|with|in|on|at|for|of|about|if|wh\w+|how|that|and|or|but|as|by|an?"
     r"|the|his|is|was|because|since|after|before|up|out|off|down|into|again|being|ha[sd]|\d+ \w+"
     r"|(?!daily|family|early|elderly|weekly|only|monthly)\w+ly)\b)"
-)
-DEEDS = (  # said of a person, and no noun's plural
-    "has|is|does|takes|feels|drinks|uses|denies|eats|works|says|states|reports|spends|complains|goes"
-    "|finds|admits|needs|travels|consumes|runs|wakes|seems|appears|attends|gets|requires|lives|notes"
-    "|continues|smokes|walks|comes|leaves|asks|plays|exercises|sleeps|wants|thinks|becomes|describes"
-    "|sees|refuses|avoids|worries|remembers|lies|makes|repeats|remains|starts|loses|insults|annoys|doesn.t"
-    "|breathes|returns|suffers|develops|experiences|undergoes|follows|throws|lifts|demands|mutters"
 )
 ANOTHER = r"\b(?:that|which|who|whose|where|it|they|there|(?:when|if|because|as) (?:the|my|it))\b"
 AGED = r"a(n? (?:previously |otherwise |healthy )*\d+[- ](?:year|month|week|day)s?[- ]old\b"
@@ -156,7 +143,7 @@ def _agree(verb: str) -> str:
 
 def lay(text: str, persona: Persona) -> str:
     """Lay words for medical ones, where the persona's literacy is low; the longest term first."""
-    words = table("wording")["lay"] if persona.literacy == "low" else {}
+    words = table("patient/wording")["lay"] if persona.literacy == "low" else {}
     terms = "|".join(sorted(map(re.escape, words), key=len, reverse=True)) or "(?!)"
 
     def put(found: re.Match[str]) -> str:
@@ -168,7 +155,7 @@ def lay(text: str, persona: Persona) -> str:
 
 def pick(case: Case, turn: int, name: str, *groups: str) -> str:
     """One of the persona's phrases, the same on every run; empty where it has none."""
-    found: Any = table("wording")[case.language]
+    found: Any = table("patient/wording")[case.language]
     for group in groups:
         found = found[group]
     options = found.get(name, ())

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from attending.errors import ConfigError
+from attending.verifier.data import table
 from attending.verifier.patient.case import Access, Case, Fact, age_of, sex_of
-from attending.verifier.patient.lexicon import table
 from attending.verifier.patient.persona import draw_persona
 from attending.verifier.patient.speech import first_person
 
@@ -22,7 +22,7 @@ NUMBER = re.compile(r"^\s*\d+\.\s*")
 
 def access_of(texts: Sequence[str]) -> list[tuple[Access, str]]:
     """For each fact of one vignette, in its order: who brings it in, and its kind."""
-    cues, kinds = table("cues")["access"], table("cues")["kind"]
+    cues, kinds = table("patient/cues")["access"], table("patient/cues")["kind"]
     found: list[tuple[Access, str]] = []
     for text in texts:
         hits = {name for name, cue in cues.items() if re.search(cue, text, re.IGNORECASE)}

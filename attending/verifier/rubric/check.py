@@ -6,22 +6,19 @@ stopping insulin" good or bad?) is left to the judge, who must pass a reference 
 
 import asyncio
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from itertools import chain, combinations
 from typing import Literal, NamedTuple
 
 from attending.errors import ConfigError
 from attending.overlap import HAN, ngrams, normalise
+from attending.verifier.data import table
 from attending.verifier.judge.verdict import Judge
 from attending.verifier.rubric.schema import Rubric
 from attending.verifier.rubric.score import score
 
-WORDS = tomllib.loads(
-    (resources.files("attending.verifier") / "rubric/words.toml").read_text("utf-8")
-)
+WORDS = table("rubric/words")
 Kind = Literal["duplicate", "opposed", "mirrored", "sign", "gold", "empty", "wrong", "judge"]
 ALIKE = 0.6  # Jaccard similarity of word pairs from which two statements may be one
 

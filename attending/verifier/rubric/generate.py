@@ -7,14 +7,10 @@ conversation can at most change criteria; `check` has seen them, and `admit` put
 
 import json
 import re
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from typing import Annotated, Any, Generic, TypeVar
 
-import jinja2
 from pydantic import BaseModel, Field
 
 from attending.config import suggest
@@ -22,11 +18,11 @@ from attending.endpoint import Endpoint
 from attending.errors import ConfigError, ReplyError
 from attending.overlap import HAN
 from attending.verifier.ask import ask, together
+from attending.verifier.data import table, template
 from attending.verifier.rubric.check import fault_or_virtue, repeats, signs
 from attending.verifier.rubric.schema import LARGEST, Criterion, Message, Rubric
 
-ROOM = resources.files("attending.verifier") / "rubric"
-DIMENSIONS = tomllib.loads((ROOM / "dimensions.toml").read_text("utf-8"))
+DIMENSIONS = table("rubric/dimensions")
 Line = Annotated[str, Field(min_length=1, max_length=400)]
 Item = TypeVar("Item")
 
@@ -155,8 +151,8 @@ class _Author:
     ) -> Items[Item]:
         """A reply of this form and length that is whole; ReplyError if no try brings one."""
         listed = _quoted([{"number": n, "text": one.text} for n, one in enumerate(candidates, 1)])
-        template = _template(f"{step}.{self.language}")
-        prompt = template.render(**self.told, **more, candidates=listed)
+        prompted = template(f"rubric/prompts/{step}.{self.language}")
+        prompt = prompted.render(**self.told, **more, candidates=listed)
         schema = form.model_json_schema()
         schema["properties"]["items"] |= {"minItems": counts[0], "maxItems": counts[-1]}
         found = await ask(
@@ -175,9 +171,3 @@ class _Author:
 def _quoted(value: object) -> str:
     """As JSON that cannot close the tag it stands in."""
     return json.dumps(value, ensure_ascii=False, indent=0).replace("<", "\\u003c")
-
-
-@cache
-def _template(name: str) -> jinja2.Template:
-    text = (ROOM / f"prompts/{name}.jinja").read_text("utf-8")
-    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)

@@ -5,20 +5,18 @@ reference, and blind to another answer that is right as well. Words are in `refe
 """
 
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from typing import NamedTuple
 
 from attending.errors import ConfigError
 from attending.overlap import HAN, normalise
 from attending.verifier.contradict import contradict
+from attending.verifier.data import table
 from attending.verifier.rubric.check import repeats
 from attending.verifier.rubric.schema import LARGEST, Criterion, Message, Rubric
 from attending.verifier.sentences import sentences
 
-ROOM = resources.files("attending.verifier")
-WORDS = tomllib.loads((ROOM / "rubric/reference.toml").read_text("utf-8"))
+WORDS = table("rubric/reference")
 
 
 def _any(words: Sequence[str]) -> str:

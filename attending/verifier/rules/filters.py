@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-
 from attending.endpoint import Endpoint, Reply
 from attending.errors import ReplyError, UsageError
 from attending.overlap import normalise
+from attending.verifier.data import template
 from attending.verifier.rules import check
 from attending.verifier.rules.rule import DATA, answer_of
 from attending.verifier.rules.text import script
 
-PROMPTS = jinja2.Environment(loader=jinja2.PackageLoader(__package__, "prompts"))
 ANSWERED = re.compile(DATA["filters"]["answered"])
 REPLIES: dict[str, bool] = DATA["filters"]["replies"]
 
@@ -106,7 +104,7 @@ async def _asked(
         return REPLIES[word]
 
     chinese = script(one.prompt) == "zh"
-    asked = PROMPTS.get_template(f"{name}.jinja").render(prompt=one.prompt, chinese=chinese)
+    asked = template(f"rules/prompts/{name}").render(prompt=one.prompt, chinese=chinese)
     kind = json.dumps([name, one.rule], sort_keys=True)
     said = await endpoint.derived([{"role": "user", "content": asked}], read, kind=kind, **sampling)
     return bool(said.value)

@@ -1,18 +1,18 @@
 """What every rule shares: its result, its fields, its patterns, and where an answer begins."""
 
 import inspect
-import tomllib
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import import_module, resources
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from pydantic import create_model
 
 from attending.config import Config
 from attending.errors import UsageError
+from attending.verifier.data import table
 
-DATA = tomllib.loads((resources.files(__package__) / "rules.toml").read_text("utf-8"))
+DATA = table("rules/rules")
 
 
 class Checked(NamedTuple):
