@@ -1,0 +1,58 @@
+"""Rows of a test set, wherever it lies, and which of them are taken."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attending import sources
+from attending.errors import ConfigError, SourceError, UsageError
+from attending.evaluate.sample import read_lines
+
+T = TypeVar("T")
+
+
+def find(data: str, folder: Path | None) -> Path:
+    """Where a task's data lies: in the folder, or else where the source was pulled to.
+
+    Raises:
+        UsageError: Neither; it says what to pull or to give.
+    """
+    if folder is not None and (folder / data).is_file():
+        return folder / data
+    try:
+        return sources.resolve(data).path
+    except SourceError as error:
+        where = "give the folder that holds it with --data" if folder is None else "not in --data"
+        raise UsageError(f"no data {data!r}: {where}, or name a source. ({error})") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl or a .parquet file; ConfigError where there is none."""
+    if path.suffix == ".parquet":
+        from attending.verifier.rules.rule import extra  # says which extra is missing
+
+        rows: list[dict[str, Any]] = extra("pyarrow.parquet").read_table(path).to_pylist()
+    else:
+        rows = list(read_lines(path))
+    if not rows:
+        raise ConfigError(f"{path.name} has no rows: expected one a line.")
+    return rows
+
+
+def refuse_repeats(names: Iterable[str], where: str) -> None:
+    """ConfigError where two examples have one id: their answers could not be told apart."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ConfigError(
+            f"{where} has {len(twice)} ids more than once, as {twice[0]!r}: remove the repeated "
+            "rows (several answers to one example are asked for with repeats=N)."
+        )
+
+
+def take(examples: Sequence[T], limit: int | None) -> Sequence[T]:
+    """All, or a sample of `limit`, drawn as HealthBench's reference does, in its order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return random.Random(0).sample(list(examples), limit)
