@@ -245,6 +245,8 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         )
         url = str(address.copy_with(path="/v1") if address.path == "/" else address)
         self._client = openai.AsyncOpenAI(api_key="-", base_url=url, max_retries=0, http_client=web)
+        self.versions: set[str] = set()
+        """The ids that replies named: one behind an alias may change while it is asked."""
         self.totals = Totals(cost=0.0 if options.price_per_million else None)
         self._cache = _open_cache(options.cache)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -269,10 +271,19 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         counts = {"include_usage": True}
         return self._ask(CHAT, True, messages=messages, stream_options=counts, **sampling)
 
+    async def cards(self) -> list[dict[str, Any]]:
+        """What is told about each model served; its `id` at least."""
+        served: Any = self._ask("/models", None)
+        return [card async for cards in served for card in cards]
+
     async def models(self) -> list[str]:
         """The ids of the models served."""
-        served: Any = self._ask("/models", None)
-        return [name async for names in served for name in names]
+        return [card["id"] for card in await self.cards()]
+
+    def price(self, input_tokens: int, output_tokens: int) -> float | None:
+        """Of so many tokens; None where no prices are given."""
+        prices = self._options.price_per_million
+        return prices and (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
 
     async def derived(
         self, prompt: Prompt, derive: Derive, *, kind: str = "", sample: int = 0, **sampling: Any
@@ -352,7 +363,7 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         try:
             if body["stream"] is None:
                 served: Any = await client.get(path, cast_to=object)
-                yield [card["id"] for card in served["data"]]
+                yield [dict(card, id=card["id"]) for card in served["data"]]
                 return
             if not body["stream"]:
                 reply = _read(await client.post(path, body=body, cast_to=object), tries, start)
@@ -368,14 +379,14 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                         yield reply
                 if finish is None:
                     raise httpx.RemoteProtocolError("the stream ended early")
+            self.versions.add(reply.model)
             totals.input_tokens += reply.input_tokens or 0
             totals.output_tokens += reply.output_tokens or 0
             totals.cached_tokens += reply.cached_tokens or 0
             if reply.input_tokens is None or reply.output_tokens is None:
                 totals.cost = None
-            elif (prices := self._options.price_per_million) and totals.cost is not None:
-                spent = reply.input_tokens * prices[0] + reply.output_tokens * prices[1]
-                totals.cost += spent / 1e6
+            elif totals.cost is not None:
+                totals.cost += self.price(reply.input_tokens, reply.output_tokens) or 0.0
         finally:
             totals.seconds += time.monotonic() - start
 

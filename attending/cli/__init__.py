@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attending import __version__, logs
-from attending.cli import build, interview, judging, privacy, train, use
+from attending.cli import build, evaluating, interview, judging, privacy, train, use
 from attending.cli.terminal import err, escape, out
 from attending.errors import AttendingError
 from attending.mesh import SHORT_SPIN
@@ -35,6 +35,7 @@ for verb in (
     train.pretrain,
 ):
     app.command()(verb)
+app.command("eval")(evaluating.evaluate)
 app.add_typer(privacy.app, name="phi")
 app.add_typer(judging.app, name="judge")
 

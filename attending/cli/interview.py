@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from attending.cli.asked import Asked, IdOption, KeyOption, PriceOption
 from attending.cli.terminal import UNPRINTABLE, JsonFlag, err, escape, out, print_json, print_table
 from attending.errors import AttendingError, CheckFailed, SourceError, UsageError
 
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
     from attending.verifier.judge.verdict import Judge
     from attending.verifier.rubric.schema import Rubric
 
-IdOption = Annotated[str, typer.Option(help="One of several models at that address.")]
-KeyOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Environment variable with its API key.")
-]
-PriceOption = Annotated[
-    str | None,
-    typer.Option(metavar="IN,OUT", help="Of a million of its tokens; a cost needs every price."),
-]
 RubricOption = Annotated[
     Path | None,
     typer.Option(
@@ -93,9 +86,9 @@ def consult(
         raise UsageError(f"{folder} is a file: give --out a folder.")
     err.print(f"[dim]{escape(DISCLAIMER)}[/]")
     models = {
-        "model": _Asked(model, model_id, model_key_variable, model_price),
-        "patient": _Asked(patient, patient_id, patient_key_variable, patient_price),
-        "judge": _Asked(judge, judge_id, judge_key_variable, judge_price, cache),
+        "model": Asked(model, model_id, model_key_variable, model_price),
+        "patient": Asked(patient, patient_id, patient_key_variable, patient_price),
+        "judge": Asked(judge, judge_id, judge_key_variable, judge_price, cache),
     }
     how = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
 
@@ -133,39 +126,6 @@ def _new_folder(name: str) -> Path:
     return next(path for path in map(Path("out").joinpath, names) if not path.exists())
 
 
-class _Asked(NamedTuple):
-    """A model, or what stands in for one, and how it is asked."""
-
-    source: str | None
-    model_id: str
-    api_key_variable: str | None
-    price: str | None
-    cache: Path | None = None
-
-    def opening(self, name: str) -> dict[str, Any] | None:
-        """What `endpoint.open` takes; None where no model is asked."""
-        from attending.endpoint import EndpointOptions
-
-        if not self.source or (name == "judge" and self.source in ("none", "embedded")):
-            if any(self[1:]):
-                raise UsageError(
-                    f"no model is the {name}, but its id, key, price or cache is given: name one "
-                    f"with --{name}."
-                )
-            return None
-        try:
-            price = [*map(float, self.price.split(","))] if self.price else None
-            if price and len(price) != 2:
-                raise ValueError
-        except ValueError:
-            raise UsageError(f"--{name}-price {self.price!r}: expected IN,OUT, as 0.5,2.") from None
-        values = {"api_key_variable": self.api_key_variable, "price_per_million": price}
-        options = EndpointOptions.build(values | {"cache": self.cache}, where=f"--{name}-...")
-        if self.cache:
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-        return {"model": self.source, "model_id": self.model_id, "options": options}
-
-
 def _read_rubric(path: Path) -> "Rubric":
     from attending.verifier.rubric.check import refuse
     from attending.verifier.rubric.schema import read_rubrics
@@ -182,7 +142,7 @@ def _read_rubric(path: Path) -> "Rubric":
 
 async def _consult(
     case: Any,
-    models: dict[str, _Asked],
+    models: dict[str, Asked],
     rubric: "Rubric | None",
     how: dict[str, Any],
     max_turns: int,

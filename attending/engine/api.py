@@ -312,6 +312,8 @@ class ModelCard(Config):
     """What its users must know."""
     reasons: bool
     """Whether its answers may begin with reasoning."""
+    path: dict[str, str] = Field(default_factory=dict)
+    """What computes its answers: `weights`, `activations`, `kv`, `draft`; empty where unknown."""
 
 
 def parse(kind: type[Body], body: bytes) -> Body:

@@ -88,6 +88,14 @@ class Model:
         """The model's tokenizer and chat template."""
         return self._checkpoint.tokenizer()
 
+    @property
+    def path(self) -> dict[str, str]:
+        """What computes an answer, for whoever quotes a number: weights, activations, cache."""
+        computed = str(next(self.decoder.parameters()).dtype).removeprefix("torch.")
+        stored = self._checkpoint.stored
+        weights = stored if stored == computed else f"{stored} computed as {computed}"
+        return {"weights": weights, "activations": computed, "kv": computed, "draft": "none"}
+
     @cached_property
     def scheduler(self) -> Scheduler:
         """What runs the answers, with room for one whole context or for `make_room`."""

@@ -143,6 +143,7 @@ class Service:
             licence=origin.licence,
             note=origin.note,
             reasons=self._model.tokenizer.reasons,
+            path=self._model.path,
         )
         return JSONResponse({"object": "list", "data": [card.model_dump()]})
 

@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from attending.config import Config
 from attending.verifier.judge.ask import JudgeOptions
@@ -17,6 +24,8 @@ class SamplingConfig(Config):
     """Sample from the likeliest tokens with this much probability."""
     max_tokens: PositiveInt = 512
     """Most tokens of an answer, thinking included."""
+    seed: NonNegativeInt = 0
+    """Of the first answer to an example; further ones count up."""
     system: str | None = None
     """A system message before every conversation."""
     extra: dict[str, Any] = Field(default_factory=dict)
@@ -40,7 +49,7 @@ class TaskConfig(Config):
     """What every kind of task is told."""
 
     name: str = Field(pattern=r"^[a-z0-9_.-]+$")
-    """In the report, and of its files."""
+    """Its key in the suite: in the report, and of its files."""
     data: str
     """A file in the folder given by --data, or a source: a path, https:, hf:datasets/, pypi:."""
     limit: PositiveInt | None = None
@@ -133,6 +142,8 @@ class HealthBenchConfig(TaskConfig):
     """HealthBench, or rubrics of its form."""
     subset: Literal["full", "consensus"] = "full"
     """All criteria, or those on which physicians agreed (`level:cluster`)."""
+    answers: Literal["model", "physicians", "references"] = "model"
+    """Who answers: a model, the physicians in the data, or the models that they were shown."""
 
 
 class MetaConfig(TaskConfig):
@@ -158,8 +169,8 @@ AnyTask = Annotated[
 class EvalConfig(Config):
     """A suite: tasks, and how their scores are made."""
 
-    tasks: tuple[AnyTask, ...] = Field(min_length=1)
-    """In order."""
+    tasks: dict[str, AnyTask] = Field(min_length=1)
+    """By name, in order."""
     seed: NonNegativeInt = 0
     """Of sampling and of the intervals."""
     resamples: PositiveInt = 1000
@@ -171,4 +182,13 @@ class EvalConfig(Config):
     limits: LimitsConfig = LimitsConfig()
     """Where the run stops by itself."""
     max_unanswered_share: NonNegativeFloat = 0.0
-    """Share of examples without an answer above which the run ends with exit code 3."""
+    """Share of a task without a score above which the run ends with exit code 3."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        """A task's name is its key."""
+        if isinstance(values, dict) and isinstance(tasks := values.get("tasks"), dict):
+            named = {k: v | {"name": k} if isinstance(v, dict) else v for k, v in tasks.items()}
+            return values | {"tasks": named}
+        return values

@@ -1,24 +1,22 @@
-"""What every task shares: examples, answers, grades; and the files that keep them.
+"""What every task shares: examples, answers, grades.
 
-The path of a result: `Example` (what is asked) -> `Answer` (what the model said) -> `Grade` (what it
-is worth) -> a row of the report. Answers and grades are lines of two files, so that a run goes on
-where it stopped, and answers can be graded anew without asking the model again.
+The path of a result: `Example` (what is asked) -> `Answer` (what the model said) -> `Grade` (what
+it is worth) -> a row of the report.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from attending import logs
-from attending.artifact import disk_has_room
 from attending.endpoint import Endpoint
 from attending.errors import CheckpointError
 from attending.verifier.judge.verdict import Verdict
 from attending.verifier.rubric.schema import Rubric
 
 Message = Mapping[str, str]
+Key = tuple[str, int]  # an example's id and which answer to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class Answer:
     logprobs: Mapping[str, float] | None = None  # of options, in nats; of a text, its sum
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What tells it from the other answers of a task."""
         return self.id, self.repeat
 
@@ -95,6 +93,11 @@ class Task(Protocol):
     examples: Sequence[Example]
     sha256: str
     """Of the data."""
+    canary: str
+    """Of the data, for every file that holds its texts; "" where it has none."""
+
+    def given(self, example: Example, repeat: int) -> Answer | None:
+        """The answer that stands in the data; None where a model is asked."""
 
     async def ask(self, endpoint: Endpoint, example: Example, repeat: int) -> Answer:
         """One answer; EndpointError or ReplyError where there is none."""
@@ -107,29 +110,6 @@ class Task(Protocol):
 
     def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Further figures of all samples, for the report."""
-
-
-class Lines:
-    """A JSONL file that grows by whole lines, flushed at once; a half-written last one is cut."""
-
-    def __init__(self, path: Path) -> None:
-        """Open for appending; CheckpointError for a damaged line."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        logs.cut(path)
-        self.rows = list(read_lines(path))
-        """What was there already."""
-        self._path, self._file = path, path.open("a", encoding="utf-8")
-
-    def write(self, record: Answer | Mapping[str, Any]) -> None:
-        """Append one; CheckpointError where the disk is full: what stands there stays whole."""
-        row = record if isinstance(record, Mapping) else asdict(record)
-        with disk_has_room(self._path):
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -39,6 +39,8 @@ class Checkpoint:
     """Name -> tensor on the CPU, in the dtype stored (GGUF: dequantised to float32)."""
     tokenizer: Callable[[], Tokenizer]
     """Reads the tokenizer; not before it is called, since weights do not need one."""
+    stored: str
+    """What most weights are stored as: a dtype, or a GGUF type such as Q4_1."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -146,7 +148,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     def tokenizer() -> Tokenizer:
         return Tokenizer(tokenizer_json(file.metadata), tokenizer_config(file.metadata))
 
-    return Checkpoint(parse_config(file.hf_config()), file.shapes, read, tokenizer)
+    return Checkpoint(parse_config(file.hf_config()), file.shapes, read, tokenizer, file.stored)
 
 
 def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
@@ -179,7 +181,7 @@ def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
         and torch.equal(read(head), read(embedding))
     ):
         del kept[head]
-    return Checkpoint(arch, kept, read, lambda: Tokenizer.from_folder(folder))
+    return Checkpoint(arch, kept, read, lambda: Tokenizer.from_folder(folder), arch.dtype)
 
 
 def _require_exact(checkpoint: Checkpoint, name: str) -> None:

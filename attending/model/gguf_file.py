@@ -6,6 +6,7 @@ vocabulary, and because no length in a damaged file may be believed before it ha
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,14 @@ class GGUFFile:
     config: Json
     shapes: Mapping[str, tuple[int, ...]]
     tensors: Mapping[str, Tensor]
+
+    @property
+    def stored(self) -> str:
+        """The type that holds most bytes."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.kind.name] += tensor.data.nbytes
+        return max(sizes, key=sizes.__getitem__)
 
     def hf_config(self) -> Json:
         """The contents of `config.json`."""

@@ -75,6 +75,7 @@ async def ask(
     keep: Callable[[Form], Any] | None = None,
     is_whole: Callable[[Form], bool] = lambda form: True,
     schema: Mapping[str, Any] | None = None,
+    read: Callable[[str], Form] | None = None,
     **sampling: Any,
 ) -> Answered[Form]:
     """An object of this form, asked for again while it is malformed: warmer, with the next seed.
@@ -88,24 +89,25 @@ async def ask(
             nothing is cached.
         is_whole: What more it must fulfil.
         schema: A narrower one than the form's.
+        read: A reader of replies instead of `parse`; then no schema is sent.
         sampling: As the endpoint takes it.
 
     Raises:
         EndpointError, ReplyError: No try brought an answer, or a well-formed one.
     """
-    read: list[Form] = []
+    told: list[Form] = []
     faults: list[str] = []
 
     def derive(reply: Reply) -> Any:
         if reply.finish_reason == "length":
             raise _AgainError(f"the {kind} reply is cut: allow more max_tokens.")
         try:
-            found = parse(reply.text, form)
+            found = read(reply.text) if read else parse(reply.text, form)
         except ReplyError as error:
             raise _AgainError(str(error)) from None
         if not is_whole(found):
             raise _AgainError(f"the {kind} reply names something twice, not at all, or too much.")
-        read.append(found)
+        told.append(found)
         return keep(found) if keep else None
 
     async def attempt(**how: Any) -> Answered[Form]:
@@ -115,17 +117,21 @@ async def ask(
                 how["seed"] = sampling.get("seed", 0) + tries
             try:
                 if keep:
-                    told = await endpoint.derived(messages, derive, kind=kind, **how)
-                    return Answered(None if told.cached else read[-1], told.value)
+                    kept = await endpoint.derived(messages, derive, kind=kind, **how)
+                    return Answered(None if kept.cached else told[-1], kept.value)
                 derive(await endpoint.chat(messages, **how))
-                return Answered(read[-1])
+                return Answered(told[-1])
             except _AgainError as error:
                 faults.append(str(error))
         raise ReplyError(faults[-1])
 
-    if endpoint in _without_schema:
+    if read or endpoint in _without_schema:
         return await attempt(**sampling)
-    held = {"name": re.sub(r"\W+", "_", kind), "strict": True, "schema": schema or _schema(form)}
+    held = {
+        "name": re.sub(r"\W+", "_", kind)[:64],
+        "strict": True,
+        "schema": schema or _schema(form),
+    }
     try:
         asked = {"type": "json_schema", "json_schema": held}
         return await attempt(response_format=asked, **sampling)

@@ -10,16 +10,16 @@ its keys and values computed instead of all computing them at once.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 
 from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import CheckFailed, EndpointError, ReplyError, UsageError
-from attending.verifier.ask import ask, together
+from attending.verifier.ask import Answered, ask, together
 from attending.verifier.data import template
 from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.rubric.schema import Criterion, Message, Rubric
@@ -34,6 +34,8 @@ class JudgeOptions(Config):
     """Of the judge."""
     max_tokens: PositiveInt = 1024
     """Most tokens of one verdict with its reason."""
+    system: str | None = None
+    """A system message before every question."""
     conversations_at_once: PositiveInt = 8
     """Conversations that `judge_all` has under way; each holds a prefix in the cache."""
     max_unscored_share: NonNegativeFloat = 0.02
@@ -58,6 +60,16 @@ class Negative(Config):
     """Why."""
     unacceptable: bool
     """The bad thing is there."""
+
+
+class Question(NamedTuple):
+    """What a model is asked about one criterion."""
+
+    text: str
+    form: type[BaseModel]  # of its reply
+    key: str  # the field that is the verdict
+    kind: str  # in the cache's key
+    read: Callable[[str], Any] | None = None  # as `ask` takes it
 
 
 class EndpointJudge:
@@ -91,53 +103,85 @@ class EndpointJudge:
             )
         self.options = options or JudgeOptions()
         self.name, self.caution = self.endpoints[0].model, CAUTION
+        self.version = self._answered_by = ""
+        """Which model answers under the name, once `identify` has asked."""
         self.verdicts = self.unscored = 0
         """What was asked for so far, and how much of it had no judge's word in the end."""
+
+    async def identify(self, weights: str = "") -> None:
+        """Ask once who answers; from then on verdicts are cached under that, and a change stops.
+
+        Args:
+            weights: The sha256 of a model on this machine, whose name tells little.
+
+        """
+        asked = [{"role": "user", "content": "Say yes."}]
+        await together([one.chat(asked, max_tokens=16) for one in self.endpoints])
+        self._answered_by = self._answering()
+        self.version = self._answered_by + (f"@{weights[:12]}" if weights else "")
 
     async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
         """A verdict for each criterion, in the rubric's order.
 
         Raises:
-            CheckFailed: Too many verdicts of the run are unscored.
+            CheckFailed: Too many verdicts of the run are unscored, or another model answers.
         """
-        prefix = _conversation(rubric.conversation, answer)
         shared = hashlib.sha256(_conversation(rubric.conversation).encode())  # with other answers
         endpoint = self.endpoints[int.from_bytes(shared.digest()[:4]) % len(self.endpoints)]
         criteria = rubric.criteria
         order = sorted(range(len(criteria)), key=lambda at: criteria[at].points < 0)
         found: dict[int, Verdict] = {}
         for part in (order[:1], order[1:]):
-            asked = [self._verdict(endpoint, prefix, criteria[at]) for at in part]
+            asked = [self._verdict(endpoint, rubric, answer, criteria[at]) for at in part]
             found.update(zip(part, await together(asked), strict=True))
         return [found[at] for at in range(len(criteria))]
 
-    async def _verdict(self, endpoint: Endpoint, prefix: str, criterion: Criterion) -> Verdict:
+    def question(self, rubric: Rubric, answer: str, criterion: Criterion) -> Question:
+        """By the template of the criterion's sign, after the conversation."""
         form: type[Positive | Negative] = Positive if criterion.points > 0 else Negative
         key = "acceptable" if form is Positive else "unacceptable"
         sign = form.__name__.lower()
+        prefix = _conversation(rubric.conversation, answer)
         asking = template(f"judge/prompts/{sign}").render().lstrip() + "\n"
-        prompt = f"{prefix}{asking}[{criterion.points}] {criterion.text}\n"
-        messages = [{"role": "user", "content": prompt}]
+        text = f"{prefix}{asking}[{criterion.points}] {criterion.text}\n"
+        return Question(text, form, key, f"verdict {sign}")
+
+    async def _verdict(
+        self, endpoint: Endpoint, rubric: Rubric, answer: str, criterion: Criterion
+    ) -> Verdict:
+        text, form, key, kind, read = self.question(rubric, answer, criterion)
+        system = [{"role": "system", "content": self.options.system}] if self.options.system else []
         how: dict[str, Any] = {
             "temperature": self.options.temperature,
             "max_tokens": self.options.max_tokens,
         }
         try:
-            found = await ask(
+            found: Answered[Any] = await ask(
                 endpoint,
-                messages,
+                [*system, {"role": "user", "content": text}],
                 form,
-                f"verdict {sign}",
+                f"{kind} {self.version}".strip(),
                 keep=lambda told: getattr(told, key),
+                read=read,
                 **how,
             )
         except (EndpointError, ReplyError) as error:
             self._count(unscored=True)
             return Verdict(None, str(error))
+        if self.version and (now := self._answering()) != self._answered_by:
+            raise CheckFailed(
+                f"the judge {self.name} was {self._answered_by} and is {now} now: verdicts of both "
+                "are no score. What was judged is kept; name one version and run again."
+            )
         self._count(unscored=False)
         if found.form is None:
             return Verdict(found.kept, "", cached=True)
         return Verdict(found.kept, found.form.explanation)
+
+    def _answering(self) -> str:
+        """The model that replies name; of an endpoint that names none, the one asked for."""
+        names = set().union(*(one.versions for one in self.endpoints)) - {""} or {self.name}
+        return " and ".join(sorted(names))
 
     def _count(self, *, unscored: bool) -> None:
         self.verdicts += 1

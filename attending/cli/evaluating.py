@@ -1,0 +1,255 @@
+"""`attending eval`: how good a model is, and how far to trust the number."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from attending.cli.asked import Asked, IdOption, KeyOption, PriceOption
+from attending.cli.terminal import JsonFlag, err, escape, out, print_json, print_table, progress_bar
+from attending.errors import UsageError
+
+if TYPE_CHECKING:
+    from attending.evaluate.judging import JudgeSetup
+    from attending.evaluate.recipe import EvalConfig
+    from attending.evaluate.results import Report
+    from attending.evaluate.run import ModelSetup, Run
+    from attending.evaluate.sample import Task
+
+SuiteArgument = Annotated[
+    str, typer.Argument(help="A suite's recipe, such as `healthbench`, or a TOML file.")
+]
+ModelsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Sources, or addresses as http://HOST/v1#ID; several are compared."),
+]
+RowsOption = Annotated[
+    str | None, typer.Option(help="A source of HealthBench's rows, instead of the recipe's.")
+]
+GradedOption = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="Verdicts given elsewhere, to be scored without asking anybody.",
+    ),
+]
+DataOption = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder with the test sets.")
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A source of the grader's text, FILE.py#CONSTANT too; `signed` asks as the verifier "
+        "does. Default: our own text."
+    ),
+]
+AgreementOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, help="report.json of this judge's healthbench-meta."),
+]
+AgainstOption = Annotated[
+    list[Path] | None,
+    typer.Option(exists=True, help="Training text or token shards: is a test in them?"),
+]
+
+
+def evaluate(
+    suite: SuiteArgument,
+    models: ModelsArgument = None,
+    rows: RowsOption = None,
+    graded: GradedOption = None,
+    data: DataOption = None,
+    judge: Annotated[str | None, typer.Option(help="A model that judges, or `embedded`.")] = None,
+    template: TemplateOption = None,
+    agreement: AgreementOption = None,
+    allow_self: Annotated[
+        bool, typer.Option("--allow-self", help="The judge may be a model that is judged.")
+    ] = False,
+    against: AgainstOption = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of token shards given by --against.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many examples of each task.")
+    ] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="A value: a.b=c.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the results; default: out/eval-SUITE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and end.")] = False,
+    model_key_variable: KeyOption = None,
+    model_price: PriceOption = None,
+    judge_id: IdOption = "",
+    judge_key_variable: KeyOption = None,
+    judge_price: PriceOption = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="File of verdicts; default: the user's cache."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score models on a suite: every score with n, interval, judge and what the judge is worth.
+
+    Writes report.html, report.json and every answer with its grade; the tests' texts are in them.
+    """
+    from attending.evaluate import results
+    from attending.evaluate.recipe import EvalConfig
+    from attending.evaluate.tasks import build
+
+    config = _changed(EvalConfig.load(suite, "eval", change or []), rows, limit)
+    if dry_run:
+        print_json(config.model_dump(mode="json"))
+        return
+    tasks, name = [build(one, data) for one in config.tasks.values()], Path(suite).stem
+    folder = to or (None if graded else Path("out") / f"eval-{name}")
+    if graded or folder is None:
+        report = results.recorded(config, tasks, name, graded, judge, template, folder)
+    else:
+        asked = Asked(judge, judge_id, judge_key_variable, judge_price, cache)
+        setup = _judge(asked, template, agreement, allow_self)
+        setups = _models(models or [], tasks, model_key_variable, model_price, config)
+        text = results.Against(tuple(against), tokenizer) if against else None
+        with _run(config, tasks, setups, setup, folder, resume) as run:
+            report = results.evaluate(run, name, text)
+    _show(report, folder, as_json)
+    results.check_answered(report, config.max_unanswered_share)
+
+
+def _changed(config: "EvalConfig", rows: str | None, limit: int | None) -> "EvalConfig":
+    """With the rows and the limit of the command line."""
+    tasks = config.model_dump(mode="json")["tasks"]
+    kinds = {name: task["kind"] for name, task in tasks.items()}
+    if rows and not {"healthbench", "meta"} & {*kinds.values()}:
+        raise UsageError(f"--rows is for HealthBench; this suite has {', '.join(kinds)}.")
+    for name, task in tasks.items():
+        if rows and kinds[name] in ("healthbench", "meta"):
+            task["data"] = rows
+        task["limit"] = limit or task["limit"]
+    return config.replace(tasks=tasks)
+
+
+def _models(
+    named: list[str],
+    tasks: "Sequence[Task]",
+    key_variable: str | None,
+    price: str | None,
+    config: "EvalConfig",
+) -> "list[ModelSetup]":
+    """How each is opened; where the answers stand in the data, the one that gave them."""
+    from attending.evaluate.run import ModelSetup
+
+    are_given = {task.given(task.examples[0], 0) is not None for task in tasks}
+    if are_given == {True, False} or (True in are_given) == bool(named):
+        given = [task.name for task in tasks if task.given(task.examples[0], 0)]
+        raise UsageError(
+            f"the answers to {', '.join(given)} stand in the data: name no MODEL, and take other "
+            "tasks out of the suite."
+            if given
+            else "name a MODEL: a source such as `default`, or an endpoint's address."
+        )
+    if not named:
+        return [ModelSetup("the data's answers", None)]
+    found = []
+    for source in dict.fromkeys(named):
+        place, _, model_id = source.partition("#")
+        far = re.match(r"\w+://", place)  # a key and a price belong to an address
+        asked = Asked(place, model_id, *((key_variable, price) if far else (None, None)))
+        how = asked.opening("model", max_concurrency=config.concurrency)
+        assert how is not None
+        name = model_id or Path(place.rstrip("/")).name
+        found.append(ModelSetup(name, how.pop("model"), how))
+    return found
+
+
+def _judge(
+    asked: Asked, template: str | None, agreement: Path | None, allow_self: bool
+) -> "JudgeSetup | None":
+    """How it is opened; its verdicts are kept in the user's cache unless a file is named."""
+    from attending.evaluate.judging import JudgeSetup
+    from attending.sources import cache_dir
+
+    if not asked.source:
+        asked.opening("judge")  # refuses a key or a price of nobody
+        return None
+    if asked.source != "embedded" and not asked.cache:
+        asked = asked._replace(cache=cache_dir() / "verdicts.sqlite")
+    how = asked.opening("judge") or {}
+    how.pop("model", None)
+    return JudgeSetup(asked.source, how, template, agreement, allow_self)
+
+
+@contextmanager
+def _run(
+    config: "EvalConfig",
+    tasks: "Sequence[Task]",
+    models: "list[ModelSetup]",
+    judge: "JudgeSetup | None",
+    folder: Path,
+    resume: bool,
+) -> "Iterator[Run]":
+    """With a bar a task; an interruption says how to go on."""
+    from attending.evaluate.run import Run
+    from attending.evaluate.store import Store
+
+    def note(told: str) -> None:
+        err.print(f"[dim]{escape(told)}[/]")
+
+    store = Store(folder, resume=resume)
+    try:
+        with progress_bar(of_bytes=False) as progress:
+            yield Run(config, tasks, models, judge, store, progress, note)
+    except KeyboardInterrupt:
+        err.print("interrupted; what is done is kept: run again with --resume.")
+        raise typer.Exit(130) from None
+
+
+def _show(report: "Report", folder: Path | None, as_json: bool) -> None:
+    """The judge's worth before any score of it, then a row a score."""
+    if as_json:
+        only = report["rows"][0] if len(report["rows"]) == 1 else {}
+        print_json({"overall": report["overall"], **only, **report})
+        return
+    judge = report["judge"]
+    if judge:
+        out.print(f"judge: {escape(judge['version'])}; {escape(_worth(judge['agreement']))}")
+        if judge["caution"]:
+            err.print(f"[dim]{escape(judge['caution'])}[/]")
+    head = ["task", "model", "score", "95 % interval", "n", "unscored", ""]
+    rows = [
+        [
+            one["task"],
+            escape(one["model"]),
+            _number(one["score"]),
+            " to ".join(map(_number, one["interval"] or ())),
+            f"{one['n']:,}",
+            f"{one['unscored']:.1%}" if one["unscored"] else "",
+            one["says"],
+        ]
+        for one in report["rows"]
+    ]
+    print_table(head, rows)
+    for one in report["pairs"]:
+        span = " to ".join(map(_number, one["interval"] or ()))
+        both = f"{one['b']} - {one['a']}"
+        out.print(f"{one['task']}: {both} = {_number(one['difference'])} ({span})", markup=False)
+    for told in report["warnings"]:
+        err.print(f"[dim]{escape(told)}[/]")
+    if folder:
+        out.print(str(folder / "report.html"), markup=False)
+
+
+def _worth(agreement: "dict[str, Any] | None") -> str:
+    if agreement is None:
+        return "its agreement with physicians is not measured"
+    span = " to ".join(map(_number, agreement["interval"] or ()))
+    value = f"{agreement['metric']} {_number(agreement['value'])} ({span})"
+    return f"{value} with {agreement['against']}, n = {agreement['n']:,}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
