@@ -14,13 +14,14 @@ T = TypeVar("T")
 
 
 def find(data: str, folder: Path | None) -> Path:
-    """Where a task's data lies: in the folder, or else where the source was pulled to.
+    """Where a task's data lies: in the folder or one in it, or else where its source was pulled to.
 
     Raises:
         UsageError: Neither; it says what to pull or to give.
     """
-    if folder is not None and (folder / data).is_file():
-        return folder / data
+    for place in [folder, *sorted(folder.glob("*/"))] if folder else []:
+        if (place / data).is_file():
+            return place / data
     try:
         return sources.resolve(data).path
     except SourceError as error:

@@ -90,6 +90,9 @@ class ChoiceConfig(TaskConfig):
     """Of the data."""
     fixed: tuple[str, ...] = ()
     """The same options for every question, such as yes, no, maybe; then no letters are shown."""
+    prompt: str = ""
+    """Of `likelihood`: medqa, medmcqa, mmlu, pubmedqa, as lm-evaluation-harness has them, or Jinja.
+    Default: pubmedqa where the options are fixed, else medqa."""
 
 
 class MathsConfig(TaskConfig):

@@ -1,0 +1,115 @@
+"""What the kinds of task share: rows become examples, a chat model is asked, rules check."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from attending.artifact import digest
+from attending.config import suggest
+from attending.endpoint import Endpoint, Reply
+from attending.errors import ConfigError
+from attending.evaluate import data
+from attending.evaluate.recipe import Columns, TaskConfig
+from attending.evaluate.sample import Answer, Example, Grade, Sample
+from attending.verifier.judge.verdict import Verdict
+from attending.verifier.rubric.schema import Rubric
+from attending.verifier.rules import check
+
+Own = TypeVar("Own", bound=TaskConfig)
+JINJA = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+WORDS = tomllib.loads((resources.files(__package__) / "words.toml").read_text("utf-8"))
+
+
+class Row(NamedTuple):
+    """A row of the data; what it lacks is a ConfigError that says where."""
+
+    cells: Mapping[str, Any]
+    where: str
+    place: int
+    columns: Columns
+
+    def cell(self, key: str, kind: type | tuple[type, ...] = object) -> Any:
+        """The value under a key."""
+        if key not in self.cells:
+            raise ConfigError(f"{self.where} has no {key!r}.{suggest(key, self.cells)}")
+        if not isinstance(value := self.cells[key], kind):
+            raise ConfigError(f"{self.where}: {key!r} holds {value!r:.80}, of the wrong kind.")
+        return value
+
+    def example(self, prompt: str, **told: Any) -> Example:
+        """What is asked, under the row's id, or its place without one, and with its group."""
+        own, group = self.columns.id, self.columns.group
+        tags = (f"{group}:{self.cell(group)}",) if group else ()
+        name = str(self.cell(own) if own else self.place)
+        return Example(name, ({"role": "user", "content": prompt},), told, tags)
+
+    def render(self, source: str, **values: Any) -> str:
+        """A Jinja template with the question and these values."""
+        question = self.cell(self.columns.question, str)
+        try:
+            return JINJA.from_string(source).render(question=question, **values)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"{self.where}: the prompt cannot be made ({error}).") from None
+
+
+class Base(Generic[Own]):
+    """A task whose answers a chat model writes, checked by the rule in `example.data["rule"]`."""
+
+    metric = "accuracy"
+    chance: float | None = None
+    is_loss = is_clipped = False
+    seed = 0
+    """Of sampling: the answer numbered r is asked for with seed + r."""
+
+    def __init__(self, config: Own, folder: Path | None) -> None:
+        """Read the data. Raises ConfigError for what a row lacks, with its number from 1."""
+        self.config, self.name, self.repeats = config, config.name, config.repeats
+        path = data.find(config.data, folder)
+        self.sha256, columns = digest(path), getattr(config, "columns", Columns())
+        rows = enumerate(data.read_rows(path))
+        read = [self.read(Row(row, f"{path.name}, row {i + 1},", i, columns)) for i, row in rows]
+        kept = [example for example in read if example]
+        data.refuse_repeats((example.id for example in kept), path.name)
+        self.num_left_out = len(read) - len(kept)
+        self.examples: Sequence[Example] = data.take(kept, config.limit)
+
+    def read(self, row: Row) -> Example | None:
+        raise NotImplementedError
+
+    async def ask(self, endpoint: Endpoint, example: Example, repeat: int) -> Answer:
+        """One answer, by chat; the endpoint's errors are the caller's."""
+        how = self.config.sampling
+        asked = {"temperature": how.temperature, "max_tokens": how.max_tokens, "top_p": how.top_p}
+        asked["seed"] = self.seed + repeat if how.temperature else None
+        given = {key: value for key, value in asked.items() if value is not None} | how.extra
+        system = [{"role": "system", "content": how.system}] if how.system else []
+        reply = await endpoint.chat([*system, *example.messages], **given)
+        return answered(example, repeat, reply, reply.text)
+
+    def rubric(self, example: Example) -> Rubric | None:
+        return None
+
+    def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
+        """By the rule: thinking does not count, and one that never ends is no answer, so wrong."""
+        checked = check(example.data["rule"], answer.text)
+        return Grade(checked.score, checked.reason)
+
+    def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The share of answers in which nothing could be graded."""
+        graded = [one.grade for one in samples if one.grade.score is not None]
+        told = [grade.reason.startswith(("no answer", "no number")) for grade in graded]
+        return {"no_answer": fmean(told)} if any(told) else {}
+
+
+def answered(example: Example, repeat: int, reply: Reply, text: str, **more: Any) -> Answer:
+    """An answer with its reply's counts."""
+    counts = reply.finish_reason, reply.input_tokens, reply.output_tokens
+    return Answer(example.id, repeat, text, *counts, **more)
