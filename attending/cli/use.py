@@ -176,7 +176,7 @@ def serve(
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help="hf:org/name, pypi:package==version, or a name.")],
+    source: Annotated[str, typer.Argument(help="As hf:org/name, https://..., or a name.")],
     as_json: JsonFlag = False,
 ) -> None:
     """Download a model or data set, verify it and keep it in the cache."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 
 def sha256(data: bytes) -> str:
@@ -121,16 +122,18 @@ def handler(shelf: Shelf) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def publish(hub: Shelf, commit: str, files: dict[str, bytes]) -> None:
+def publish(hub: Shelf, commit: str, files: dict[str, bytes], kind: str = "models") -> None:
     """Make a shelf the Hub of org/tiny, at its main branch and at v1."""
+    prefix = "" if kind == "models" else f"/{kind}"
     siblings: list[dict[str, object]] = []
     for name, data in files.items():
-        hub.files[f"/org/tiny/resolve/{commit}/{name}"] = data
+        hub.files[f"{prefix}/org/tiny/resolve/{commit}/{quote(name)}"] = data
         siblings.append({"rfilename": name, "size": len(data)})
-        if name.endswith((".safetensors", ".bin")):
+        if name.endswith((".safetensors", ".bin", ".parquet")):
             siblings[-1]["lfs"] = {"sha256": sha256(data), "size": len(data), "pointerSize": 9}
     info = json.dumps({"id": "org/tiny", "sha": commit, "siblings": siblings}).encode()
-    hub.files |= {f"/api/models/org/tiny{revision}": info for revision in ("", "/revision/v1")}
+    for revision in ("", "/revision/v1", "/revision/refs%2Fconvert%2Fparquet"):
+        hub.files[f"/api/{kind}/org/tiny{revision}"] = info
 
 
 def start(shelf: Shelf) -> Callable[[], None]:

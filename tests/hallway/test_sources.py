@@ -2,15 +2,13 @@
 
 import json
 import logging
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +17,7 @@ import pytest
 
 from attending import sources
 from attending.errors import SourceError
-from tests.hallway.shelf import Shelf, make_wheel, publish, sha256, start
+from tests.hallway.shelf import Shelf, make_wheel, publish, sha256
 
 MODEL = bytes(range(256)) * 8192  # 2 MiB
 WHEEL = make_wheel({"tiny_model/tiny.gguf": MODEL})
@@ -29,27 +27,6 @@ HUB_FILES = {"config.json": b"{}", "empty.txt": b"", "draft/model.safetensors": 
 HUB_FILES |= {"pytorch_model.bin": b"pickle", "../escape.json": b"{}"}
 HUB_WEIGHTS = f"/org/tiny/resolve/{COMMIT}/draft/model.safetensors"
 SECRET = "hf_not_a_real_token"
-
-
-@pytest.fixture
-def open_shelf() -> Iterator[Callable[[], Shelf]]:
-    with ExitStack() as stops:
-
-        def opened() -> Shelf:
-            shelf = Shelf()
-            stops.callback(start(shelf))
-            return shelf
-
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-def no_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -448,6 +425,18 @@ WRONG = {
     "hf:../..": "is not a source",
     "hf:org/..": "is not a source",
     "hf:org/name@../../x": "is not a source",
+    "hf:datasets/org/name": "hf:datasets/org/name[@revision]/path",
+    "hf:datasets/org/name@main": "is not a source",
+    "hf:datasets/org/name/../x.jsonl": "is not a source",
+    "hf:datasets/org/name@v1/.x/y.jsonl": "is not a source",
+    "https://example.org": "https://HOST/PATH",
+    "https://example.org/v1": "is not a source",  # an endpoint
+    "https://example.org/a/../x.jsonl": "is not a source",
+    "https://example.org/.x.jsonl": "is not a source",
+    "https://example.org/x.jsonl?key=1": "is not a source",
+    "https://me:hunter2@example.org/x.jsonl": "'https://[...]@example.org/x.jsonl' is not",
+    "http://example.org/x.jsonl": "is not a source",
+    "http://localhost.example.org/x.jsonl": "is not a source",
 }
 
 
@@ -470,7 +459,8 @@ def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_name_is_a_remote_source_with_a_licence_and_the_default_is_pinned() -> None:
     for name, entry in sources.CATALOGUE.items():
-        assert entry.licence and entry.title and entry.size_bytes and entry.note
+        assert entry.licence and entry.title and entry.note
+        assert entry.size_bytes or entry.uri.startswith("https:")
         with pytest.raises(SourceError, match=f"attending pull {name}"):
             sources.resolve(name)
     default = sources.CATALOGUE["default"]
