@@ -107,9 +107,10 @@ def evaluate(
         return
     tasks, name = [build(one, data) for one in config.tasks.values()], Path(suite).stem
     folder = to or (None if graded else Path("out") / f"eval-{name}")
-    if graded or folder is None:
+    if graded:
         report = results.recorded(config, tasks, name, graded, judge, template, folder)
     else:
+        assert folder is not None
         asked = Asked(judge, judge_id, judge_key_variable, judge_price, cache)
         setup = _judge(asked, template, agreement, allow_self)
         setups = _models(models or [], tasks, model_key_variable, model_price, config)
@@ -173,13 +174,12 @@ def _judge(
     from attending.evaluate.judging import JudgeSetup
     from attending.sources import cache_dir
 
-    if not asked.source:
-        asked.opening("judge")  # refuses a key or a price of nobody
-        return None
-    if asked.source != "embedded" and not asked.cache:
+    if asked.source and asked.source != "embedded" and not asked.cache:
         asked = asked._replace(cache=cache_dir() / "verdicts.sqlite")
-    how = asked.opening("judge") or {}
+    how = asked.opening("judge") or {}  # refuses a key or a price of nobody
     how.pop("model", None)
+    if not asked.source:
+        return None
     return JudgeSetup(asked.source, how, template, agreement, allow_self)
 
 

@@ -1,6 +1,8 @@
-"""How a model under test is asked in a conversation."""
+"""How a model under test is asked in a conversation, and what is kept of its reply."""
 
-from attending.endpoint import Endpoint
+from typing import Any
+
+from attending.endpoint import Endpoint, Reply
 from attending.evaluate.recipe import SamplingConfig
 from attending.evaluate.sample import Answer, Example
 
@@ -10,14 +12,14 @@ async def chat(
 ) -> Answer:
     """The answer to the example's messages, after the system message if there is one."""
     system = [{"role": "system", "content": sampling.system}] if sampling.system else []
-    more = {} if sampling.top_p is None else {"top_p": sampling.top_p}
-    reply = await endpoint.chat(
-        [*system, *example.messages],
-        temperature=sampling.temperature,
-        max_tokens=sampling.max_tokens,
-        seed=sampling.seed + repeat,
-        **more,
-        **sampling.extra,
-    )
-    usage = reply.finish_reason, reply.input_tokens, reply.output_tokens
-    return Answer(example.id, repeat, reply.text, *usage)
+    asked = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+    asked |= {"top_p": sampling.top_p} if sampling.top_p is not None else {}
+    asked |= {"seed": sampling.seed + repeat} if sampling.temperature else {}
+    reply = await endpoint.chat([*system, *example.messages], **asked, **sampling.extra)
+    return answered(example, repeat, reply, reply.text)
+
+
+def answered(example: Example, repeat: int, reply: Reply, text: str, **more: Any) -> Answer:
+    """An answer with its reply's counts."""
+    counts = reply.finish_reason, reply.input_tokens, reply.output_tokens
+    return Answer(example.id, repeat, text, *counts, **more)

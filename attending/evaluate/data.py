@@ -14,14 +14,16 @@ T = TypeVar("T")
 
 
 def find(data: str, folder: Path | None) -> Path:
-    """Where a task's data lies: in the folder or one in it, or else where its source was pulled to.
+    """Where a task's data lies: in the folder or one below it, or where its source was pulled to.
 
     Raises:
-        UsageError: Neither; it says what to pull or to give.
+        UsageError: Nowhere, or in several places; it says what to pull or to give.
     """
-    for place in [folder, *sorted(folder.glob("*/"))] if folder else []:
-        if (place / data).is_file():
-            return place / data
+    inside = sorted(folder.rglob(data)) if folder and not data.startswith(("/", ".")) else []
+    if len(inside) > 1:
+        raise UsageError(f"--data has {len(inside)} files {data}: give the folder of one of them.")
+    if inside:
+        return inside[0]
     try:
         return sources.resolve(data).path
     except SourceError as error:

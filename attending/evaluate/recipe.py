@@ -1,15 +1,9 @@
 """What an evaluation is told: the record behind `recipes/eval/NAME.toml`."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from attending.config import Config
 from attending.verifier.judge.ask import JudgeOptions
@@ -187,11 +181,11 @@ class EvalConfig(Config):
     max_unanswered_share: NonNegativeFloat = 0.0
     """Share of a task without a score above which the run ends with exit code 3."""
 
-    @model_validator(mode="before")
     @classmethod
-    def _named(cls, values: Any) -> Any:
-        """A task's name is its key."""
-        if isinstance(values, dict) and isinstance(tasks := values.get("tasks"), dict):
+    def build(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """As every record; a task's name is its key."""
+        tasks = values.get("tasks")
+        if isinstance(tasks, Mapping):
             named = {k: v | {"name": k} if isinstance(v, dict) else v for k, v in tasks.items()}
-            return values | {"tasks": named}
-        return values
+            values = {**values, "tasks": named}
+        return super().build(values, where)

@@ -36,7 +36,7 @@ class Meta:
     """Answers with labels; those to one answer are asked together, for the judge's prefix cache."""
 
     metric = "macro-F1 with physicians"
-    chance = None
+    chance: float | None = None
     is_loss = is_clipped = False
     repeats = 1
 
@@ -49,7 +49,7 @@ class Meta:
         for number, row in enumerate(read_rows(path), 1):
             rows[str(row.get("completion_id") or number)].append(_checked(row, path.name, number))
         chosen = take(sorted(rows), config.limit)
-        self.examples = [
+        self.examples: Sequence[Example] = [
             Example(name, tuple(rows[name][0]["prompt"]), {"rows": rows[name]}) for name in chosen
         ]
 

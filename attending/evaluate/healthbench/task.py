@@ -34,7 +34,7 @@ class HealthBench:
     """Its examples, or others of its form; with physicians' texts no model is asked."""
 
     metric = "rubric score"
-    chance = None
+    chance: float | None = None
     is_loss = False
     is_clipped = True
 
@@ -60,7 +60,7 @@ class HealthBench:
             rubrics = [one for one in rubrics if self._texts(one)]
         rubrics = list(take(rubrics, config.limit))
         self.rubrics = {one.name: one for one in rubrics}
-        self.examples = [self._example(one) for one in rubrics]
+        self.examples: Sequence[Example] = [self._example(one) for one in rubrics]
         told = {str(one.extra["canary"]) for one in rubrics if one.extra.get("canary")}
         self.canary = min(told, default="")
 

@@ -6,15 +6,18 @@ from typing import Any
 
 from attending.config import suggest
 from attending.errors import ConfigError
+from attending.evaluate.healthbench.meta import Meta
+from attending.evaluate.healthbench.task import HealthBench
 from attending.evaluate.recipe import AnyTask
 from attending.evaluate.sample import Task
 from attending.evaluate.tasks.by_rule import Instructions, Maths, Refusal
 from attending.evaluate.tasks.choice import Choice
-from attending.evaluate.tasks.statements import Statements
 from attending.evaluate.tasks.likelihood import Text
+from attending.evaluate.tasks.statements import Statements
 
 KINDS: dict[str, Callable[[Any, Path | None], Task]] = {
     **{"choice": Choice, "maths": Maths, "instructions": Instructions},
+    **{"healthbench": HealthBench, "meta": Meta},
     **{"statements": Statements, "refusal": Refusal, "text": Text},
 }
 

@@ -12,9 +12,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from attending.artifact import digest
 from attending.config import suggest
-from attending.endpoint import Endpoint, Reply
+from attending.endpoint import Endpoint
 from attending.errors import ConfigError
 from attending.evaluate import data
+from attending.evaluate.asking import chat
 from attending.evaluate.recipe import Columns, TaskConfig
 from attending.evaluate.sample import Answer, Example, Grade, Sample
 from attending.verifier.judge.verdict import Verdict
@@ -66,8 +67,7 @@ class Base(Generic[Own]):
     metric = "accuracy"
     chance: float | None = None
     is_loss = is_clipped = False
-    seed = 0
-    """Of sampling: the answer numbered r is asked for with seed + r."""
+    canary = ""
 
     def __init__(self, config: Own, folder: Path | None) -> None:
         """Read the data. Raises ConfigError for what a row lacks, with its number from 1."""
@@ -86,13 +86,10 @@ class Base(Generic[Own]):
 
     async def ask(self, endpoint: Endpoint, example: Example, repeat: int) -> Answer:
         """One answer, by chat; the endpoint's errors are the caller's."""
-        how = self.config.sampling
-        asked = {"temperature": how.temperature, "max_tokens": how.max_tokens, "top_p": how.top_p}
-        asked["seed"] = self.seed + repeat if how.temperature else None
-        given = {key: value for key, value in asked.items() if value is not None} | how.extra
-        system = [{"role": "system", "content": how.system}] if how.system else []
-        reply = await endpoint.chat([*system, *example.messages], **given)
-        return answered(example, repeat, reply, reply.text)
+        return await chat(endpoint, self.config.sampling, example, repeat)
+
+    def given(self, example: Example, repeat: int) -> Answer | None:
+        return None
 
     def rubric(self, example: Example) -> Rubric | None:
         return None
@@ -107,9 +104,3 @@ class Base(Generic[Own]):
         graded = [one.grade for one in samples if one.grade.score is not None]
         told = [grade.reason.startswith(("no answer", "no number")) for grade in graded]
         return {"no_answer": fmean(told)} if any(told) else {}
-
-
-def answered(example: Example, repeat: int, reply: Reply, text: str, **more: Any) -> Answer:
-    """An answer with its reply's counts."""
-    counts = reply.finish_reason, reply.input_tokens, reply.output_tokens
-    return Answer(example.id, repeat, text, *counts, **more)

@@ -9,9 +9,10 @@ from string import ascii_uppercase
 from attending.config import suggest
 from attending.endpoint import Endpoint
 from attending.errors import ConfigError
+from attending.evaluate.asking import answered
 from attending.evaluate.recipe import ChoiceConfig
 from attending.evaluate.sample import Answer, Example, Grade
-from attending.evaluate.tasks.base import WORDS, Base, Row, answered
+from attending.evaluate.tasks.base import WORDS, Base, Row
 from attending.evaluate.tasks.likelihood import bound, following, token_logprobs
 from attending.verifier.judge.verdict import Verdict
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from attending.endpoint import Endpoint, Reply
 from attending.errors import ConfigError, ContextError, EndpointError, ReplyError, UsageError
+from attending.evaluate.asking import answered
 from attending.evaluate.recipe import TextConfig
 from attending.evaluate.sample import Answer, Example, Grade
-from attending.evaluate.tasks.base import Base, Row, answered
+from attending.evaluate.tasks.base import Base, Row
 from attending.verifier.judge.verdict import Verdict
 
 NO_API, REFUSED = {404, 405, 501}, {400, 413, 422}
