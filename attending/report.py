@@ -162,7 +162,7 @@ def _plot(series: Series) -> str:
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return _embedded(figure)
+    return embedded(figure)
 
 
 def _draw_funnel(stages: list[Stage]) -> str:
@@ -189,10 +189,11 @@ def _draw_funnel(stages: list[Stage]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    return _embedded(figure)
+    return embedded(figure)
 
 
-def _embedded(figure: Any) -> str:
+def embedded(figure: Any) -> str:
+    """A figure as a data URI."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=180, metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()
