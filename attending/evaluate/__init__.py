@@ -1,0 +1,1 @@
+"""How good a model is, and how far to trust the number: tests, judges, intervals, reports."""

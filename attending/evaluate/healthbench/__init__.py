@@ -1,0 +1,1 @@
+"""HealthBench: rows, scores, the grader that it is asked with, and the grader's own trial."""
