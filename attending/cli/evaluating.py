@@ -112,7 +112,7 @@ def evaluate(
     else:
         assert folder is not None
         asked = Asked(judge, judge_id, judge_key_variable, judge_price, cache)
-        setup = _judge(asked, template, agreement, allow_self)
+        setup = _judge(asked, config, template, agreement, allow_self)
         setups = _models(models or [], tasks, model_key_variable, model_price, config)
         text = results.Against(tuple(against), tokenizer) if against else None
         with _run(config, tasks, setups, setup, folder, resume) as run:
@@ -163,12 +163,16 @@ def _models(
         how = asked.opening("model", max_concurrency=config.concurrency)
         assert how is not None
         name = model_id or Path(place.rstrip("/")).name
-        found.append(ModelSetup(name, how.pop("model"), how))
+        found.append(ModelSetup(name, how.pop("model"), how | {"engine": config.engine}))
     return found
 
 
 def _judge(
-    asked: Asked, template: str | None, agreement: Path | None, allow_self: bool
+    asked: Asked,
+    config: "EvalConfig",
+    template: str | None,
+    agreement: Path | None,
+    allow_self: bool,
 ) -> "JudgeSetup | None":
     """How it is opened; its verdicts are kept in the user's cache unless a file is named."""
     from attending.evaluate.judging import JudgeSetup
@@ -177,6 +181,7 @@ def _judge(
     if asked.source and asked.source != "embedded" and not asked.cache:
         asked = asked._replace(cache=cache_dir() / "verdicts.sqlite")
     how = asked.opening("judge") or {}  # refuses a key or a price of nobody
+    how = {**how, "engine": config.engine}
     how.pop("model", None)
     if not asked.source:
         return None

@@ -227,12 +227,29 @@ def doctor(
 
 
 def report(
-    folder: Annotated[str, typer.Argument(help="A run's folder, with metrics.jsonl.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="A run's folder; of evaluations several, to compare.")
+    ],
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Folder of a comparison; default: out/comparison.")
+    ] = None,
 ) -> None:
-    """Draw a run's metrics as one HTML page."""
-    from attending.report import write_report
+    """Draw a run's metrics as one HTML page, or several evaluations side by side."""
+    if len(folders) > 1:
+        from attending.evaluate.results import combine
 
-    out.print(str(write_report(Path(folder))), markup=False)
+        target = to or Path("out/comparison")
+        combine(folders, target)
+        page = target / "report.html"
+    elif (folders[0] / "report.json").is_file():
+        from attending.evaluate.page import write_page
+
+        page = write_page(folders[0])
+    else:
+        from attending.report import write_report
+
+        page = write_report(folders[0])
+    out.print(str(page), markup=False)
 
 
 def _architecture(model: str) -> "Architecture":

@@ -174,6 +174,8 @@ class EvalConfig(Config):
     """Of the bootstrap."""
     concurrency: PositiveInt = 32
     """Requests under way at once."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Of models on this machine: what the engine takes, such as `device` or `threads`."""
     judge: JudgeOptions = JudgeOptions()
     """How a model is asked for its verdicts."""
     limits: LimitsConfig = LimitsConfig()

@@ -39,6 +39,7 @@ def row(task: Task, samples: Sequence[Sample], *, seed: int, resamples: int) -> 
         "is_clipped": task.is_clipped,
         "parts": _parts(scored, mean, how),
         "more": task.more(samples) if samples else {},
+        "contamination": None,
         "data_sha256": task.sha256,
         "input_tokens": sum(one.answer.input_tokens or 0 for one in samples),
         "output_tokens": sum(one.answer.output_tokens or 0 for one in samples),
