@@ -41,10 +41,12 @@ class HealthBench:
     def __init__(self, config: HealthBenchConfig, folder: Path | None) -> None:
         """ConfigError for a row twice, without a positive criterion, or otherwise wrong."""
         path = find(config.data, folder)
+        self.name, self.sampling, self.answers = config.name, config.sampling, config.answers
+        self.sha256 = digest(path)
+        self.is_given = config.answers != "model"
+        self.repeats = NUM_REFERENCES if config.answers == "references" else config.repeats
         rubrics = [_of_subset(one, config.subset) for one in read_rubrics(path)]
         rubrics = [one for one in rubrics if one.criteria]
-        if not rubrics:
-            raise ConfigError(f"{path.name} has no rows with criteria of {config.subset}.")
         refuse_repeats((one.name for one in rubrics), path.name)
         for one in rubrics:
             if not any(criterion.points > 0 for criterion in one.criteria):
@@ -52,12 +54,11 @@ class HealthBench:
                     f"{path.name}: {one.name!r} has no criterion with positive points, so its "
                     "score is not defined: give it one, or remove the row."
                 )
-        self.name, self.sampling, self.answers = config.name, config.sampling, config.answers
-        self.sha256 = digest(path)
-        self.is_given = config.answers != "model"
-        self.repeats = NUM_REFERENCES if config.answers == "references" else config.repeats
         if self.is_given:
             rubrics = [one for one in rubrics if self._texts(one)]
+        if not rubrics:
+            what = f"criteria of {config.subset} and {config.answers} to answer"
+            raise ConfigError(f"{path.name} has no rows with {what}.")
         rubrics = list(take(rubrics, config.limit))
         self.rubrics = {one.name: one for one in rubrics}
         self.examples: Sequence[Example] = [self._example(one) for one in rubrics]
