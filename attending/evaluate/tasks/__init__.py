@@ -10,8 +10,8 @@ from attending.evaluate.recipe import AnyTask
 from attending.evaluate.sample import Task
 from attending.evaluate.tasks.by_rule import Instructions, Maths, Refusal
 from attending.evaluate.tasks.choice import Choice
-from attending.evaluate.tasks.statements import Statements
 from attending.evaluate.tasks.likelihood import Text
+from attending.evaluate.tasks.statements import Statements
 
 KINDS: dict[str, Callable[[Any, Path | None], Task]] = {
     **{"choice": Choice, "maths": Maths, "instructions": Instructions},

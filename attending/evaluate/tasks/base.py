@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +26,7 @@ Own = TypeVar("Own", bound=TaskConfig)
 JINJA = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
+compiled = cache(JINJA.from_string)
 WORDS = tomllib.loads((resources.files(__package__) / "words.toml").read_text("utf-8"))
 
 
@@ -55,7 +57,7 @@ class Row(NamedTuple):
         """A Jinja template with the question and these values."""
         question = self.cell(self.columns.question, str)
         try:
-            return JINJA.from_string(source).render(question=question, **values)
+            return compiled(source).render(question=question, **values)
         except jinja2.TemplateError as error:
             raise ConfigError(f"{self.where}: the prompt cannot be made ({error}).") from None
 

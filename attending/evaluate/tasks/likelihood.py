@@ -49,14 +49,14 @@ async def following(endpoint: Endpoint, prompt: str) -> tuple[dict[str, float], 
     return next(iter(_column(endpoint, reply, "top_logprobs")), None) or {}, reply
 
 
-def bound(likeliest: Mapping[str, float], text: str) -> float:
-    """The greatest log-probability that a continuation can have which is no likely token itself.
+def bound(likeliest: Mapping[str, float], text: str, is_token: bool) -> float:
+    """The greatest log-probability that a continuation can have which is none of these.
 
-    Its first token is its proper beginning, or less likely than all of these.
+    Its first token is its proper beginning, unless it is known to be one token, or less likely.
     """
     if len(likeliest) < 2 or not text.isascii():  # a token may be part of a character
         return inf
-    starts = [value for token, value in likeliest.items() if text.startswith(token)]
+    starts = [v for token, v in likeliest.items() if text.startswith(token) and not is_token]
     return max(starts, default=min(likeliest.values()))
 
 
