@@ -14,7 +14,7 @@ from attending.endpoint import Endpoint
 from attending.engine import local
 from attending.errors import ConfigError, ContextError, ReplyError, UsageError
 from attending.evaluate.sample import Sample
-from attending.evaluate.tasks.likelihood import token_logprobs
+from attending.evaluate.tasks.likelihood import score
 from tests.engine.folders import write_model
 from tests.engine.served import serve
 from tests.evaluate.toy import Toy, asking, graded, said, task
@@ -78,7 +78,7 @@ def test_chance_ids_groups_and_the_sample_follow_the_data(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "config", "says"),
     [
-        ({"answer_idx": "E"}, {}, "rows.jsonl, row 2,: 'answer_idx' is 'E', not one of A, B"),
+        ({"answer_idx": "E"}, {}, "rows.jsonl, row 2: 'answer_idx' is 'E', not one of A, B"),
         ({"answer_idx": 5}, {}, "'answer_idx' is 5"),
         ({"options": ["a"]}, {}, "1 options: expected 2 to 26"),
         ({"options": "a"}, {}, "'options' holds 'a', of the wrong kind"),
@@ -162,13 +162,14 @@ def test_the_short_way_decides_as_the_long_one(
 async def test_written_tokens_and_the_prompt_do_not_count(writes: bool, counts: bool) -> None:
     toy = Toy({"a": 0.5, " b": 0.25, "!": 0.9}, writes=writes, counts=counts)
     async with asking(toy) as endpoint:
-        values, _ = await token_logprobs(endpoint, "a b b", "a b", 2 if counts else None)
-        assert values == pytest.approx([log(0.25)])
-        values, _ = await token_logprobs(endpoint, "a b b")
-        assert values[0] is None and values[1:] == pytest.approx([log(0.25)] * 2)
+        last = await score(endpoint, "a b b", "a b", 2 if counts else None)
+        assert not last.is_greedy and (await score(endpoint, "!!", "!", 1)).is_greedy
+        assert (last.total, last.num_tokens) == (pytest.approx(log(0.25)), 1)
+        whole = await score(endpoint, "a b b")  # the first token is given
+        assert (whole.total, whole.num_tokens) == (pytest.approx(2 * log(0.25)), 3)
         joined = ("ab", "a", 1) if counts else ("ab", "a", None)
         with pytest.raises(ReplyError, match="toy joins 'b' to what precedes it"):
-            await token_logprobs(endpoint, *joined)
+            await score(endpoint, *joined)
 
 
 async def test_a_token_that_the_server_puts_first_moves_no_border(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ async def test_a_written_answer_is_read_by_the_verifiers_rule(tmp_path: Path) ->
     sent = toy.asked[0]["messages"][0]["content"]
     assert sent.startswith("Which? \n\nA. one\nB. two\n\n") and '"The answer is X."' in sent
     assert one.grade(one.examples[0], answer).score == 1.0 and answer.logprobs is None
-    for text, score in (
+    for text, wanted in (
         ("<think>A or B?</think>The answer is B.", 1.0),
         ("<think>The answer is B.", 0.0),
         ("The answer is A.", 0.0),
@@ -218,10 +219,9 @@ async def test_a_written_answer_is_read_by_the_verifiers_rule(tmp_path: Path) ->
         ("", 0.0),
     ):
         grade = graded(one, text)
-        assert grade.score == score
-        assert grade.reason.startswith("no answer") == (
-            text[:3] in ("<th", "I d", "") and not score
-        )
+        assert grade.score == wanted
+        is_silent = text in ("", "I do not know.", "<think>The answer is B.")
+        assert grade.reason.startswith("no answer") == is_silent
     samples = [Sample(one.examples[0], said(""), graded(one, text)) for text in ("", "B")]
     assert one.more(samples) == {"no_answer": 0.5} and one.more([]) == {}
 

@@ -129,7 +129,7 @@ def test_a_refusal_scores_one_and_silence_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "row", "says"),
     [
-        ("maths", {"question": "Q"}, "row 1, has no 'answer'. Known: question."),
+        ("maths", {"question": "Q"}, "row 1 has no 'answer'. Known: question."),
         ("instructions", {"key": 1, "prompt": "P"}, "has no 'instruction_id_list'"),
         ("instructions", FOLLOW | {"prompt": None}, "'prompt' holds None"),
         ("refusal", {"file": "f"}, "has no 'harmful_medical_request'"),

@@ -29,7 +29,7 @@ async def test_bits_per_byte_are_the_sum_over_the_bytes(tmp_path: Path) -> None:
 def test_a_text_is_cut_where_a_character_ends(tmp_path: Path) -> None:
     one = task(tmp_path, "text", {"body": "aé" * 9}, text="body", max_bytes=5)
     assert one.examples[0].messages[0]["content"] == "aéa"  # 4 bytes: the fifth begins an é
-    with pytest.raises(ConfigError, match="row 1,: 'text' holds no text to predict"):
+    with pytest.raises(ConfigError, match="row 1: 'text' holds no text to predict"):
         task(tmp_path, "text", {"text": ""})
 
 

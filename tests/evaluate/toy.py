@@ -61,7 +61,8 @@ class Toy:
             "tokens": echoed + new,
             "token_logprobs": [None if not i else self.logprob(t) for i, t in enumerate(echoed)]
             + [self.logprob(t) for t in new],
-            "top_logprobs": [{t: self.logprob(t) for t in likely[: body["logprobs"]]}],
+            "top_logprobs": [{t: self.logprob(t) for t in likely[: body["logprobs"]]}]
+            * len(echoed + new),
             "text_offset": offsets[: len(echoed)] + offsets[-1:] * len(new),
         }
         usage = {"prompt_tokens": len(prompt), "completion_tokens": most} if self.counts else {}

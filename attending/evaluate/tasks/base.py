@@ -77,7 +77,7 @@ class Base(Generic[Own]):
         path = data.find(config.data, folder)
         self.sha256, columns = digest(path), getattr(config, "columns", Columns())
         rows = enumerate(data.read_rows(path))
-        read = [self.read(Row(row, f"{path.name}, row {i + 1},", i, columns)) for i, row in rows]
+        read = [self.read(Row(row, f"{path.name}, row {i + 1}", i, columns)) for i, row in rows]
         kept = [example for example in read if example]
         data.refuse_repeats((example.id for example in kept), path.name)
         self.num_left_out = len(read) - len(kept)

@@ -14,7 +14,7 @@ from attending.errors import ConfigError
 from attending.evaluate.recipe import ChoiceConfig
 from attending.evaluate.sample import Answer, Example, Grade
 from attending.evaluate.tasks.base import WORDS, Base, Row, answered
-from attending.evaluate.tasks.likelihood import bound, following, token_logprobs
+from attending.evaluate.tasks.likelihood import bound, following, score
 from attending.verifier.judge.verdict import Verdict
 
 
@@ -63,10 +63,10 @@ class Choice(Base[ChoiceConfig]):
         rest = [one for one in ends if one not in found]
         rest = [one for one in rest if bound(likeliest, ends[one], ends[one] in single) >= best]
         told = (prompt, reply.input_tokens)
-        scored = (token_logprobs(endpoint, prompt + ends[one], *told) for one in rest)
-        for letter, (values, _) in zip(rest, await asyncio.gather(*scored), strict=True):
-            found[letter] = sum(filter(None, values))
-            single |= {ends[letter]} if len(values) == 1 else set()
+        scored = (score(endpoint, prompt + ends[one], *told) for one in rest)
+        for letter, one in zip(rest, await asyncio.gather(*scored), strict=True):
+            found[letter] = one.total
+            single |= {ends[letter]} if one.num_tokens == 1 else set()
         text = max(ends, key=lambda letter: found.get(letter, -inf))
         return answered(example, repeat, reply, text, logprobs=found)
 
