@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,7 @@ Own = TypeVar("Own", bound=TaskConfig)
 JINJA = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
+compiled = cache(JINJA.from_string)
 WORDS = tomllib.loads((resources.files(__package__) / "words.toml").read_text("utf-8"))
 
 
@@ -56,7 +58,7 @@ class Row(NamedTuple):
         """A Jinja template with the question and these values."""
         question = self.cell(self.columns.question, str)
         try:
-            return JINJA.from_string(source).render(question=question, **values)
+            return compiled(source).render(question=question, **values)
         except jinja2.TemplateError as error:
             raise ConfigError(f"{self.where}: the prompt cannot be made ({error}).") from None
 
@@ -75,7 +77,7 @@ class Base(Generic[Own]):
         path = data.find(config.data, folder)
         self.sha256, columns = digest(path), getattr(config, "columns", Columns())
         rows = enumerate(data.read_rows(path))
-        read = [self.read(Row(row, f"{path.name}, row {i + 1},", i, columns)) for i, row in rows]
+        read = [self.read(Row(row, f"{path.name}, row {i + 1}", i, columns)) for i, row in rows]
         kept = [example for example in read if example]
         data.refuse_repeats((example.id for example in kept), path.name)
         self.num_left_out = len(read) - len(kept)

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from string import ascii_uppercase
+from weakref import WeakKeyDictionary
 
 from attending.config import suggest
 from attending.endpoint import Endpoint
@@ -13,7 +15,7 @@ from attending.evaluate.asking import answered
 from attending.evaluate.recipe import ChoiceConfig
 from attending.evaluate.sample import Answer, Example, Grade
 from attending.evaluate.tasks.base import WORDS, Base, Row
-from attending.evaluate.tasks.likelihood import bound, following, token_logprobs
+from attending.evaluate.tasks.likelihood import bound, following, score
 from attending.verifier.judge.verdict import Verdict
 
 
@@ -28,6 +30,7 @@ class Choice(Base[ChoiceConfig]):
 
     def __init__(self, config: ChoiceConfig, folder: Path | None) -> None:
         """Read the data."""
+        self._single = WeakKeyDictionary[Endpoint, set[str]]()  # continuations that are one token
         known, name = WORDS["likelihood"], config.prompt
         self._source = known.get(name or ("pubmedqa" if config.fixed else "medqa"), name)
         if "{{" not in self._source:
@@ -53,18 +56,20 @@ class Choice(Base[ChoiceConfig]):
     async def ask(self, endpoint: Endpoint, example: Example, repeat: int) -> Answer:
         if self.config.method == "generation":
             return await super().ask(endpoint, example, repeat)
-        prompt = example.messages[0]["content"]
+        prompt, single = example.messages[0]["content"], self._single.setdefault(endpoint, set())
         ends = {letter: f" {letter}" for letter in example.data["rule"]["options"]}
         likeliest, reply = await following(endpoint, prompt)
         found = {letter: likeliest[end] for letter, end in ends.items() if end in likeliest}
-        most = max(found.values(), default=-float("inf"))
-        if any(bound(likeliest, ends[one]) >= most for one in ends.keys() - found.keys()):
-            told = (prompt, reply.input_tokens)
-            scored = (token_logprobs(endpoint, prompt + end, *told) for end in ends.values())
-            sums = [sum(filter(None, values)) for values, _ in await asyncio.gather(*scored)]
-            found = dict(zip(ends, sums, strict=True))
-        best = max(found, key=lambda letter: found[letter])
-        return answered(example, repeat, reply, best, logprobs=found)
+        best = max(found.values(), default=-inf)
+        rest = [one for one in ends if one not in found]
+        rest = [one for one in rest if bound(likeliest, ends[one], ends[one] in single) >= best]
+        told = (prompt, reply.input_tokens)
+        scored = (score(endpoint, prompt + ends[one], *told) for one in rest)
+        for letter, one in zip(rest, await asyncio.gather(*scored), strict=True):
+            found[letter] = one.total
+            single |= {ends[letter]} if one.num_tokens == 1 else set()
+        text = max(ends, key=lambda letter: found.get(letter, -inf))
+        return answered(example, repeat, reply, text, logprobs=found)
 
     def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
         if self.config.method == "generation":

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import inf, log
-from typing import Any
+from typing import Any, NamedTuple
 
 from attending.endpoint import Endpoint, Reply
 from attending.errors import ConfigError, ContextError, EndpointError, ReplyError, UsageError
@@ -15,6 +15,16 @@ from attending.verifier.judge.verdict import Verdict
 NO_API, REFUSED = {404, 405, 501}, {400, 413, 422}
 LONG = 99  # characters that any context has room for
 REMEDY = "ask multiple choice with method=generation; bits per byte cannot be had there."
+
+
+class Scored(NamedTuple):
+    """How likely a text is."""
+
+    total: float
+    num_tokens: int
+    is_greedy: bool
+    """Whether each of its tokens is the likeliest."""
+    reply: Reply
 
 
 class Text(Base[TextConfig]):
@@ -35,8 +45,8 @@ class Text(Base[TextConfig]):
         return row.example(text, bytes=len(text.encode()))
 
     async def ask(self, endpoint: Endpoint, example: Example, repeat: int) -> Answer:
-        values, reply = await token_logprobs(endpoint, example.messages[0]["content"])
-        return answered(example, repeat, reply, "", logprobs={"text": sum(filter(None, values))})
+        found = await score(endpoint, example.messages[0]["content"])
+        return answered(example, repeat, found.reply, "", logprobs={"text": found.total})
 
     def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
         """Weighed by bytes, so that a mean is that of all bytes."""
@@ -50,21 +60,21 @@ async def following(endpoint: Endpoint, prompt: str) -> tuple[dict[str, float], 
     return next(iter(_column(endpoint, reply, "top_logprobs")), None) or {}, reply
 
 
-def bound(likeliest: Mapping[str, float], text: str) -> float:
-    """The greatest log-probability that a continuation can have which is no likely token itself.
+def bound(likeliest: Mapping[str, float], text: str, is_token: bool) -> float:
+    """The greatest log-probability that a continuation can have which is none of these.
 
-    Its first token is its proper beginning, or less likely than all of these.
+    Its first token is its proper beginning, unless it is known to be one token, or less likely.
     """
     if len(likeliest) < 2 or not text.isascii():  # a token may be part of a character
         return inf
-    starts = [value for token, value in likeliest.items() if text.startswith(token)]
+    starts = [v for token, v in likeliest.items() if text.startswith(token) and not is_token]
     return max(starts, default=min(likeliest.values()))
 
 
-async def token_logprobs(
+async def score(
     endpoint: Endpoint, text: str, prompt: str = "", prompt_tokens: int | None = 0
-) -> tuple[list[float | None], Reply]:
-    """Of a text's tokens behind the prompt that it begins with.
+) -> Scored:
+    """A text without the prompt that it begins with.
 
     Tokens are counted as the server counts them, or else placed by its offsets. The first of a
     text has no log-probability, unless the server puts a token before it.
@@ -84,7 +94,9 @@ async def token_logprobs(
         raise UsageError(f"{endpoint.host} does not echo its prompt's log-probabilities: {REMEDY}")
     if start >= end:
         raise ReplyError(f"{endpoint.model} joins {text[len(prompt) :]!r} to what precedes it.")
-    return values[start:end], reply
+    pairs = [*zip(values, _column(endpoint, reply, "top_logprobs"), strict=False)][start:end]
+    is_greedy = all(not best or v is None or v >= max(best.values()) for v, best in pairs)
+    return Scored(sum(filter(None, values[start:end])), end - start, is_greedy, reply)
 
 
 async def _complete(endpoint: Endpoint, text: str, *ways: Mapping[str, Any], **how: Any) -> Reply:

@@ -15,7 +15,6 @@ from attending.verifier.rubric.score import bounds
 from attending.verifier.rules.rule import answer_of
 
 STATES = WORDS["wording"]["fact"]
-POINTS = {"contradiction": -1}
 PARTS = {"must": "must_have", "nice": "nice_to_have", "contradiction": "contradicted"}
 
 
@@ -36,10 +35,9 @@ class Statements(Base[StatementsConfig]):
         pairs = [(text, tag) for texts, tag in told for text in texts if text.strip()]
         made = [contradict(text) for text, _ in pairs]
         pairs += [(found[0][0], "contradiction") for found in made if found]
+        points = {"contradiction": -1}
         criteria = tuple(
-            Criterion(
-                STATES.format(text.strip().rstrip(".")), -1 if tag not in told[0] else 1, (tag,)
-            )
+            Criterion(STATES.format(text.strip(" .")), points.get(tag, 1), (tag,))
             for text, tag in pairs
         )
         question, answer = row.cell("Question", str), row.cells.get("Free_form_answer", "")
