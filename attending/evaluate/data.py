@@ -19,7 +19,8 @@ def find(data: str, folder: Path | None) -> Path:
     Raises:
         UsageError: Nowhere, or in several places; it says what to pull or to give.
     """
-    inside = sorted(folder.rglob(data)) if folder and not data.startswith(("/", ".")) else []
+    is_name = folder and not data.startswith(("/", "."))
+    inside = sorted(filter(Path.is_file, folder.rglob(data))) if folder and is_name else []
     if len(inside) > 1:
         raise UsageError(f"--data has {len(inside)} files {data}: give the folder of one of them.")
     if inside:

@@ -83,7 +83,7 @@ def task(folder: Path, kind: str, *rows: Mapping[str, Any], **config: Any) -> An
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text("".join(lines), "utf-8")
     values = {"kind": kind, "name": kind, "data": "rows.jsonl", **config}
-    [one] = EvalConfig.build({"tasks": [values]}).tasks
+    [one] = EvalConfig.build({"tasks": {values["name"]: values}}).tasks.values()
     return tasks.build(one, folder)
 
 
