@@ -1,5 +1,6 @@
 """`attending eval`: how good a model is, and how far to trust the number."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,10 @@ def evaluate(
     tokenizer: Annotated[
         str | None, typer.Option(help="Of token shards given by --against.")
     ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(help="A source to compare with; for `retention` what run.json names."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Draw so many examples of each task.")
     ] = None,
@@ -113,12 +118,14 @@ def evaluate(
         assert folder is not None
         asked = Asked(judge, judge_id, judge_key_variable, judge_price, cache)
         setup = _judge(asked, config, template, agreement, allow_self)
-        setups = _models(models or [], tasks, model_key_variable, model_price, config)
+        setups = _models(
+            _with_parent(models or [], before, name), tasks, model_key_variable, model_price, config
+        )
         text = results.Against(tuple(against), tokenizer) if against else None
         with _run(config, tasks, setups, setup, folder, resume) as run:
             report = results.evaluate(run, name, text)
     _show(report, folder, as_json)
-    results.check_answered(report, config.max_unanswered_share)
+    results.check(report, config.max_unanswered_share)
 
 
 def _changed(config: "EvalConfig", rows: str | None, limit: int | None) -> "EvalConfig":
@@ -132,6 +139,23 @@ def _changed(config: "EvalConfig", rows: str | None, limit: int | None) -> "Eval
             task["data"] = rows
         task["limit"] = limit or task["limit"]
     return config.replace(tasks=tasks)
+
+
+def _with_parent(models: list[str], before: str | None, suite: str) -> list[str]:
+    """What was there before training first: as given, or of `retention` as its run.json says."""
+    from attending import sources
+    from attending.errors import AttendingError
+
+    if before is None and suite == "retention" and len(models) == 1:
+        try:
+            run = json.loads((sources.resolve(models[0]).path / "run.json").read_text("utf-8"))
+            before = str(run["parents"][0]["uri"])
+            sources.resolve(before)
+        except (AttendingError, OSError, ValueError, LookupError, TypeError):
+            raise UsageError(
+                "retention compares two models: name the one before training with --before."
+            ) from None
+    return models if before is None else [before, *models]
 
 
 def _models(

@@ -63,6 +63,8 @@ def evaluate(run: Run, suite: str, against: Against | None = None) -> Report:
     samples = asyncio.run(carry_out(run))
     parents += run.parents
     values = report(run, suite, samples)
+    if against:
+        values |= _look_for(run, values, samples, against)
     write(run, values, record)
     return values
 
@@ -163,8 +165,13 @@ def write(run: Run, values: Report, record: artifact.Record) -> Path:
     return page
 
 
-def check_answered(values: Report, most: float) -> None:
-    """CheckFailed where more than that share of a task has no score."""
+def check(values: Report, most: float) -> None:
+    """CheckFailed where a share above `most` has no score, or a canary stood in training text."""
+    if (found := values.get("contamination")) and found["canary"]:
+        raise CheckFailed(
+            f"the canary {values['canary']} stands in the training text {found['canary'][0]} and "
+            f"{len(found['canary']) - 1} more: what was trained on it is not tested by this."
+        )
     lacking = [one for one in values["rows"] if one["unscored"] > most]
     if lacking:
         worst = max(lacking, key=lambda one: one["unscored"])
@@ -233,6 +240,29 @@ def combine(folders: Sequence[Path], to: Path) -> Report:
 
         write_page(draft)
     return merged
+
+
+def _look_for(run: Run, values: Report, samples: Samples, against: Against) -> dict[str, Any]:
+    """Which examples stand in training text, with each score without them."""
+    from attending.evaluate import contamination
+
+    texts = {
+        f"{task.name}/{one.id}": "\n".join(turn["content"] for turn in one.messages)
+        for task in run.tasks
+        for one in task.examples
+    }
+    read = contamination.against(against.paths, against.tokenizer)
+    found = contamination.contaminated(texts, read, values["canary"], progress=run.progress)
+    how = {"seed": values["seed"], "resamples": 1}
+    for row, task in ((r, t) for r in values["rows"] for t in run.tasks if t.name == r["task"]):
+        known = {one.id for one in task.examples if f"{task.name}/{one.id}" in found.hits}
+        own = [one for one in samples[row["model"], task.name] if one.example.id not in known]
+        without = scores.row(task, own, **how)["score"] if own else None
+        share = len(known) / len(task.examples)
+        row["contamination"] = {"n": len(known), "share": share, "score_without": without}
+    told = {"documents": found.documents, "tokens": found.tokens, "canary": found.canary}
+    hits = {name: hit._asdict() for name, hit in found.hits.items()}
+    return {"contamination": {**told, "hits": hits}}
 
 
 def _pairs(
