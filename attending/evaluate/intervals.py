@@ -79,7 +79,13 @@ def _wilson(successes: int, n: int) -> Estimate:
     share, z = successes / n, NormalDist().inv_cdf((1 + LEVEL) / 2)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(share, middle - half, middle + half, math.sqrt(share * (1 - share) / n), n)
+    return Estimate(
+        share,
+        max(0.0, middle - half),
+        min(1.0, middle + half),
+        math.sqrt(share * (1 - share) / n),
+        n,
+    )
 
 
 def paired(

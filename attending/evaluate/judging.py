@@ -58,7 +58,7 @@ async def open_judge(
         own = EmbeddedJudge()
         found = json.loads((SHIPPED / "report.json").read_text("utf-8"))
         value, *interval = found["embedded"]["macro-F1"]
-        agreement = {"value": value, "interval": interval, "n": found["pairs"]}
+        agreement = {"value": value, "interval": interval, "n": sum(found["pairs"].values())}
         agreement |= {"metric": "macro-F1", "against": "constructed labels"}
         sha256 = hashlib.sha256((SHIPPED / "judge.safetensors").read_bytes()).hexdigest()
         facts = _facts(own, f"embedded@{sha256[:12]}", None) | {"agreement": agreement}
