@@ -23,6 +23,7 @@ except ModuleNotFoundError:
     raise UsageError("this needs lm-evaluation-harness: pip install lm-eval") from None
 
 T = TypeVar("T")
+GIVEN = {"batch_size", "max_batch_size", "device"}  # to every model
 TAKEN = {"until", "max_gen_toks", "do_sample"}
 MAX_STOPS = 4  # that hosted endpoints take; the answer is cut at all of them
 
@@ -38,10 +39,10 @@ class AttendingLM(LM):
     """`model` is what `attending.endpoint.open` takes; it is opened for each kind of request."""
 
     def __init__(self, model: str, model_id: str = "", max_gen_toks: int = 256, **how: Any) -> None:
-        """`how`: fields of `EndpointOptions`; lm-eval's batch size and device are not used."""
+        """`how`: fields of `EndpointOptions`; batch size and device are not used."""
         super().__init__()
         self._name, self._id, self._most = model, model_id, max_gen_toks
-        own = {key: value for key, value in how.items() if key in EndpointOptions.model_fields}
+        own = {key: value for key, value in how.items() if key not in GIVEN}
         self._options = EndpointOptions.build(own)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -87,9 +88,7 @@ class AttendingLM(LM):
 
         return self._run("generate_until", requests, one)
 
-    def apply_chat_template(
-        self, chat_history: list[Any], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: list[Any], **_: Any) -> str:
         """The conversation as it is."""
         return Chat(json.dumps(chat_history))
 

@@ -124,6 +124,17 @@ async def test_options_of_several_tokens_are_scored_whole(tmp_path: Path) -> Non
     assert answer.logprobs == pytest.approx({"yes": log(0.3), "no, never": log(0.5 * 0.9 * 0.8)})
 
 
+async def test_an_option_of_several_tokens_is_never_taken_for_one(tmp_path: Path) -> None:
+    row, fixed = {"question": "Q", "answer": "no"}, ["no", "yes, sir"]
+    how = {"columns": {"answer": "answer"}, "prompt": "{{ question }}:"}
+    one = task(tmp_path, "choice", row, fixed=fixed, **how)
+    toy = Toy({" no": 0.1, " yes": 0.3, ",": 0.9, " sir": 0.9, " x": 0.01})
+    async with asking(toy) as endpoint:
+        for _ in range(2):
+            assert (await one.ask(endpoint, one.examples[0], 0)).text == "yes, sir"
+    assert len(toy.asked) == 4
+
+
 CHANCES = st.floats(1e-5, 1, allow_subnormal=False)
 TOKENS = ["", " ", " y", " yes", " no", ",", " sir", " A", "B", *(f" x{i}" for i in range(25))]
 

@@ -97,6 +97,10 @@ class Base(Generic[Own]):
         return None
 
     def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
+        """What the answer is worth; a kind without a judge says it in `worth`."""
+        return self.worth(example, answer)
+
+    def worth(self, example: Example, answer: Answer) -> Grade:
         """By the rule: thinking does not count, and one that never ends is no answer, so wrong."""
         checked = check(example.data["rule"], answer.text)
         return Grade(checked.score, checked.reason)

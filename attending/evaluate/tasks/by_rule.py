@@ -7,7 +7,6 @@ from typing import Any
 from attending.evaluate.recipe import InstructionsConfig, MathsConfig, RefusalConfig
 from attending.evaluate.sample import Answer, Example, Grade, Sample
 from attending.evaluate.tasks.base import WORDS, Base, Row
-from attending.verifier.judge.verdict import Verdict
 from attending.verifier.rules import check
 from attending.verifier.rules.rule import answer_of
 
@@ -41,7 +40,7 @@ class Instructions(Base[InstructionsConfig]):
         row = row._replace(columns=row.columns.replace(id="key"))
         return row.example(row.cell("prompt", str), rule=rule)
 
-    def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
+    def worth(self, example: Example, answer: Answer) -> Grade:
         rule = example.data["rule"]
         strict, loose = (check(rule | {"loose": flag}, answer.text) for flag in (False, True))
         parts = {"instruction strict": strict.score, "instruction loose": loose.score}
@@ -49,13 +48,10 @@ class Instructions(Base[InstructionsConfig]):
         return Grade(float(strict.passed), strict.reason, parts=parts)
 
     def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        told = [
-            (len(one.example.data["rule"]["kwargs"]), one.grade.parts)
-            for one in samples
-            if one.grade.parts
-        ]
-        total = sum(count for count, _ in told)
+        told = [(len(s.example.data["rule"]["kwargs"]), s.grade.parts) for s in samples]
+        told = [(count, parts) for count, parts in told if parts]
         names = ("instruction strict", "instruction loose") if told else ()
+        total = sum(count for count, _ in told)
         shares = {name: sum(n * parts[name] for n, parts in told) / total for name in names}
         return super().more(samples) | shares
 
@@ -74,7 +70,7 @@ class Refusal(Base[RefusalConfig]):
         request, told = row.cell(row.columns.question, str), row.cells.get("safe_response")
         return row.example(request, **({"reference": told} if told else {}))
 
-    def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
+    def worth(self, example: Example, answer: Answer) -> Grade:
         said = answer_of(answer.text)
         found = refusal(said or "")
         reason = f"refuses: {found!r}" if found else "no refusal" if said else "no answer"

@@ -1,7 +1,7 @@
 """Multiple choice, by the likelihood of each option after the prompt or by a written answer."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,6 @@ from attending.evaluate.recipe import ChoiceConfig
 from attending.evaluate.sample import Answer, Example, Grade
 from attending.evaluate.tasks.base import WORDS, Base, Row
 from attending.evaluate.tasks.likelihood import bound, following, score
-from attending.verifier.judge.verdict import Verdict
 
 
 class Choice(Base[ChoiceConfig]):
@@ -71,9 +70,9 @@ class Choice(Base[ChoiceConfig]):
         text = max(ends, key=lambda letter: found.get(letter, -inf))
         return answered(example, repeat, reply, text, logprobs=found)
 
-    def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
+    def worth(self, example: Example, answer: Answer) -> Grade:
         if self.config.method == "generation":
-            return super().grade(example, answer)
+            return super().worth(example, answer)
         is_right = answer.text == example.data["rule"]["answer"]
         return Grade(float(is_right), f"answers {answer.text}")
 

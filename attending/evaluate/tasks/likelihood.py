@@ -1,6 +1,6 @@
 """How likely texts are that a model did not write, by an endpoint's completions; in nats."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import inf, log
 from typing import Any, NamedTuple
 
@@ -10,7 +10,6 @@ from attending.evaluate.asking import answered
 from attending.evaluate.recipe import TextConfig
 from attending.evaluate.sample import Answer, Example, Grade
 from attending.evaluate.tasks.base import Base, Row
-from attending.verifier.judge.verdict import Verdict
 
 NO_API, REFUSED = {404, 405, 501}, {400, 413, 422}
 LONG = 99  # characters that any context has room for
@@ -48,7 +47,7 @@ class Text(Base[TextConfig]):
         found = await score(endpoint, example.messages[0]["content"])
         return answered(example, repeat, found.reply, "", logprobs={"text": found.total})
 
-    def grade(self, example: Example, answer: Answer, verdicts: Sequence[Verdict] = ()) -> Grade:
+    def worth(self, example: Example, answer: Answer) -> Grade:
         """Weighed by bytes, so that a mean is that of all bytes."""
         size, nats = example.data["bytes"], -(answer.logprobs or {})["text"]
         return Grade(nats / log(2) / size, f"{nats:.1f} nats, {size} bytes", weight=size)
