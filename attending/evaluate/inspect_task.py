@@ -39,7 +39,7 @@ def healthbench(
     The judge is `embedded`, a model on this machine or an address: there `judge_id` names one of
     several models, and `judge_key_var` the environment variable with its key.
     """
-    rubrics = read_rubrics(find(rows, None))
+    rubrics: Any = read_rubrics(find(rows, None))  # Any: Inspect takes its messages as mappings too
     made = [Sample([*one.conversation], id=one.name, metadata=one.row()) for one in rubrics]
     judged = by_judge(judge, judge_id, judge_key_var)
     return Task(MemoryDataset(made, "healthbench"), solver=generate(), scorer=judged)
