@@ -37,12 +37,12 @@ def write_rows(path: Path) -> Path:
 
 async def behave(call: Call) -> None:
     prompt = call.body["messages"][-1]["content"]
-    assert f"> {TOLD}" in prompt and "hm" not in prompt
-    criterion, is_positive = prompt.rpartition("\n[")[2], "is positive" in prompt
+    assert f"assistant: {TOLD}" in prompt and "hm" not in prompt
+    criterion = prompt.rpartition("# Criterion\n")[2].partition("\n")[0]
     if "doctor" in criterion:
         return await call.send(403, {})
-    key, is_met = "acceptable" if is_positive else "unacceptable", criterion[:-1].split()[-1]
-    return await call.answer(json.dumps({"explanation": "so", key: is_met in TOLD.lower()}))
+    is_met = criterion.split()[-1] in TOLD.lower()
+    return await call.answer(json.dumps({"explanation": "so", "criteria_met": is_met}))
 
 
 async def run(tmp_path: Path, rows: Path, url: str, judge_id: str = "judge", **more: Any) -> Any:
