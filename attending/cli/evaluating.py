@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attending.cli.asked import Asked, IdOption, KeyOption, PriceOption
+from attending.cli.opening import IdOption, KeyOption, Opening, PriceOption
 from attending.cli.terminal import JsonFlag, err, escape, out, print_json, print_table, progress_bar
 from attending.errors import UsageError
 
@@ -116,7 +116,7 @@ def evaluate(
         report = results.recorded(config, tasks, name, graded, judge, template, folder)
     else:
         assert folder is not None
-        asked = Asked(judge, judge_id, judge_key_variable, judge_price, cache)
+        asked = Opening(judge, judge_id, judge_key_variable, judge_price, cache)
         setup = _judge(asked, config, template, agreement, allow_self)
         setups = _models(
             _with_parent(models or [], before, name), tasks, model_key_variable, model_price, config
@@ -183,7 +183,7 @@ def _models(
     for source in dict.fromkeys(named):
         place, _, model_id = source.partition("#")
         far = re.match(r"\w+://", place)  # a key and a price belong to an address
-        asked = Asked(place, model_id, *((key_variable, price) if far else (None, None)))
+        asked = Opening(place, model_id, *((key_variable, price) if far else (None, None)))
         how = asked.opening("model", max_concurrency=config.concurrency)
         assert how is not None
         name = model_id or Path(place.rstrip("/")).name
@@ -192,7 +192,7 @@ def _models(
 
 
 def _judge(
-    asked: Asked,
+    asked: Opening,
     config: "EvalConfig",
     template: str | None,
     agreement: Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attending.cli.asked import Asked, IdOption, KeyOption, PriceOption
+from attending.cli.opening import IdOption, KeyOption, Opening, PriceOption
 from attending.cli.terminal import UNPRINTABLE, JsonFlag, err, escape, out, print_json, print_table
 from attending.errors import AttendingError, CheckFailed, SourceError, UsageError
 
@@ -86,9 +86,9 @@ def consult(
         raise UsageError(f"{folder} is a file: give --out a folder.")
     err.print(f"[dim]{escape(DISCLAIMER)}[/]")
     models = {
-        "model": Asked(model, model_id, model_key_variable, model_price),
-        "patient": Asked(patient, patient_id, patient_key_variable, patient_price),
-        "judge": Asked(judge, judge_id, judge_key_variable, judge_price, cache),
+        "model": Opening(model, model_id, model_key_variable, model_price),
+        "patient": Opening(patient, patient_id, patient_key_variable, patient_price),
+        "judge": Opening(judge, judge_id, judge_key_variable, judge_price, cache),
     }
     how = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
 
@@ -142,7 +142,7 @@ def _read_rubric(path: Path) -> "Rubric":
 
 async def _consult(
     case: Any,
-    models: dict[str, Asked],
+    models: dict[str, Opening],
     rubric: "Rubric | None",
     how: dict[str, Any],
     max_turns: int,

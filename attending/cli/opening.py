@@ -17,7 +17,7 @@ PriceOption = Annotated[
 ]
 
 
-class Asked(NamedTuple):
+class Opening(NamedTuple):
     """A model, or what stands in for one, and how it is asked."""
 
     source: str | None
