@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_json
@@ -147,11 +147,20 @@ def _explain(cls: type[BaseModel], item: dict[str, Any]) -> str:
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Of the records there; keys of a mapping and the tag of a union are parts without a field."""
+    kinds = [cls]
     for part in path:
-        field = cls.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            return []
-        if not issubclass(field.annotation, BaseModel):
-            return []
-        cls = field.annotation
-    return list(cls.model_fields)
+        fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
+        inner = [model for field in fields for model in _models(field.annotation)]
+        kinds = inner or [kind for kind in kinds if part in _tags(kind)] or kinds
+    return list(dict.fromkeys(name for kind in kinds for name in kind.model_fields))
+
+
+def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else ()
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]

@@ -1,5 +1,7 @@
 """Rows of a test set, wherever it lies, and which of them are taken."""
 
+import csv
+import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -33,15 +35,25 @@ def find(data: str, folder: Path | None) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl or a .parquet file; ConfigError where there is none."""
+    """The rows of a .jsonl, .json (a list), .csv, .tsv or .parquet file; ConfigError for none."""
     if path.suffix == ".parquet":
-        from attending.verifier.rules.rule import extra  # says which extra is missing
-
-        rows: list[dict[str, Any]] = extra("pyarrow.parquet").read_table(path).to_pylist()
+        try:
+            from pyarrow import parquet
+        except ModuleNotFoundError:
+            raise UsageError(
+                f"{path.name} needs pyarrow: pip install 'attending[corpus]'"
+            ) from None
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            told = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
+            rows = [dict(row) for row in told]
+    elif path.suffix == ".json":
+        rows = json.loads(path.read_text("utf-8"))
     else:
         rows = list(read_lines(path))
-    if not rows:
-        raise ConfigError(f"{path.name} has no rows: expected one a line.")
+    if not rows or not isinstance(rows, list):
+        raise ConfigError(f"{path.name} has no rows: expected one a line, or a list of them.")
     return rows
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attending import logs
-from attending.artifact import disk_has_room, write_json
+from attending.artifact import disk_has_room, without_folders, write_json
 from attending.errors import CheckpointError, UsageError
 from attending.evaluate.sample import Answer, Grade, Key, Sample, Task, read_lines
 
@@ -36,7 +36,7 @@ class Store:
         """Keep what the run is made with; UsageError where it was begun with something else."""
         file = self.folder / "plan.json"
         plan = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        value = json.loads(json.dumps(value))
+        value = json.loads(json.dumps(without_folders(value)))
         if plan.setdefault(key, value) != value:
             raise UsageError(
                 f"{self.folder.name} was begun with another {key}: {_differing(plan[key], value)}. "

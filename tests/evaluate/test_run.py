@@ -59,7 +59,9 @@ class Fake:
             await call.send(200, {"data": [{"id": "m", "max_model_len": 4096}, {"id": "j"}]})
             return
         text = call.body["messages"][-1]["content"]
-        if call.body["model"] == "m":
+        if call.body["model"] == "before":
+            await self.say(call, "#### 9", "before")
+        elif call.body["model"] == "m":
             self.asked.append(text)
             if len(self.asked) > self.dies_after:
                 await call.send(500, {"error": {"message": "gone"}})

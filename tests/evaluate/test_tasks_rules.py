@@ -1,5 +1,6 @@
 """Tasks that rules grade: sums, instructions, refusals; and what all kinds share."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from attending.config import recipe_names
 from attending.errors import ConfigError, UsageError
-from attending.evaluate import tasks
+from attending.evaluate import data, tasks
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.sample import Grade, Sample
 from attending.evaluate.tasks.by_rule import refusal
@@ -165,3 +166,28 @@ def test_each_recipe_builds_its_tasks(name: str) -> None:
             pytest.skip("no shared/data beside the repository")
         built = tasks.build(one, SHARED / "data")
         assert built.examples and built.name == one.name and built.metric
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.csv", "rows.tsv", "rows.json", "rows.jsonl", "rows.parquet"]
+)
+def test_rows_are_read_from_every_form(tmp_path: Path, name: str) -> None:
+    wanted = [{"question": "1 + 1?\nSay it, please.", "answer": "#### 2"}]
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        parquet.write_table(pyarrow.Table.from_pylist(wanted), path)
+    elif name.endswith(("csv", "tsv")):
+        mark = "," if name.endswith("csv") else "\t"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["question", "answer"], delimiter=mark)
+            writer.writeheader()
+            writer.writerows(wanted)
+    else:
+        path.write_text(json.dumps(wanted if name.endswith("json") else wanted[0]))
+    assert data.read_rows(path) == wanted
+    path.write_text("[]" if name.endswith("json") else "question,answer\n")
+    if not name.endswith(("parquet", "jsonl")):
+        with pytest.raises(ConfigError, match="no rows"):
+            data.read_rows(path)
