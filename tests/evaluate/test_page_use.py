@@ -138,6 +138,7 @@ def test_an_example_says_what_was_judged_and_why(visit: Open, tmp_path: Path) ->
     expect(first.locator(".about")).to_contain_text("changed between models · not wholly scored")
     first.locator("summary").first.click()
     ours = first.locator(".side.m0 strong")
+    expect(ours.first).to_be_visible()  # drawn when it is opened
     assert ours.all_inner_texts() == [
         "met: earns +5",
         "not met: earns 0 of 4",
