@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from attending.endpoint import Endpoint
-from attending.errors import CheckFailed
+from attending.errors import CheckFailed, EndpointError, ReplyError
 from attending.evaluate.recipe import LimitsConfig
 from attending.evaluate.sample import Example
+from attending.verifier.ask import together
 
 CHARACTERS = 4.0  # of a token, roughly, in English
 GRADE_TOKENS, TEMPLATE_TOKENS = 150, 700  # of a verdict with its reason; of the grader's text
@@ -30,13 +31,13 @@ class Work(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Of one request alone, in tokens a second."""
+    """In tokens a second, as many requests at once as will be."""
 
     reading: float
     writing: float
 
     def hours(self, work: Work) -> float:
-        """Of all requests one after another: the most that it can take."""
+        """If every answer were as long as it may be."""
         seconds = work.input_tokens / self.reading + work.output_tokens / self.writing
         return seconds / 3600
 
@@ -59,17 +60,20 @@ def grading(num_criteria: Sequence[int], characters: Sequence[int]) -> Work:
     return Work(total, round(read) + TEMPLATE_TOKENS * total, GRADE_TOKENS * total)
 
 
-async def probe(endpoint: Endpoint) -> Speed:
-    """Two short requests, of which the second finds its prompt read."""
-    text = "Name what a physician asks first. " * 16
-    asked = [{"role": "user", "content": text}]
-    began = time.monotonic()
-    first = await endpoint.chat(asked, max_tokens=1, temperature=0.0)
-    middle = time.monotonic()
-    second = await endpoint.chat(asked, max_tokens=PROBE_TOKENS, temperature=0.0)
-    ended = time.monotonic()
-    read = first.input_tokens or len(text) / CHARACTERS
-    written = second.output_tokens or PROBE_TOKENS
+async def probe(endpoint: Endpoint, at_once: int) -> Speed | None:
+    """One short request alone, then several at once; None where there is no chat."""
+    asked = [{"role": "user", "content": "Name what a physician asks first. " * 16}]
+    try:
+        began = time.monotonic()
+        first = await endpoint.chat(asked, max_tokens=1, temperature=0.0)
+        middle = time.monotonic()
+        how = {"max_tokens": PROBE_TOKENS, "temperature": 0.0}
+        several = await together([endpoint.chat(asked, **how) for _ in range(at_once)])
+        ended = time.monotonic()
+    except (EndpointError, ReplyError):
+        return None  # a base model, which completions reach; or gone, which is seen at once
+    read = first.input_tokens or len(asked[0]["content"]) / CHARACTERS
+    written = sum(one.output_tokens or PROBE_TOKENS for one in several)
     return Speed(read / (middle - began), written / (ended - middle))
 
 

@@ -53,6 +53,11 @@ class TaskConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     """How the model writes."""
 
+    @property
+    def most_tokens(self) -> int:
+        """That an answer can have."""
+        return self.sampling.max_tokens
+
 
 class Columns(Config):
     """Which keys of a row hold what; lists of options come in their order."""
@@ -84,6 +89,12 @@ class ChoiceConfig(TaskConfig):
     """Of the data."""
     fixed: tuple[str, ...] = ()
     """The same options for every question, such as yes, no, maybe; then no letters are shown."""
+
+    @property
+    def most_tokens(self) -> int:
+        """By likelihood nothing is written but what the endpoint insists on."""
+        return 1 if self.method == "likelihood" else super().most_tokens
+
     prompt: str = ""
     """Of `likelihood`: medqa, medmcqa, mmlu, pubmedqa, as lm-evaluation-harness has them, or Jinja.
     Default: pubmedqa where the options are fixed, else medqa."""
@@ -130,6 +141,11 @@ class TextConfig(TaskConfig):
     """The key of the text."""
     max_bytes: PositiveInt = 4096
     """Taken of each document."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Nothing is written but what the endpoint insists on."""
+        return 1
 
 
 class HealthBenchConfig(TaskConfig):

@@ -302,7 +302,7 @@ def _figures(values: Report) -> dict[str, float]:
 
 def _asked(plan: Mapping[str, Any], task: str) -> Any:
     recipe = plan["recipe"]
-    return recipe["data"][task], recipe["tasks"][task]
+    return recipe["data"][task], {k: v for k, v in recipe["tasks"][task].items() if k != "data"}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -78,6 +78,12 @@ class Run:
         self.meter = Meter(self.config.limits)
         if len({one.folder for one in self.models}) < len(self.models):
             raise UsageError(f"two models would share files: {[one.name for one in self.models]}.")
+        for name, told in self.config.tasks.items():
+            if told.repeats > 1 and not told.sampling.temperature:
+                raise UsageError(
+                    f"{name} asks {told.repeats} times at temperature 0, where all answers are "
+                    f"one: --set tasks.{name}.sampling.temperature=0.6, or no repeats."
+                )
         lacking = [task.name for task in self.tasks if is_judged(task)]
         if lacking and self.judge is None:
             raise UsageError(
@@ -134,14 +140,16 @@ async def _ask_model(run: Run, model: ModelSetup) -> None:
         await _tell(run, model, endpoint)
         for task in run.tasks:
             await _ask(run, model, task, endpoint)
+        if names := endpoint.versions - {"", endpoint.model}:
+            path["answered_by"] = ", ".join(sorted(names))
 
 
 def _check_lengths(run: Run, path: Mapping[str, str]) -> None:
     context = int(path.get("context", 0))
     for name, told in run.config.tasks.items():
-        if 0 < context <= told.sampling.max_tokens:
+        if 0 < context <= told.most_tokens:
             raise UsageError(
-                f"{name} allows answers of {told.sampling.max_tokens:,} tokens, and the context of "
+                f"{name} allows answers of {told.most_tokens:,} tokens, and the context of "
                 f"{path['model']} has {context:,}: --set tasks.{name}.sampling.max_tokens=N."
             )
 
@@ -151,10 +159,10 @@ async def _tell(run: Run, model: ModelSetup, endpoint: Endpoint) -> None:
     parts = []
     for task, told in zip(run.tasks, run.config.tasks.values(), strict=True):
         todo = [example for example, _ in _missing(run, model, task)]
-        parts.append(answering(todo, told.sampling.max_tokens))
+        parts.append(answering(todo, told.most_tokens))
     work = Work(*map(sum, zip(*parts, strict=True)))
     if work.requests:
-        speed = await probe(endpoint)
+        speed = await probe(endpoint, min(run.config.concurrency, work.requests))
         run.note(f"{model.name}: {work}; {_price(endpoint, work, speed)}")
 
 
@@ -264,5 +272,5 @@ def _price(endpoint: Endpoint, work: Work, speed: Speed | None) -> str:
     """What it costs at most, and how long it takes at most."""
     cost = endpoint.price(work.input_tokens, work.output_tokens)
     told = "cost unknown (no price given)" if cost is None else f"at most {cost:,.2f} in cost"
-    hours = f", {speed.hours(work):.1f} hours one after another" if speed else ""
+    hours = f", {speed.hours(work):.1f} hours if all are as long as they may be" if speed else ""
     return told + hours

@@ -111,7 +111,8 @@ def made(
     data = folder.parent / "rows.jsonl"
     if not data.exists():
         write_lines(data, rows())
-    task = {"kind": "healthbench", "data": str(data), "repeats": repeats}
+    sampling = {"temperature": 0.5} if repeats > 1 else {}
+    task = {"kind": "healthbench", "data": str(data), "repeats": repeats, "sampling": sampling}
     built = EvalConfig.build({"tasks": {"hb": task}, "concurrency": 2, **config})
     tasks = [build(one, None) for one in built.tasks.values()]
     options = FAST.replace(cache=str(cache) if cache else None, price_per_million=price)
@@ -147,7 +148,7 @@ async def test_a_whole_run_is_scored_and_written(tmp_path: Path) -> None:
 
 async def test_an_endpoint_that_stops_half_way_loses_nothing(tmp_path: Path) -> None:
     fake = Fake()
-    fake.dies_after = 5  # two of them are the estimate's
+    fake.dies_after = 6  # three of them are the estimate's
     async with serving(fake.behave) as url:
         with pytest.raises(EndpointError, match="--resume"):
             await scored(made(url, tmp_path / "run", limits={"max_failures": 1}))
@@ -164,7 +165,7 @@ async def test_an_endpoint_that_stops_half_way_loses_nothing(tmp_path: Path) -> 
 
 async def test_what_has_no_answer_is_unscored_with_bounds(tmp_path: Path) -> None:
     fake = Fake()
-    fake.dies_after = 6
+    fake.dies_after = 7
     async with serving(fake.behave) as url:
         report = await scored(made(url, tmp_path / "run", limits={"max_failures": 9}))
     [row] = report["rows"]
@@ -307,6 +308,14 @@ async def test_answers_longer_than_the_context_are_refused_before_they_cost(
         with pytest.raises(UsageError, match=r"tasks\.hb\.sampling\.max_tokens=N"):
             await carry_out(run)
     assert not fake.asked
+
+
+async def test_repeats_of_greedy_answers_are_refused(tmp_path: Path) -> None:
+    run = made("http://127.0.0.1:9/v1", tmp_path / "run")
+    told = run.config.model_dump(mode="json")
+    told["tasks"]["hb"]["repeats"] = 4
+    with pytest.raises(UsageError, match="temperature"):
+        Run(EvalConfig.build(told), run.tasks, run.models, run.judge, run.store, print, print)
 
 
 async def test_repeats_are_one_conversation_each_and_give_worst_at_k(tmp_path: Path) -> None:

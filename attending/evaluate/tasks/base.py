@@ -82,6 +82,8 @@ class Base(Generic[Own]):
         data.refuse_repeats((example.id for example in kept), path.name)
         self.num_left_out = len(read) - len(kept)
         self.examples: Sequence[Example] = data.take(kept, config.limit)
+        if not self.examples:
+            raise ConfigError(f"{path.name} has no row that {config.name} can ask about.")
 
     def read(self, row: Row) -> Example | None:
         raise NotImplementedError
