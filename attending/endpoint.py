@@ -29,7 +29,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from attending import errors
 from attending.config import Config
-from attending.errors import EndpointError, ReplyError, UsageError
+from attending.errors import CheckpointError, EndpointError, ReplyError, UsageError
 from attending.mesh import SHORT_SPIN
 
 CHAT = "/chat/completions"
@@ -308,7 +308,13 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                 except ReplyError:
                     if tries == self._options.max_tries:
                         raise
-            self._cache.execute("INSERT OR IGNORE INTO derived VALUES (?, ?)", [key, text])
+            try:
+                self._cache.execute("INSERT OR IGNORE INTO derived VALUES (?, ?)", [key, text])
+            except sqlite3.Error as error:
+                where = self._options.cache.name if self._options.cache else "memory"
+                raise CheckpointError(
+                    f"the cache {where} cannot be written ({error}): make room for it."
+                ) from None
         return Derived(json.loads(text), False, reply)
 
     async def _ask(self, path: str, stream: bool | None, /, **own: Any) -> Replies:

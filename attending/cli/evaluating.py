@@ -1,11 +1,11 @@
 """`attending eval`: how good a model is, and how far to trust the number."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -113,6 +113,14 @@ def evaluate(
     tasks, name = [build(one, data) for one in config.tasks.values()], Path(suite).stem
     folder = to or (None if graded else Path("out") / f"eval-{name}")
     if graded:
+        unused: dict[str, object] = {
+            "MODEL": models,
+            "--against": against,
+            "--agreement": agreement,
+        }
+        unused |= {"--before": before, "--resume": resume, "--allow-self": allow_self}
+        if given := [name for name, value in unused.items() if value]:
+            raise UsageError(f"--graded asks nobody: {', '.join(given)} would mean nothing.")
         report = results.recorded(config, tasks, name, graded, judge, template, folder)
     else:
         assert folder is not None
@@ -121,11 +129,11 @@ def evaluate(
         setups = _models(
             _with_parent(models or [], before, name), tasks, model_key_variable, model_price, config
         )
-        text = results.Against(tuple(against), tokenizer) if against else None
+        text = results.TrainingText(tuple(against), tokenizer) if against else None
         with _run(config, tasks, setups, setup, folder, resume) as run:
             report = results.evaluate(run, name, text)
     _show(report, folder, as_json)
-    results.check(report, config.max_unanswered_share)
+    results.check(report, 1.0 if graded else config.max_unanswered_share)
 
 
 def _changed(config: "EvalConfig", rows: str | None, limit: int | None) -> "EvalConfig":
@@ -144,17 +152,24 @@ def _changed(config: "EvalConfig", rows: str | None, limit: int | None) -> "Eval
 def _with_parent(models: list[str], before: str | None, suite: str) -> list[str]:
     """What was there before training first: as given, or of `retention` as its run.json says."""
     from attending import sources
-    from attending.errors import AttendingError
+    from attending.errors import SourceError
+    from attending.evaluate.identity import weights_sha256
 
     if before is None and suite == "retention" and len(models) == 1:
         try:
             run = json.loads((sources.resolve(models[0]).path / "run.json").read_text("utf-8"))
-            before = str(run["parents"][0]["uri"])
-            sources.resolve(before)
-        except (AttendingError, OSError, ValueError, LookupError, TypeError):
+            before, sha256 = str(run["parents"][0]["uri"]), run["parents"][0]["sha256"]
+            is_same = weights_sha256(before) == sha256
+        except (SourceError, OSError, ValueError, LookupError, TypeError) as error:
             raise UsageError(
-                "retention compares two models: name the one before training with --before."
+                "retention compares two models: name the one before training with --before "
+                f"({type(error).__name__}: no run.json of {models[0]} leads to it)."
             ) from None
+        if not is_same:
+            raise UsageError(
+                f"{before} is not what {models[0]} was trained from: its sha256 is another. Name "
+                "it with --before."
+            )
     return models if before is None else [before, *models]
 
 
@@ -166,7 +181,9 @@ def _models(
     config: "EvalConfig",
 ) -> "list[ModelSetup]":
     """How each is opened; where the answers stand in the data, the one that gave them."""
+    from attending.evaluate.identity import is_local
     from attending.evaluate.run import ModelSetup
+    from attending.sources import resolve
 
     are_given = {task.given(task.examples[0], 0) is not None for task in tasks}
     if are_given == {True, False} or (True in are_given) == bool(named):
@@ -179,14 +196,23 @@ def _models(
         )
     if not named:
         return [ModelSetup("the data's answers", None)]
-    found = []
+    far = [one for one in named if not is_local(one)]
+    if (key_variable or price) and len({urlsplit(one).netloc for one in far}) > 1:
+        raise UsageError(
+            "the models are at several hosts, and one --model-key-variable and --model-price "
+            "belong to one: run them apart, and compare with `attending report A B`."
+        )
+    found: list[ModelSetup] = []
     for source in dict.fromkeys(named):
         place, _, model_id = source.partition("#")
-        far = re.match(r"\w+://", place)  # a key and a price belong to an address
-        asked = Opening(place, model_id, *((key_variable, price) if far else (None, None)))
+        asked = Opening(place, model_id, key_variable, price)
+        if is_local(place):
+            resolve(place)  # or it is not here, which is said before a judge is met
+            asked = Opening(place, model_id, None, "0,0")  # a key and a price are an address's
         how = asked.opening("model", max_concurrency=config.concurrency)
         assert how is not None
-        name = model_id or Path(place.rstrip("/")).name
+        name = Path(place).name if is_local(place) else model_id or urlsplit(place).netloc
+        name = f"{name} at {urlsplit(place).netloc}" if name in [m.name for m in found] else name
         found.append(ModelSetup(name, how.pop("model"), how | {"engine": config.engine}))
     return found
 
@@ -199,17 +225,24 @@ def _judge(
     allow_self: bool,
 ) -> "JudgeSetup | None":
     """How it is opened; its verdicts are kept in the user's cache unless a file is named."""
+    from attending.evaluate.identity import is_local
     from attending.evaluate.judging import JudgeSetup
     from attending.sources import cache_dir
 
-    if asked.source and asked.source != "embedded" and not asked.cache:
-        asked = asked._replace(cache=cache_dir() / "verdicts.sqlite")
-    how = asked.opening("judge") or {}  # refuses a key or a price of nobody
-    how = {**how, "engine": config.engine}
-    how.pop("model", None)
-    if not asked.source:
-        return None
-    return JudgeSetup(asked.source, how, template, agreement, allow_self)
+    if not asked.source or asked.source in ("none", "embedded"):
+        asked.opening("judge")  # refuses a key or a price of nobody
+        if asked.source != "embedded":
+            return None
+        return JudgeSetup("embedded", {}, template, agreement, allow_self)
+    asked = asked._replace(
+        cache=asked.cache or cache_dir() / "verdicts.sqlite",
+        price=asked.price or ("0,0" if is_local(asked.source) else None),
+    )
+    how = {**(asked.opening("judge", max_concurrency=config.concurrency) or {})}
+    how.pop("model")
+    return JudgeSetup(
+        asked.source or "", how | {"engine": config.engine}, template, agreement, allow_self
+    )
 
 
 @contextmanager

@@ -51,12 +51,13 @@ def against(paths: Sequence[Path], tokenizer: str | None = None) -> Iterator[tup
 def contaminated(
     examples: Mapping[str, str],  # texts by id
     texts: Iterable[tuple[str, str]],  # as `against` gives them; each is read once
-    canary: str | None = None,  # as a row has it; what follows its last colon is looked for
+    canary: Sequence[str] = (),  # as rows have it; what follows its last colon is looked for
     n: int = DecontaminationConfig().ngram,
     progress: Progress | None = None,
 ) -> Contamination:
     """Which examples share n tokens in a row with a text, or equal all of one that is shorter."""
-    index, mark = NgramIndex(n), (canary or "").rpartition(":")[2].strip().casefold()
+    index = NgramIndex(n)
+    marks = [one.rpartition(":")[2].strip().casefold() for one in canary]
     for name, text in examples.items():
         index.add(name, text)
     whole = {tuple(normalise(text)) for text in examples.values()} - {()}
@@ -69,7 +70,8 @@ def contaminated(
                 shared = own.overlap(examples[name])
                 hit = Hit(shared.longest_run, shared.share, where)
                 hits[name] = max(hits.get(name, hit), hit, key=lambda one: one[:2])
-        marked += [where] if mark and mark in text.casefold() else []
+        folded = text.casefold() if marks else ""
+        marked += [where] if any(mark and mark in folded for mark in marks) else []
         (progress or (lambda *_: None))(documents, None, "training texts")
     return Contamination(hits, (*marked,), documents, tokens)
 

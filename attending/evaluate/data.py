@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from attending import sources
 from attending.errors import ConfigError, SourceError, UsageError
-from attending.evaluate.sample import read_lines
+from attending.verifier.rubric.schema import read_lines
 
 T = TypeVar("T")
 
@@ -28,10 +28,13 @@ def find(data: str, folder: Path | None) -> Path:
     if inside:
         return inside[0]
     try:
-        return sources.resolve(data).path
+        found = sources.resolve(data).path
     except SourceError as error:
         where = "give the folder that holds it with --data" if folder is None else "not in --data"
         raise UsageError(f"no data {data!r}: {where}, or name a source. ({error})") from None
+    if not found.is_file():
+        raise UsageError(f"{found.name} is a folder: name a file of it with the rows.")
+    return found
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +54,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     elif path.suffix == ".json":
         rows = json.loads(path.read_text("utf-8"))
     else:
-        rows = list(read_lines(path))
+        rows = [row for _, row in read_lines(path)]
     if not rows or not isinstance(rows, list):
         raise ConfigError(f"{path.name} has no rows: expected one a line, or a list of them.")
     return rows

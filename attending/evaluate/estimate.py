@@ -1,17 +1,17 @@
 """What a run will take, said before it starts; and where it stops by itself."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from attending.endpoint import Endpoint
 from attending.errors import CheckFailed, EndpointError, ReplyError
-from attending.evaluate.recipe import LimitsConfig
-from attending.evaluate.sample import Example
+from attending.evaluate.recipe import AnyTask, LimitsConfig
+from attending.evaluate.sample import Example, Task
 from attending.verifier.ask import together
 
 CHARACTERS = 4.0  # of a token, roughly, in English
-GRADE_TOKENS, TEMPLATE_TOKENS = 150, 700  # of a verdict with its reason; of the grader's text
+TEMPLATE_TOKENS = 700  # of the grader's text with a criterion
 PROBE_TOKENS = 16
 
 
@@ -42,22 +42,38 @@ class Speed(NamedTuple):
         return seconds / 3600
 
 
-def answering(examples: Sequence[Example], max_tokens: int) -> Work:
-    """Of asking a model once for each."""
-    characters = sum(len(turn["content"]) for one in examples for turn in one.messages)
-    return Work(len(examples), round(characters / CHARACTERS), max_tokens * len(examples))
+def answering(task: Task, asked: Sequence[tuple[Example, int]], told: AnyTask) -> Work:
+    """Of asking a model for these answers."""
+    turns = [turn["content"] for one, _ in asked for turn in one.messages]
+    characters = sum(map(len, turns)) + len(told.sampling.system or "") * len(asked)
+    requests = task.requests * len(asked)
+    read = round(task.requests * characters / CHARACTERS)
+    return Work(requests, read, told.most_tokens * requests)
 
 
-def grading(num_criteria: Sequence[int], characters: Sequence[int]) -> Work:
-    """Of asking a judge about each criterion of each answer.
+def grading(task: Task, asked: Sequence[tuple[Example, int]], told: AnyTask, most: int) -> Work:
+    """Of asking a judge about every criterion of these answers, each as long as it may be.
 
     Args:
-        num_criteria: Of each answer.
-        characters: Of each answer with its conversation.
+        task: What was asked.
+        asked: Examples, and which answer to each.
+        told: The task's record.
+        most: Tokens of a verdict.
     """
-    read = sum(n * c for n, c in zip(num_criteria, characters, strict=True)) / CHARACTERS
-    total = sum(num_criteria)
-    return Work(total, round(read) + TEMPLATE_TOKENS * total, GRADE_TOKENS * total)
+    criteria = read = 0
+    for example, _ in asked:
+        rubric = task.rubric(example)
+        assert rubric is not None
+        characters = sum(len(turn["content"]) for turn in rubric.conversation)
+        tokens = characters / CHARACTERS + told.most_tokens + TEMPLATE_TOKENS
+        criteria += len(rubric.criteria)
+        read += round(len(rubric.criteria) * tokens)
+    return Work(criteria, read, most * criteria)
+
+
+def total(parts: Iterable[Work]) -> Work:
+    """Of all of it."""
+    return Work(*map(sum, zip(Work(0, 0, 0), *parts, strict=True)))
 
 
 async def probe(endpoint: Endpoint, at_once: int) -> Speed | None:
@@ -78,37 +94,31 @@ async def probe(endpoint: Endpoint, at_once: int) -> Speed | None:
 
 
 class Meter:
-    """Counts what a run spends and stops it at its limits."""
+    """Counts what a run spends, earlier parts of it too, and stops it at its limits."""
 
-    def __init__(self, limits: LimitsConfig) -> None:
-        """Starts the clock."""
-        self._limits, self._began = limits, time.monotonic()
+    def __init__(self, limits: LimitsConfig, before: Mapping[str, float | None]) -> None:
+        """Starts the clock; `before` is what earlier parts spent."""
+        self._limits, self._before, self._began = limits, before, time.monotonic()
         self.endpoints: list[Endpoint] = []
-        """All that were asked in this run."""
+        """All that were asked in this part."""
 
     @property
-    def tokens(self) -> int:
-        """Read and written so far."""
-        return sum(one.totals.input_tokens + one.totals.output_tokens for one in self.endpoints)
-
-    @property
-    def cost(self) -> float | None:
-        """So far; None where a price is unknown."""
-        spent = [one.totals.cost for one in self.endpoints]
-        return None if None in spent else sum(cost or 0.0 for cost in spent)
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began."""
-        return time.monotonic() - self._began
+    def sums(self) -> dict[str, float | None]:
+        """Of the whole run: tokens read and written, seconds, cost (None where a price lacks)."""
+        tokens = sum(one.totals.input_tokens + one.totals.output_tokens for one in self.endpoints)
+        costs = [self._before.get("cost", 0.0), *(one.totals.cost for one in self.endpoints)]
+        return {
+            "tokens": (self._before.get("tokens") or 0) + tokens,
+            "seconds": (self._before.get("seconds") or 0) + time.monotonic() - self._began,
+            "cost": None if None in costs else sum(cost or 0.0 for cost in costs),
+        }
 
     def check(self) -> None:
         """CheckFailed where a limit is reached: what is done is kept."""
-        spent = {"max_cost": self.cost, "max_tokens": self.tokens, "max_seconds": self.seconds}
-        for name, value in spent.items():
-            most = getattr(self._limits, name)
+        for name, value in self.sums.items():
+            most = getattr(self._limits, f"max_{name}")
             if most is not None and value is not None and value >= most:
                 raise CheckFailed(
-                    f"limits.{name} of {most:g} is reached: what is done is kept. To go on, run "
-                    "again with --resume and a higher limit."
+                    f"limits.max_{name} of {most:g} is reached: what is done is kept. To go on, "
+                    "run again with --resume and a higher limit."
                 )

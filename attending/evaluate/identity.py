@@ -6,6 +6,7 @@ from typing import Any
 from attending import sources
 from attending.artifact import digest, without_folders
 from attending.endpoint import Endpoint
+from attending.errors import EndpointError, ReplyError
 
 FIELDS = ("weights", "activations", "kv", "draft")
 NOT_TOLD = "not told"
@@ -24,7 +25,10 @@ def weights_sha256(source: str) -> str:
 
 async def path_of(source: str, endpoint: Endpoint) -> dict[str, str]:
     """The path of its answers, as far as the endpoint tells: our engine does, others do not."""
-    cards: list[dict[str, Any]] = await endpoint.cards()
+    try:
+        cards: list[dict[str, Any]] = await endpoint.cards()
+    except (EndpointError, ReplyError):
+        cards = []  # not every endpoint lists its models
     card = next((one for one in cards if one["id"] == endpoint.model), {})
     told: Any = card.get("path")
     known = told if isinstance(told, dict) else {}

@@ -62,30 +62,22 @@ def bootstrap(
         resamples: Number of samples drawn.
     """
     own = _by_cluster(terms, clusters)
-    if (
-        statistic is ratio
-        and len(own) == len(terms)
-        and all(t in YES_OR_NO for t in map(tuple, terms))
-    ):
-        return _wilson(int(own[:, 0].sum()), len(own))
-    drawn = np.concatenate([statistic(part) for part in _draws(own, seed, resamples)])
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     value = float(statistic(own.sum(0)))
+    drawn = np.concatenate([statistic(part) for part in _draws(own, seed, resamples)])
+    is_share = statistic is ratio and all(one in YES_OR_NO for one in map(tuple, terms))
+    if is_share and (len(own) == len(terms) or not drawn.std()):
+        return _wilson(value, len(own))
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), float(drawn.std()), len(own))
 
 
-def _wilson(successes: int, n: int) -> Estimate:
-    """Of a share of n: unlike a bootstrap, it is no point where none or all succeed."""
-    share, z = successes / n, NormalDist().inv_cdf((1 + LEVEL) / 2)
+def _wilson(share: float, n: int) -> Estimate:
+    """Of n conversations: unlike a bootstrap, it is no point where none or all succeed."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(
-        share,
-        max(0.0, middle - half),
-        min(1.0, middle + half),
-        math.sqrt(share * (1 - share) / n),
-        n,
-    )
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Estimate(share, low, high, math.sqrt(share * (1 - share) / n), n)
 
 
 def paired(
@@ -108,8 +100,8 @@ def paired(
     both = [name for name in a if name in b]
     if not both:
         return None
-    means = [[np.mean(own[name], axis=0) for name in both] for own in (a, b)]
-    terms = np.concatenate([np.array(own, float) for own in means], axis=1)
+    sums = [[np.sum(own[name], axis=0) for name in both] for own in (a, b)]
+    terms = np.concatenate([np.array(own, float) for own in sums], axis=1)
     half = terms.shape[1] // 2
 
     def difference(sums: Sums) -> NDArray[np.float64]:

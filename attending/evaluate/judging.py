@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from attending import endpoint as endpoints
+from attending import sources
 from attending.errors import ConfigError, UsageError
 from attending.evaluate.healthbench.grader import Grader, Template, read_template
 from attending.evaluate.identity import is_local, weights_sha256
@@ -53,8 +54,11 @@ async def open_judge(
     if setup.source == EMBEDDED:
         from attending.verifier.judge.embedded import SHIPPED, EmbeddedJudge
 
-        if setup.template:
-            raise UsageError("the embedded judge has no template: leave --template out.")
+        if setup.template or setup.agreement:
+            raise UsageError(
+                "the embedded judge has no template and knows its own agreement: leave --template "
+                "and --agreement out."
+            )
         own = EmbeddedJudge()
         found = json.loads((SHIPPED / "report.json").read_text("utf-8"))
         value, *interval = found["embedded"]["macro-F1"]
@@ -82,6 +86,13 @@ async def open_judge(
             facts["agreement"] = read_agreement(setup.agreement, facts)
             facts["caution"] = ""
         yield made, facts
+
+
+def check_judge(setup: JudgeSetup) -> None:
+    """What can be said without opening it: SourceError or UsageError where it could not be."""
+    sources.resolve("judge" if setup.source == EMBEDDED else setup.source)
+    if setup.source != EMBEDDED and setup.template != SIGNED:
+        read_template(setup.template)
 
 
 def read_agreement(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

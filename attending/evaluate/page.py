@@ -19,8 +19,8 @@ import jinja2
 
 from attending.artifact import disk_has_room
 from attending.errors import CheckpointError, UsageError
-from attending.evaluate.sample import read_lines
 from attending.report import embedded
+from attending.verifier.rubric.schema import read_lines
 
 ROOM = resources.files("attending") / "evaluate"
 PIECE = 100  # examples
@@ -152,7 +152,7 @@ def _examples(
     """Each example with every model's answers to it and their grades."""
     for task in tasks:
         kept = [_answers(folder / model["folder"], task) for model in models]
-        for row in read_lines(folder / "examples" / f"{task}.jsonl"):
+        for row in _rows(folder / "examples" / f"{task}.jsonl"):
             yield {"task": task, **row, "answers": [own.get(row["id"], []) for own in kept]}
 
 
@@ -160,13 +160,18 @@ def _answers(folder: Path, task: str) -> dict[str, list[dict[str, Any]]]:
     """A model's answers with their grades by example; the last line of a key counts."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for kind in ("answers", "grades"):
-        for row in read_lines(folder / f"{task}.{kind}.jsonl"):
+        for row in _rows(folder / f"{task}.{kind}.jsonl"):
             key = row["id"], row["repeat"]
             found[key] = found.get(key, {"score": None, "verdicts": []}) | row
     grouped: dict[str, list[dict[str, Any]]] = {}
     for (name, _), row in sorted(found.items()):
         grouped.setdefault(name, []).append(row)
     return grouped
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a file that may not be there: a run may have been stopped before it."""
+    return (row for _, row in (read_lines(path) if path.exists() else ()))
 
 
 def _allow(text: str) -> str:

@@ -32,11 +32,11 @@ class LimitsConfig(Config):
     max_cost: PositiveFloat | None = None
     """Of model and judge, in the unit of the prices given."""
     max_seconds: PositiveFloat | None = None
-    """Of this run."""
+    """Of the whole run, all its parts."""
     max_tokens: PositiveInt | None = None
     """Read and written, model and judge together."""
     max_failures: NonNegativeInt = 10
-    """Examples in a row without an answer before the run stops: the endpoint is gone."""
+    """Examples in a row that may stay without an answer; one more, and the run stops."""
 
 
 class TaskConfig(Config):
@@ -185,11 +185,11 @@ class EvalConfig(Config):
     tasks: dict[str, AnyTask] = Field(min_length=1)
     """By name, in order."""
     seed: NonNegativeInt = 0
-    """Of sampling and of the intervals."""
+    """Of the intervals."""
     resamples: PositiveInt = 1000
     """Of the bootstrap."""
     concurrency: PositiveInt = 32
-    """Requests under way at once."""
+    """Requests under way at once, to a model under test or to the judge."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """Of models on this machine: what the engine takes, such as `device` or `threads`."""
     judge: JudgeOptions = JudgeOptions()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,11 +14,12 @@ from typing import Any
 
 from attending import artifact
 from attending.errors import CheckFailed, ConfigError, UsageError
-from attending.evaluate import scores
+from attending.evaluate import contamination, scores
 from attending.evaluate.healthbench.grader import read_template
 from attending.evaluate.healthbench.task import HealthBench
 from attending.evaluate.healthbench.task import recorded as read_recorded
 from attending.evaluate.judging import JudgeSetup
+from attending.evaluate.page import write_page
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.run import (
     JUDGE_IDENTITY,
@@ -29,16 +30,17 @@ from attending.evaluate.run import (
     carry_out,
     is_judged,
 )
-from attending.evaluate.sample import Grade, Task, read_lines
-from attending.evaluate.store import Store
+from attending.evaluate.sample import Task
+from attending.evaluate.store import Store, read_grade
+from attending.verifier.rubric.schema import read_lines
 
 DEMONSTRATION = "The default model is a small demonstration: its scores describe nothing clinical."
 Report = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Against:
-    """Training text that examples are looked for in."""
+class TrainingText:
+    """What a model was trained on."""
 
     paths: tuple[Path, ...]
     """Folders of token shards, or JSONL files."""
@@ -46,13 +48,13 @@ class Against:
     """Of the shards: a source."""
 
 
-def evaluate(run: Run, suite: str, against: Against | None = None) -> Report:
+def evaluate(run: Run, suite: str, text: TrainingText | None = None) -> Report:
     """Carry a run out and write what it leaves behind.
 
     Args:
         run: What is asked of whom.
         suite: Its name.
-        against: Training text that the examples are looked for in.
+        text: What the examples are looked for in.
 
     Raises:
         AttendingError: As `carry_out`; what was done is kept.
@@ -60,11 +62,12 @@ def evaluate(run: Run, suite: str, against: Against | None = None) -> Report:
     config = run.config.model_dump(mode="json")
     parents: list[dict[str, str]] = []
     record = artifact.Record("eval", {"suite": suite, **config}, run.config.seed, parents)
+    texts = contamination.against(text.paths, text.tokenizer) if text else None
     samples = asyncio.run(carry_out(run))
     parents += run.parents
     values = report(run, suite, samples)
-    if against:
-        values |= _look_for(run, values, samples, against)
+    if texts:
+        values |= _look_for(run, values, samples, texts)
     write(run, values, record)
     return values
 
@@ -132,7 +135,7 @@ def report(run: Run, suite: str, samples: Samples) -> Report:
             rows.append(row | {"judge": judge, "path": run.paths[model.name]})
             groups[model.name, task.name] = scores.grouped((s.example.id, s.grade) for s in own)
     first = [one for one in rows if one["model"] == run.models[0].name]
-    canaries = [task.canary for task in run.tasks if task.canary]
+    canaries = dict.fromkeys(canary for task in run.tasks for canary in task.canary)
     models = [(one.name, one.folder) for one in run.models]
     return {
         "suite": suite,
@@ -141,26 +144,22 @@ def report(run: Run, suite: str, samples: Samples) -> Report:
         "command": artifact.command(),
         "commit": artifact.commit(),
         **how,
-        "canary": canaries[0] if canaries else None,
+        "canary": ", ".join(canaries) or None,
         "warnings": [*_warnings(run, rows)],
         "judge": run.facts,
         "models": [{"name": n, "folder": f, "path": run.paths[n]} for n, f in models],
         "rows": rows,
         "pairs": _pairs(rows, groups, how),
-        "cost": run.meter.cost,
-        "tokens": run.meter.tokens,
-        "seconds": round(run.meter.seconds, 1),
+        "spent": run.meter.sums,
     }
 
 
 def write(run: Run, values: Report, record: artifact.Record) -> Path:
     """`report.json`, `report.html`, `run.json`; the page's path."""
-    from attending.evaluate.page import write_page
-
     folder = run.store.folder
     with artifact.disk_has_room(folder / "report.html"):
         artifact.write_json(folder / "report.json", values)
-        page: Path = write_page(folder)
+        page = write_page(folder)
         artifact.write_run(folder, record, _figures(values))
     return page
 
@@ -169,8 +168,8 @@ def check(values: Report, most: float) -> None:
     """CheckFailed where a share above `most` has no score, or a canary stood in training text."""
     if (found := values.get("contamination")) and found["canary"]:
         raise CheckFailed(
-            f"the canary {values['canary']} stands in the training text {found['canary'][0]} and "
-            f"{len(found['canary']) - 1} more: what was trained on it is not tested by this."
+            f"the canary {values['canary']} stands in {len(found['canary'])} training texts, as "
+            f"{found['canary'][0]}: what was trained on them is not tested by this."
         )
     lacking = [one for one in values["rows"] if one["unscored"] > most]
     if lacking:
@@ -189,79 +188,94 @@ def combine(folders: Sequence[Path], to: Path) -> Report:
             otherwise: such scores are no comparison. Or `to` is there.
     """
     reports = [_read(folder / "report.json") for folder in folders]
-    plans = [_read(folder / "plan.json") for folder in folders]
-    shared = [
-        task
-        for task in dict.fromkeys(one["task"] for one in reports[0]["rows"])
-        if all(any(row["task"] == task for row in other["rows"]) for other in reports)
-    ]
+    plans = [_read(folder / "plan.json")["recipe"] for folder in folders]
+    shared = _shared(reports)
     if not shared:
         raise UsageError(f"no task is in all of {[folder.name for folder in folders]}.")
-    judges = [one["judge"] for one in reports]
-    judged = any(row["judge"] for row in reports[0]["rows"] if row["task"] in shared)
-    for folder, judge, plan in zip(folders[1:], judges[1:], plans[1:], strict=True):
-        for key in JUDGE_IDENTITY if judged else ():
-            if judges[0][key] != (judge or {}).get(key):
-                raise UsageError(
-                    f"{folders[0].name} and {folder.name} have another judge or template ({key} "
-                    f"{judges[0][key]} and {(judge or {}).get(key)}): their scores are no "
-                    "comparison. Judge both by one."
-                )
+    for folder, values, plan in zip(folders[1:], reports[1:], plans[1:], strict=True):
         for task in shared:
-            if _asked(plans[0], task) != _asked(plan, task):
+            if reason := _unlike(reports[0], plans[0], values, plan, task):
                 raise UsageError(
-                    f"{folders[0].name} and {folder.name} asked {task} otherwise, or of other "
-                    "data: see their plan.json. Run both alike."
+                    f"{folders[0].name} and {folder.name} are no comparison on {task}: {reason}."
                 )
-    first, rows, models = reports[0], [], []
+    rows: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     groups: dict[tuple[str, str], scores.Groups] = {}
+    names = [model["name"] for values in reports for model in values["models"]]
     with artifact.publish(to) as draft:
-        for folder, values in zip(folders, reports, strict=True):
+        for number, (folder, values) in enumerate(zip(folders, reports, strict=True), 1):
             for model in values["models"]:
-                is_twice = sum(m["name"] == model["name"] for v in reports for m in v["models"]) > 1
-                name = f"{model['name']} ({folder.name})" if is_twice else model["name"]
-                place = f"{folder.name}-{model['folder']}" if is_twice else model["folder"]
+                name, place = str(model["name"]), f"{number}-{model['folder']}"
+                name = f"{name} ({folder.name})" if names.count(name) > 1 else name
+                name = f"{name} {number}" if name in [one["name"] for one in models] else name
                 shutil.copytree(folder / model["folder"], draft / place)
                 models.append({**model, "name": name, "folder": place})
-                own = [row for row in values["rows"] if row["model"] == model["name"]]
-                for row in (row for row in own if row["task"] in shared):
-                    rows.append({**row, "model": name})
-                    lines = read_lines(draft / place / f"{row['task']}.grades.jsonl")
-                    grades = [(one.pop("id"), one.pop("repeat"), Grade(**one)) for one in lines]
-                    last = {(name, repeat): grade for name, repeat, grade in grades}
-                    groups[name, row["task"]] = scores.grouped((k[0], g) for k, g in last.items())
+                for row in values["rows"]:
+                    if row["model"] == model["name"] and row["task"] in shared:
+                        rows.append({**row, "model": name})
+                        lines = read_lines(draft / place / f"{row['task']}.grades.jsonl")
+                        groups[name, row["task"]] = _groups(lines)
         shutil.copytree(folders[0] / "examples", draft / "examples")
-        how = {"seed": first["seed"], "resamples": first["resamples"]}
-        told = [one for values in reports for one in values["warnings"]]
-        merged = first | {"rows": rows, "models": models, "pairs": _pairs(rows, groups, how)}
-        merged |= {"warnings": list(dict.fromkeys(told)), "command": artifact.command()}
+        how = {"seed": reports[0]["seed"], "resamples": reports[0]["resamples"]}
+        merged = reports[0] | {"rows": rows, "models": models, "pairs": _pairs(rows, groups, how)}
+        merged["overall"] = scores.overall(r for r in rows if r["model"] == models[0]["name"])
+        merged["command"] = artifact.command()
+        merged["warnings"] = list(dict.fromkeys(w for one in reports for w in one["warnings"]))
+        merged = {key: v for key, v in merged.items() if key not in ("spent", "contamination")}
         artifact.write_json(draft / "report.json", merged)
-        from attending.evaluate.page import write_page
-
         write_page(draft)
     return merged
 
 
-def _look_for(run: Run, values: Report, samples: Samples, against: Against) -> dict[str, Any]:
-    """Which examples stand in training text, with each score without them."""
-    from attending.evaluate import contamination
+def _shared(reports: Sequence[Report]) -> list[str]:
+    """Tasks that all have."""
+    tasks = [dict.fromkeys(row["task"] for row in values["rows"]) for values in reports]
+    return [task for task in tasks[0] if all(task in other for other in tasks)]
 
+
+def _groups(lines: Iterable[tuple[str, dict[str, Any]]]) -> scores.Groups:
+    """Of a file of grades; the last one of an answer counts."""
+    last = {key: grade for key, _, grade in (read_grade(row, where) for where, row in lines)}
+    return scores.grouped((name, grade) for (name, _), grade in last.items())
+
+
+def _unlike(a: Report, plan_a: Report, b: Report, plan_b: Report, task: str) -> str:
+    """Why two runs' scores of a task are no comparison; empty where they are."""
+    if any(row["judge"] for row in a["rows"] if row["task"] == task):
+        for key in JUDGE_IDENTITY:
+            both = [(one["judge"] or {}).get(key) for one in (a, b)]
+            if both[0] != both[1]:
+                return f"another judge or template ({key} {both[0]} and {both[1]})"
+        if plan_a["judge"] != plan_b["judge"]:
+            return "the judge was asked otherwise, see recipe.judge of their plan.json"
+    if plan_a["data"][task] != plan_b["data"][task]:
+        return "other data"
+    asked = [
+        {key: value for key, value in plan["tasks"][task].items() if key != "data"}
+        for plan in (plan_a, plan_b)
+    ]
+    return "" if asked[0] == asked[1] else "it was asked otherwise, see recipe.tasks of plan.json"
+
+
+def _look_for(
+    run: Run, values: Report, samples: Samples, read: Iterable[tuple[str, str]]
+) -> dict[str, Any]:
+    """Which examples stand in training text, with each score without them."""
     texts = {
         f"{task.name}/{one.id}": "\n".join(turn["content"] for turn in one.messages)
         for task in run.tasks
         for one in task.examples
     }
-    read = contamination.against(against.paths, against.tokenizer)
-    found = contamination.contaminated(texts, read, values["canary"], progress=run.progress)
-    how = {"seed": values["seed"], "resamples": 1}
+    canaries = [canary for task in run.tasks for canary in task.canary]
+    found = contamination.contaminated(texts, read, canaries, progress=run.progress)
     for row, task in ((r, t) for r in values["rows"] for t in run.tasks if t.name == r["task"]):
         known = {one.id for one in task.examples if f"{task.name}/{one.id}" in found.hits}
         own = [one for one in samples[row["model"], task.name] if one.example.id not in known]
-        without = scores.row(task, own, **how)["score"] if own else None
+        without = scores.row(task, own, seed=0, resamples=1)["score"] if own else None
         share = len(known) / len(task.examples)
         row["contamination"] = {"n": len(known), "share": share, "score_without": without}
-    told = {"documents": found.documents, "tokens": found.tokens, "canary": found.canary}
     hits = {name: hit._asdict() for name, hit in found.hits.items()}
+    told = {"documents": found.documents, "tokens": found.tokens, "canary": found.canary}
     return {"contamination": {**told, "hits": hits}}
 
 
@@ -283,7 +297,7 @@ def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know before the numbers."""
     found = [DEMONSTRATION] if any(one.source == "default" for one in run.models) else []
     for task, told in zip(run.tasks, run.config.tasks.values(), strict=True):
-        if told.limit:
+        if told.limit and len(task.examples) == told.limit:
             found.append(f"{task.name}: {len(task.examples)} examples drawn, not all of them.")
     for row in rows:
         if row["says"] == "at chance":
@@ -298,11 +312,6 @@ def _figures(values: Report) -> dict[str, float]:
     """For `run.json`."""
     rows = [one for one in values["rows"] if one["score"] is not None]
     return {f"eval/{one['model']}/{one['task']}": one["score"] for one in rows}
-
-
-def _asked(plan: Mapping[str, Any], task: str) -> Any:
-    recipe = plan["recipe"]
-    return recipe["data"][task], {k: v for k, v in recipe["tasks"][task].items() if k != "data"}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from attending import endpoint as endpoints
 from attending.endpoint import Endpoint
-from attending.errors import EndpointError, ReplyError, UsageError
-from attending.evaluate.estimate import Meter, Speed, Work, answering, grading, probe
-from attending.evaluate.identity import path_of
-from attending.evaluate.judging import JudgeSetup, open_judge
+from attending.errors import CheckFailed, ContextError, EndpointError, ReplyError, UsageError
+from attending.evaluate.estimate import Meter, Work, answering, grading, probe, total
+from attending.evaluate.identity import is_local, path_of
+from attending.evaluate.judging import EMBEDDED, JudgeSetup, check_judge, open_judge
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.sample import Answer, Example, Grade, Key, Sample, Task
 from attending.evaluate.store import Store
@@ -66,18 +66,12 @@ class Run:
     """By model and task: what has no answer, and why."""
     meter: Meter = field(init=False)
 
-    @property
-    def parents(self) -> list[dict[str, str]]:
-        """For `run.json`: the models and the data."""
-        told = [(one.get("source", ""), one.get("sha256", "")) for one in self.paths.values()]
-        told += [(task.name, task.sha256) for task in self.tasks]
-        return [{"uri": uri, "sha256": sha256} for uri, sha256 in told]
-
     def __post_init__(self) -> None:
         """Refuse what could not end well before anything is asked."""
-        self.meter = Meter(self.config.limits)
+        self.meter = Meter(self.config.limits, self.store.spent())
         if len({one.folder for one in self.models}) < len(self.models):
-            raise UsageError(f"two models would share files: {[one.name for one in self.models]}.")
+            names = [one.name for one in self.models]
+            raise UsageError(f"two models would share files, {names}: name each once.")
         for name, told in self.config.tasks.items():
             if told.repeats > 1 and not told.sampling.temperature:
                 raise UsageError(
@@ -89,6 +83,20 @@ class Run:
             raise UsageError(
                 f"{', '.join(lacking)} must be judged: name a model with --judge, or `embedded`."
             )
+        asked = [one.how for one in (*self.models, self.judge) if one]
+        prices = [how["options"].price_per_million for how in asked if "options" in how]
+        if self.config.limits.max_cost and None in prices:
+            raise UsageError(
+                "limits.max_cost needs the price of every model that is asked: give --model-price "
+                "and --judge-price (0,0 where it costs nothing)."
+            )
+
+    @property
+    def parents(self) -> list[dict[str, str]]:
+        """For `run.json`: the models and the data."""
+        told = [(one.get("source", ""), one.get("sha256", "")) for one in self.paths.values()]
+        told += [(task.name, task.sha256) for task in self.tasks]
+        return [{"uri": uri, "sha256": sha256} for uri, sha256 in told]
 
 
 async def carry_out(run: Run) -> Samples:
@@ -100,10 +108,15 @@ async def carry_out(run: Run) -> Samples:
         EndpointError: The endpoint is gone. What was done is kept.
     """
     begin(run)
-    for model in run.models:
-        await _ask_model(run, model)
-    if any(map(is_judged, run.tasks)):
-        await _judge(run)
+    try:
+        if run.judge and any(map(is_judged, run.tasks)):
+            await _meet_judge(run, run.judge)
+        for model in run.models:
+            await _ask_model(run, model)
+        if any(map(is_judged, run.tasks)):
+            await _judge(run)
+    finally:
+        run.store.keep_spent(run.meter.sums)
     return {(m.name, task.name): _samples(run, m, task) for m in run.models for task in run.tasks}
 
 
@@ -119,6 +132,24 @@ def begin(run: Run) -> None:
 def is_judged(task: Task) -> bool:
     """Whether its grades need verdicts."""
     return task.rubric(task.examples[0]) is not None
+
+
+async def _meet_judge(run: Run, judge: JudgeSetup) -> None:
+    """Before any answer is paid for: is it there, with its template, and what will it cost?"""
+    if is_local(judge.source):
+        check_judge(judge)  # opened later, when no other model is in memory
+    else:
+        async with open_judge(judge, run.config.judge, []) as (_, run.facts):
+            run.store.hold("judge", {key: run.facts[key] for key in JUDGE_IDENTITY})
+    if judge.source == EMBEDDED:
+        return
+    parts = [
+        grading(task, _missing(run, model, task, graded=True), told, run.config.judge.max_tokens)
+        for model in run.models
+        for task, told in zip(run.tasks, run.config.tasks.values(), strict=True)
+        if is_judged(task)
+    ]
+    run.note(f"judge: {_price(judge.how, total(parts))}")
 
 
 async def _ask_model(run: Run, model: ModelSetup) -> None:
@@ -137,11 +168,18 @@ async def _ask_model(run: Run, model: ModelSetup) -> None:
         path = run.paths[model.name] = await path_of(model.source, endpoint)
         run.store.hold(f"model {model.name}", path)
         _check_lengths(run, path)
-        await _tell(run, model, endpoint)
+        parts = [
+            answering(task, _missing(run, model, task), told)
+            for task, told in zip(run.tasks, run.config.tasks.values(), strict=True)
+        ]
+        if (work := total(parts)).requests:
+            speed = await probe(endpoint, min(run.config.concurrency, work.requests))
+            hours = f"; {speed.hours(work):.1f} hours if all are as long" if speed else ""
+            run.note(f"{model.name}: {_price(model.how, work)}{hours}")
         for task in run.tasks:
             await _ask(run, model, task, endpoint)
         if names := endpoint.versions - {"", endpoint.model}:
-            path["answered_by"] = ", ".join(sorted(names))
+            path["answered_by"] = names.pop()
 
 
 def _check_lengths(run: Run, path: Mapping[str, str]) -> None:
@@ -152,18 +190,6 @@ def _check_lengths(run: Run, path: Mapping[str, str]) -> None:
                 f"{name} allows answers of {told.most_tokens:,} tokens, and the context of "
                 f"{path['model']} has {context:,}: --set tasks.{name}.sampling.max_tokens=N."
             )
-
-
-async def _tell(run: Run, model: ModelSetup, endpoint: Endpoint) -> None:
-    """Say what is to come before it costs anything."""
-    parts = []
-    for task, told in zip(run.tasks, run.config.tasks.values(), strict=True):
-        todo = [example for example, _ in _missing(run, model, task)]
-        parts.append(answering(todo, told.most_tokens))
-    work = Work(*map(sum, zip(*parts, strict=True)))
-    if work.requests:
-        speed = await probe(endpoint, min(run.config.concurrency, work.requests))
-        run.note(f"{model.name}: {work}; {_price(endpoint, work, speed)}")
 
 
 async def _ask(run: Run, model: ModelSetup, task: Task, endpoint: Endpoint) -> None:
@@ -177,8 +203,12 @@ async def _ask(run: Run, model: ModelSetup, task: Task, endpoint: Endpoint) -> N
         for example, repeat in pending:
             run.meter.check()
             try:
-                add(await task.ask(endpoint, example, repeat))
+                answer = await task.ask(endpoint, example, repeat)
+                _check_version(endpoint)
+                add(answer)
                 in_a_row = 0
+            except ContextError as error:
+                failed[example.id, repeat] = str(error)  # this one, not the endpoint
             except (EndpointError, ReplyError) as error:
                 failed[example.id, repeat] = str(error)
                 in_a_row += 1
@@ -194,10 +224,28 @@ async def _ask(run: Run, model: ModelSetup, task: Task, endpoint: Endpoint) -> N
         await together([work() for _ in range(min(run.config.concurrency, len(todo)))])
 
 
-def _missing(run: Run, model: ModelSetup, task: Task) -> list[tuple[Example, int]]:
-    known = run.store.answers(model.folder, task)
+def _check_version(endpoint: Endpoint) -> None:
+    names = sorted(endpoint.versions - {""})
+    if len(names) > 1:
+        raise CheckFailed(
+            f"{endpoint.model} was {names[0]} and {names[1]} while it was asked: answers of both "
+            "are no score. Name one version, and give another --out."
+        )
+
+
+def _missing(
+    run: Run, model: ModelSetup, task: Task, *, graded: bool = False
+) -> list[tuple[Example, int]]:
+    """What has no answer, or no grade that a judge has decided on."""
+    answers = run.store.answers(model.folder, task)
+    known = _decided(run, model, task, answers) if graded else answers.keys()
     every = [(one, repeat) for repeat in range(task.repeats) for one in task.examples]
     return [(one, repeat) for one, repeat in every if (one.id, repeat) not in known]
+
+
+def _decided(run: Run, model: ModelSetup, task: Task, answers: Mapping[Key, Answer]) -> set[Key]:
+    grades = run.store.grades(model.folder, task, answers)
+    return {k for k, own in grades.items() if all(v["met"] is not None for v in own.verdicts)}
 
 
 async def _judge(run: Run) -> None:
@@ -213,21 +261,15 @@ async def _judge(run: Run) -> None:
 
 
 async def _judge_task(run: Run, model: ModelSetup, task: Task, judge: Judge) -> None:
-    grades = run.store.grades(model.folder, task)
-    decided = {
-        key for key, own in grades.items() if all(told["met"] is not None for told in own.verdicts)
-    }
+    answers = run.store.answers(model.folder, task)
+    decided = _decided(run, model, task, answers)
     examples = {one.id: one for one in task.examples}
-    todo = [a for key, a in run.store.answers(model.folder, task).items() if key not in decided]
+    todo = [answer for key, answer in answers.items() if key not in decided]
     asked = []
     for answer in todo:
         rubric = task.rubric(examples[answer.id])
         assert rubric is not None
         asked.append((rubric, answer_of(answer.text) or ""))
-    if asked and judge.endpoints:
-        sizes = [sum(len(t["content"]) for t in r.conversation) + len(a) for r, a in asked]
-        work = grading([len(rubric.criteria) for rubric, _ in asked], sizes)
-        run.note(f"{judge.name}: {work}; {_price(judge.endpoints[0], work, None)}")
     with run.store.adding_grades(model.folder, task) as add:
         done = 0
         async for found in judge_all(judge, asked):
@@ -241,7 +283,7 @@ async def _judge_task(run: Run, model: ModelSetup, task: Task, judge: Judge) -> 
 def _samples(run: Run, model: ModelSetup, task: Task) -> list[Sample]:
     """All of a task; what has no answer has no score, and no grade of its own."""
     answers = run.store.answers(model.folder, task)
-    grades = run.store.grades(model.folder, task) if is_judged(task) else {}
+    grades = run.store.grades(model.folder, task, answers) if is_judged(task) else {}
     failed = run.failed.get((model.name, task.name), {})
     found = []
     for example in task.examples:
@@ -268,9 +310,10 @@ def _unanswered(task: Task, example: Example, answer: Answer, reason: str) -> Gr
     return Grade(None, reason, task.grade(example, answer, unknown).bounds)
 
 
-def _price(endpoint: Endpoint, work: Work, speed: Speed | None) -> str:
-    """What it costs at most, and how long it takes at most."""
-    cost = endpoint.price(work.input_tokens, work.output_tokens)
-    told = "cost unknown (no price given)" if cost is None else f"at most {cost:,.2f} in cost"
-    hours = f", {speed.hours(work):.1f} hours if all are as long as they may be" if speed else ""
-    return told + hours
+def _price(how: Mapping[str, Any], work: Work) -> str:
+    """The work, and what it costs at most."""
+    prices = how["options"].price_per_million if "options" in how else None
+    if prices is None:
+        return f"{work}; cost unknown (no price given)"
+    cost = (work.input_tokens * prices[0] + work.output_tokens * prices[1]) / 1e6
+    return f"{work}; at most {cost:,.2f} in cost"

@@ -4,14 +4,11 @@ The path of a result: `Example` (what is asked) -> `Answer` (what the model said
 it is worth) -> a row of the report.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from attending.endpoint import Endpoint
-from attending.errors import CheckpointError
 from attending.verifier.judge.verdict import Verdict
 from attending.verifier.rubric.schema import Rubric
 
@@ -93,8 +90,10 @@ class Task(Protocol):
     examples: Sequence[Example]
     sha256: str
     """Of the data."""
-    canary: str
-    """Of the data, for every file that holds its texts; "" where it has none."""
+    canary: tuple[str, ...]
+    """Of the data, for every file that holds its texts."""
+    requests: int
+    """Of one answer, at most."""
 
     def given(self, example: Example, repeat: int) -> Answer | None:
         """The answer that stands in the data; None where a model is asked."""
@@ -111,21 +110,5 @@ class Task(Protocol):
     def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Further figures of all samples, for the report."""
 
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file. Only a line feed ends one: texts hold U+2028.
-
-    Raises:
-        CheckpointError: With file and line.
-    """
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CheckpointError(f"{path.name}:{number} is no JSON ({error}).") from None
-            if not isinstance(row, dict):
-                raise CheckpointError(f"{path.name}:{number} is no JSON object.")
-            yield row
+    def headline(self, samples: Sequence[Sample], seed: int, resamples: int) -> dict[str, Any]:
+        """The report's figures where the score is no mean of the samples' scores; else nothing."""

@@ -56,8 +56,7 @@ def row(task: Task, samples: Sequence[Sample], *, seed: int, resamples: int) -> 
             "bootstrap_std": alone.std,
             "says": beside_chance(whole, task.chance),
         }
-    headline: dict[str, Any] = found["more"].pop("headline", {})
-    return found | headline
+    return found | (task.headline(samples, seed, resamples) or {})
 
 
 def pair(
@@ -76,8 +75,11 @@ def pair(
     found = paired(a, b, mean, seed=seed, resamples=resamples)
     if found is None:
         return None
-    difference = {"difference": found.value, "interval": found.interval, "n": found.n}
-    return {"task": about["task"], "is_loss": about["is_loss"], **difference}
+    told = {"difference": found.value, "interval": found.interval, "n": found.n}
+    if about["is_clipped"]:  # two means below 0 are both shown as 0
+        plain = paired(a, b, ratio, seed=seed, resamples=resamples)
+        told["unclipped"] = plain and plain.value
+    return {"task": about["task"], "is_loss": about["is_loss"], **told}
 
 
 def grouped(grades: Iterable[tuple[str, Grade]]) -> Groups:
@@ -101,16 +103,16 @@ def _terms(sample: Sample) -> tuple[float, float]:
 
 
 def _parts(scored: Sequence[Sample], mean: Any, how: Mapping[str, int]) -> dict[str, Any]:
-    """Of each tag: an example's counts with its whole score, a criterion's with its part."""
+    """Of each tag: an example's counts with its whole score, a criterion's with its part of it."""
     terms: dict[str, list[tuple[tuple[float, float], str]]] = defaultdict(list)
     for one in scored:
-        for tag in one.example.tags:
-            terms[tag].append((_terms(one), one.example.id))
-        for tag, value in one.grade.parts.items():
-            terms[tag].append(((value, 1.0), one.example.id))
+        tags = dict.fromkeys(one.example.tags, _terms(one))
+        tags |= {tag: (part, 1.0) for tag, part in one.grade.parts.items()}
+        for tag, value in tags.items():
+            terms[tag].append((value, one.example.id))
     found = {}
     for tag, own in sorted(terms.items()):
-        values, names = zip(*own, strict=True)
+        values, names = [pair[0] for pair in own], [pair[1] for pair in own]
         whole = bootstrap(values, names, mean, **how)
         alone = bootstrap(values, range(len(values)), mean, **how)
         found[tag] = {

@@ -76,6 +76,7 @@ async def ask(
     is_whole: Callable[[Form], bool] = lambda form: True,
     schema: Mapping[str, Any] | None = None,
     read: Callable[[str], Form] | None = None,
+    heed: Callable[[Reply], object] = lambda reply: None,
     **sampling: Any,
 ) -> Answered[Form]:
     """An object of this form, asked for again while it is malformed: warmer, with the next seed.
@@ -90,6 +91,7 @@ async def ask(
         is_whole: What more it must fulfil.
         schema: A narrower one than the form's.
         read: A reader of replies instead of `parse`; then no schema is sent.
+        heed: Sees every reply before it is read or kept; what it raises ends the asking.
         sampling: As the endpoint takes it.
 
     Raises:
@@ -99,6 +101,7 @@ async def ask(
     faults: list[str] = []
 
     def derive(reply: Reply) -> Any:
+        heed(reply)
         if reply.finish_reason == "length":
             raise _AgainError(f"the {kind} reply is cut: allow more max_tokens.")
         try:

@@ -152,7 +152,7 @@ def make_run(
         "models": [{"name": name, "folder": name, "path": PATH} for name in models],
         "rows": rows,
         "pairs": pairs,
-        "cost": {"model": 0.0, "judge": 1.25, "unit": "USD"},
+        "spent": {"tokens": 1234.0, "seconds": 5.5, "cost": 1.25},
     }
     (folder / "report.json").write_text(json.dumps(values | report), encoding="utf-8")
     return folder

@@ -67,7 +67,10 @@ def test_every_text_of_every_row_is_read_and_a_damaged_row_stops_it(tmp_path: Pa
     write_jsonl(tmp_path / "in" / "notes.md", ["# " + QUESTION])
     told: list[tuple[int, int | None, str]] = []
     found = contaminated(
-        {"q": QUESTION}, against([tmp_path / "in"]), CANARY, progress=lambda *one: told.append(one)
+        {"q": QUESTION},
+        against([tmp_path / "in"]),
+        [CANARY],
+        progress=lambda *one: told.append(one),
     )
     assert found.hits == {"q": Hit(17, 1.0, "b.jsonl.gz:2")} and found.canary == ("a.jsonl:1",)
     assert found.documents == 3 and told[-1] == (3, None, "training texts")
@@ -87,7 +90,7 @@ def test_packed_shards_are_read_as_text_whatever_the_tokens_cut(
     near = {"duplicates": {"bands": 1, "rows": 8, "ngram": 5}}
     corpus = build(recipe(tmp_path / "in", **near), tmp_path / "corpus").out
     tokenizer = str(tmp_path / "in" / "tokenizer")
-    found = contaminated({"q": QUESTION}, against([corpus], tokenizer), CANARY)
+    found = contaminated({"q": QUESTION}, against([corpus], tokenizer), [CANARY])
     name = found.hits["q"].document
     assert found.hits["q"][:2] == (17, 1.0) and name.startswith("corpus:") and "(notes)" in name
     assert len(found.canary) == 1 and found.canary != (name,)

@@ -173,11 +173,19 @@ def test_retention_compares_with_what_the_model_was_trained_from(
     assert "gained" in (tmp_path / "run/report.html").read_text("utf-8")
     model = tmp_path / "tuned"
     model.mkdir()
-    (model / "run.json").write_text(json.dumps({"parents": [{"uri": "default"}]}))
+    parent = {"uri": "default", "sha256": "ab"}
+    (model / "run.json").write_text(json.dumps({"parents": [parent]}))
     monkeypatch.chdir(tmp_path)
     assert _with_parent(["tuned"], None, "other") == ["tuned"]
-    monkeypatch.setattr("attending.sources.resolve", lambda s: Resolved(Path(s), s, s))
-    assert _with_parent(["tuned"], None, "retention") == ["default", "tuned"]
+    for sha256 in ("ab", "cd"):
+        monkeypatch.setattr(
+            "attending.sources.resolve", lambda s, of=sha256: Resolved(Path(s), s, s, sha256=of)
+        )
+        if sha256 == "ab":
+            assert _with_parent(["tuned"], None, "retention") == ["default", "tuned"]
+        else:
+            with pytest.raises(UsageError, match="sha256 is another"):
+                _with_parent(["tuned"], None, "retention")
     assert _with_parent(["tuned"], "x", "any") == ["x", "tuned"]
 
 

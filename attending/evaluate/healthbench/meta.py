@@ -6,7 +6,7 @@ two classes. Physicians beside each other on the same rows are the ceiling to co
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from attending.artifact import digest
 from attending.endpoint import Endpoint
 from attending.errors import ConfigError
 from attending.evaluate.data import find, read_rows, take
+from attending.evaluate.healthbench.task import canaries
 from attending.evaluate.intervals import Sums, bootstrap
 from attending.evaluate.recipe import MetaConfig
 from attending.evaluate.sample import Answer, Example, Grade, Sample
@@ -38,16 +39,16 @@ class Meta:
     metric = "macro-F1 with physicians"
     chance: float | None = None
     is_loss = is_clipped = False
-    repeats = 1
+    repeats = requests = 1
 
     def __init__(self, config: MetaConfig, folder: Path | None) -> None:
         """ConfigError for a row that lacks something."""
         path = find(config.data, folder)
-        self.name, self.sha256, self.canary = config.name, digest(path), ""
-        self.seed, self.resamples = 0, 1000
+        self.name, self.sha256 = config.name, digest(path)
         rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for number, row in enumerate(read_rows(path), 1):
             rows[str(row.get("completion_id") or number)].append(_checked(row, path.name, number))
+        self.canary = canaries(row for own in rows.values() for row in own)
         chosen = take(sorted(rows), config.limit)
         self.examples: Sequence[Example] = [
             Example(name, tuple(rows[name][0]["prompt"]), {"rows": rows[name]}) for name in chosen
@@ -78,38 +79,38 @@ class Meta:
         both = [m == label for row, m in zip(rows, met, strict=True) for label in row["labels"]]
         return Grade(float(np.mean(both)), verdicts=told)
 
-    def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Macro-F1 in all and by category, theme and level; and of physicians beside each other."""
+    def headline(self, samples: Sequence[Sample], seed: int, resamples: int) -> dict[str, Any]:
+        """Macro-F1 in all and by category, theme and level, instead of the share that agrees."""
         groups: dict[str, list[tuple[Counts, str]]] = defaultdict(list)
+        for counts, row in self._pairs(samples):
+            for group in ("", *row["groups"]):
+                groups[group].append((counts, str(row["prompt_id"])))
+        found = {}
+        for name, own in groups.items():
+            terms, prompts = zip(*own, strict=True)
+            got = bootstrap(terms, prompts, macro_f1, seed=seed, resamples=resamples)
+            found[name] = {"score": got.value, "interval": got.interval, "n": got.n}
+            found[name]["bootstrap_std"] = got.std
+        whole = found.pop("", {})
+        return whole | {"parts": found, "unclipped": whole.get("score"), "bounds": None}
+
+    def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Precision and recall of the judge; and physicians beside each other."""
         ours, theirs = np.zeros(4), np.zeros(4)
+        for counts, row in self._pairs(samples):
+            ours += counts
+            theirs += _counts(permutations(row["labels"], 2))
+        names = ("precision_met", "recall_met", "precision_not_met", "recall_not_met")
+        shares = dict(zip(names, _precision_recall(ours), strict=True))
+        physicians = {"physicians_macro_f1": float(macro_f1(theirs))} if theirs.any() else {}
+        return {"pairs": int(ours.sum()), **shares, **physicians}
+
+    def _pairs(self, samples: Sequence[Sample]) -> Iterator[tuple[Counts, dict[str, Any]]]:
+        """Of each criterion with a verdict: the counts of its pairs, and its row."""
         for sample in samples:
             for row, told in zip(sample.example.data["rows"], sample.grade.verdicts, strict=False):
-                if told["met"] is None:
-                    continue
-                counts = _counts((told["met"], label) for label in row["labels"])
-                ours += counts
-                theirs += _counts(permutations(row["labels"], 2))
-                for group in ("", *row["groups"]):
-                    groups[group].append((counts, str(row["prompt_id"])))
-        if not groups:
-            return {}
-        found = {name: self._estimate(own) for name, own in groups.items()}
-        names = ("precision_met", "recall_met", "precision_not_met", "recall_not_met")
-        told = dict(zip(names, _precision_recall(ours), strict=True))
-        whole = found.pop("")
-        physicians = {"physicians_macro_f1": float(macro_f1(theirs))} if theirs.any() else {}
-        return {
-            "headline": whole | {"parts": found},
-            "pairs": int(ours.sum()),
-            **told,
-            **physicians,
-        }
-
-    def _estimate(self, own: Sequence[tuple[Counts, str]]) -> dict[str, Any]:
-        counts, prompts = zip(*own, strict=True)
-        how = {"seed": self.seed, "resamples": self.resamples}
-        got = bootstrap(counts, prompts, macro_f1, **how)
-        return {"score": got.value, "interval": got.interval, "n": got.n, "bootstrap_std": got.std}
+                if told["met"] is not None:
+                    yield _counts((told["met"], label) for label in row["labels"]), row
 
 
 def macro_f1(counts: Sums) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ means over answers, clipped. An answer with a criterion that no judge could deci
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import comb
 from pathlib import Path
@@ -19,14 +19,15 @@ from attending.errors import ConfigError
 from attending.evaluate.asking import chat
 from attending.evaluate.data import find, refuse_repeats, take
 from attending.evaluate.recipe import HealthBenchConfig
-from attending.evaluate.sample import Answer, Example, Grade, Sample, read_lines
+from attending.evaluate.sample import Answer, Example, Grade, Sample
 from attending.verifier.judge.verdict import Verdict
-from attending.verifier.rubric.schema import Rubric, read_rubrics
+from attending.verifier.rubric.schema import Rubric, read_lines, read_rubrics
 from attending.verifier.rubric.score import bounds, score
 from attending.verifier.rules.rule import answer_of
 
 CONSENSUS = "level:cluster"
 IDEAL, GROUP = "ideal_completion", "ideal_completions_group"
+NOT_GRADED = "it is not in the file of verdicts"
 REFERENCES, NUM_REFERENCES = "ideal_completions_ref_completions", 4
 
 
@@ -37,6 +38,7 @@ class HealthBench:
     chance: float | None = None
     is_loss = False
     is_clipped = True
+    requests = 1
 
     def __init__(self, config: HealthBenchConfig, folder: Path | None) -> None:
         """ConfigError for a row twice, without a positive criterion, or otherwise wrong."""
@@ -62,8 +64,7 @@ class HealthBench:
         rubrics = list(take(rubrics, config.limit))
         self.rubrics = {one.name: one for one in rubrics}
         self.examples: Sequence[Example] = [self._example(one) for one in rubrics]
-        told = {str(one.extra["canary"]) for one in rubrics if one.extra.get("canary")}
-        self.canary = min(told, default="")
+        self.canary = canaries(one.extra for one in rubrics)
 
     def given(self, example: Example, repeat: int) -> Answer | None:
         """A physician's text, or of a model that physicians were shown."""
@@ -120,6 +121,10 @@ class HealthBench:
             found["worst_at_k"] = worst_at_k(list(repeated.values()))
         return found
 
+    def headline(self, samples: Sequence[Sample], seed: int, resamples: int) -> dict[str, Any]:
+        """Nothing: the score is the mean."""
+        return {}
+
     def _example(self, rubric: Rubric) -> Example:
         tags = list(rubric.extra.get("example_tags") or ())
         if self.is_given:
@@ -144,16 +149,16 @@ def recorded(task: HealthBench, path: Path) -> list[Sample]:
 
     A line is `{"prompt_id", "response", "verdicts": [{"criteria_met", "explanation"}]}`, a verdict
     for each criterion in the row's order; null is unscored. A further line of the same prompt is a
-    further answer to it.
+    further answer to it; one without any is unscored.
 
     Raises:
         ConfigError: With the line.
     """
     found, counts = list[Sample](), Counter[str]()
     examples = {one.id: one for one in task.examples}
-    for number, row in enumerate(read_lines(path), 1):
+    for where, row in read_lines(path):
         name = str(row.get("prompt_id"))
-        where = f"{path.name}, row {number} ({name})"
+        where = f"{where} ({name})"
         if name not in examples:
             raise ConfigError(f"{where}: the rows of {task.name} have no such prompt_id.")
         verdicts = [_verdict(told, where) for told in row.get("verdicts") or ()]
@@ -165,7 +170,17 @@ def recorded(task: HealthBench, path: Path) -> list[Sample]:
         found.append(Sample(example, answer, task.grade(example, answer, verdicts)))
     if not found:
         raise ConfigError(f"{path.name} has no graded answers.")
+    for name in examples.keys() - counts.keys():
+        met = [Verdict(None, NOT_GRADED)] * len(task.rubrics[name].criteria)
+        answer = Answer(name, 0, "", "failed")
+        lacking = replace(task.grade(examples[name], answer, met), verdicts=(), reason=NOT_GRADED)
+        found.append(Sample(examples[name], answer, lacking))
     return found
+
+
+def canaries(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Every one that the rows hold."""
+    return tuple(sorted({str(row["canary"]) for row in rows if row.get("canary")}))
 
 
 def worst_at_k(scores: Sequence[Sequence[float]]) -> dict[int, float]:

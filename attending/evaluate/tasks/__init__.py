@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from attending.config import suggest
-from attending.errors import ConfigError
 from attending.evaluate.healthbench.meta import Meta
 from attending.evaluate.healthbench.task import HealthBench
 from attending.evaluate.recipe import AnyTask
@@ -24,6 +22,4 @@ KINDS: dict[str, Callable[[Any, Path | None], Task]] = {
 
 def build(config: AnyTask, folder: Path | None) -> Task:
     """The task of a record; its data lies in the folder, or where its source was pulled to."""
-    if config.kind not in KINDS:
-        raise ConfigError(f"no kind of task {config.kind!r}.{suggest(config.kind, KINDS)}")
     return KINDS[config.kind](config, folder)

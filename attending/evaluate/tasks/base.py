@@ -69,7 +69,8 @@ class Base(Generic[Own]):
     metric = "accuracy"
     chance: float | None = None
     is_loss = is_clipped = False
-    canary = ""
+    canary: tuple[str, ...] = ()
+    requests = 1
 
     def __init__(self, config: Own, folder: Path | None) -> None:
         """Read the data. Raises ConfigError for what a row lacks, with its number from 1."""
@@ -106,6 +107,9 @@ class Base(Generic[Own]):
         """By the rule: thinking does not count, and one that never ends is no answer, so wrong."""
         checked = check(example.data["rule"], answer.text)
         return Grade(checked.score, checked.reason)
+
+    def headline(self, samples: Sequence[Sample], seed: int, resamples: int) -> dict[str, Any]:
+        return {}
 
     def more(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The share of answers in which nothing could be graded."""

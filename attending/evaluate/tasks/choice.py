@@ -37,7 +37,9 @@ class Choice(Base[ChoiceConfig]):
         if config.method == "generation":
             self._source = WORDS["generation"]["fixed" if config.fixed else "letters"]
         super().__init__(config, folder)
-        self.chance = fmean(1 / len(one.data["rule"]["options"]) for one in self.examples)
+        sizes = [len(one.data["rule"]["options"]) for one in self.examples]
+        self.chance = fmean(1 / size for size in sizes)
+        self.requests = 1 + max(sizes) if config.method == "likelihood" else 1
 
     def read(self, row: Row) -> Example:
         """Options by letter, or each by its own text where they are the same for all."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, NonNegativeFloat, PositiveInt
 
 from attending.config import Config
-from attending.endpoint import Endpoint
+from attending.endpoint import Endpoint, Reply
 from attending.errors import CheckFailed, EndpointError, ReplyError, UsageError
 from attending.verifier.ask import Answered, ask, together
 from attending.verifier.data import template
@@ -116,8 +116,11 @@ class EndpointJudge:
 
         """
         asked = [{"role": "user", "content": "Say yes."}]
-        await together([one.chat(asked, max_tokens=16) for one in self.endpoints])
-        self._answered_by = self._answering()
+        replies = await together([one.chat(asked, max_tokens=16) for one in self.endpoints])
+        names = {reply.model for reply in replies} - {""} or {self.name}
+        if len(names) > 1:
+            raise CheckFailed(f"replicas of {self.name} answer as {sorted(names)}: take one model.")
+        self._answered_by = names.pop()
         self.version = self._answered_by + (f"@{weights[:12]}" if weights else "")
 
     async def __call__(self, rubric: Rubric, answer: str) -> list[Verdict]:
@@ -163,25 +166,24 @@ class EndpointJudge:
                 f"{kind} {self.version}".strip(),
                 keep=lambda told: getattr(told, key),
                 read=read,
+                heed=self._heed,
                 **how,
             )
         except (EndpointError, ReplyError) as error:
             self._count(unscored=True)
             return Verdict(None, str(error))
-        if self.version and (now := self._answering()) != self._answered_by:
-            raise CheckFailed(
-                f"the judge {self.name} was {self._answered_by} and is {now} now: verdicts of both "
-                "are no score. What was judged is kept; name one version and run again."
-            )
         self._count(unscored=False)
         if found.form is None:
             return Verdict(found.kept, "", cached=True)
         return Verdict(found.kept, found.form.explanation)
 
-    def _answering(self) -> str:
-        """The model that replies name; of an endpoint that names none, the one asked for."""
-        names = set().union(*(one.versions for one in self.endpoints)) - {""} or {self.name}
-        return " and ".join(sorted(names))
+    def _heed(self, reply: Reply) -> None:
+        """CheckFailed where another model answers than `identify` saw: nothing of it is kept."""
+        if self.version and reply.model not in ("", self._answered_by):
+            raise CheckFailed(
+                f"the judge {self.name} was {self._answered_by} and is {reply.model} now: verdicts "
+                "of both are no score. What was judged is kept; name one version and run again."
+            )
 
     def _count(self, *, unscored: bool) -> None:
         self.verdicts += 1

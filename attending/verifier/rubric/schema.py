@@ -92,19 +92,34 @@ def parse_rubric(row: Mapping[str, Any], where: str = "a rubric") -> Rubric:
 
 
 def read_rubrics(path: Path) -> Iterator[Rubric]:
-    """The rows of a JSONL file, checked one by one. Only a line feed ends a row: texts hold U+2028.
+    """The rows of a JSONL file, checked one by one; texts may hold U+2028.
 
     Raises:
         ConfigError: With file and line.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    return (parse_rubric(row, where) for where, row in read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each after FILE:LINE. Only a line feed ends one.
+
+    Raises:
+        ConfigError: With file and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name} is no text in UTF-8 ({type(error).__name__}).") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path.name}:{number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ConfigError(f"{where} is no JSON ({error}).") from None
-            yield parse_rubric(row, where)
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where} is no JSON object: expected a row in braces.")
+            yield where, row
 
 
 def write_rubrics(path: Path, rubrics: Sequence[Rubric]) -> None:
