@@ -143,6 +143,10 @@ def _explain(cls: type[BaseModel], item: dict[str, Any]) -> str:
         return (
             f"{where}: unknown.{suggest(str(item['loc'][-1]), _fields_at(cls, item['loc'][:-1]))}"
         )
+    if item["type"].startswith("union_tag"):
+        tags = item["ctx"]["expected_tags"].replace("'", "").split(", ")
+        told = item["ctx"].get("tag", "")
+        return f"{where}: has no known {item['ctx']['discriminator']}.{suggest(told, tags)}"
     return f"{where}: {item['msg']} (got {item['input']!r})"
 
 

@@ -34,6 +34,11 @@ from attending.mesh import SHORT_SPIN
 
 CHAT = "/chat/completions"
 RETRIED = {408, 409, 425, 429, *range(500, 600)}
+REMEDIES = {  # by status
+    401: "it wants a key: name the environment variable that holds it.",
+    403: "the key may not do this: take another, or ask who runs it.",
+    404: "is that model served there, and does the address end in its path, as /v1?",
+}
 OWN_HEADERS = {"accept", "accept-encoding", "connection", "content-length", "content-type", "host"}
 UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
 Messages = Sequence[Mapping[str, Any]]
@@ -225,7 +230,9 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         if api_key is None and options.api_key_variable:
             api_key = os.environ.get(options.api_key_variable, "")
         if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise UsageError(f"{options.api_key_variable or 'api_key'} must hold an ASCII key.")
+            name = options.api_key_variable or "api_key"
+            why = "holds no ASCII key" if api_key else "is not set"
+            raise UsageError(f"{name} {why}: put the key there that {self.host} wants.")
         is_near = re.fullmatch(r"localhost|127\.[\d.]+|::1", address.host)
         if api_key and address.scheme == "http" and not is_near:
             log.warning("the API key travels to %s in clear: use https", self.host)
@@ -319,7 +326,11 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
 
     async def _ask(self, path: str, stream: bool | None, /, **own: Any) -> Replies:
         """Try until something comes, then never again; `stream` None is a GET, of "/models"."""
-        options, totals, where = self._options, self.totals, f"{self.model} at {self.host}".strip()
+        options, totals, where = (
+            self._options,
+            self.totals,
+            f"{self.model or 'the endpoint'} at {self.host}",
+        )
         body = dict(**own, model=self.model, stream=stream)  # a second `stream` is a TypeError
         json.dumps(body, allow_nan=False)  # what is no JSON raises here, as the caller's fault
         totals.requests += 1
@@ -350,9 +361,8 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
                 await asyncio.sleep(random.uniform(0, min(most, options.backoff_cap_seconds)))
             totals.failures += 1
             what = f"{where} failed with {kind} in try {tries} of {options.max_tries}"
-            error = EndpointError(
-                f"{what}: check the address, the key, the server's limits, its log."
-            )
+            remedy = REMEDIES.get(status or 0, "check the address, the server's limits, its log.")
+            error = EndpointError(f"{what}: {remedy}")
             error.status = status
             raise error
         except (asyncio.CancelledError, GeneratorExit):

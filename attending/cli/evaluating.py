@@ -1,6 +1,7 @@
 """`attending eval`: how good a model is, and how far to trust the number."""
 
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from attending.evaluate.sample import Task
 
 SuiteArgument = Annotated[
-    str, typer.Argument(help="A suite's recipe, such as `healthbench`, or a TOML file.")
+    str,
+    typer.Argument(
+        help="A recipe (healthbench, medical, medqa, gsm8k, ifeval, kqa, safety, retention, table "
+        "and others: docs/evaluate.md), or a TOML file."
+    ),
 ]
 ModelsArgument = Annotated[
     list[str] | None,
@@ -86,7 +91,9 @@ def evaluate(
         Path | None, typer.Option("--out", help="Folder of the results; default: out/eval-SUITE.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the recipe and what it takes; end.")
+    ] = False,
     model_key_variable: KeyOption = None,
     model_price: PriceOption = None,
     judge_id: IdOption = "",
@@ -104,13 +111,15 @@ def evaluate(
     """
     from attending.evaluate import results
     from attending.evaluate.recipe import EvalConfig
+    from attending.evaluate.run import takes
     from attending.evaluate.tasks import build
 
     config = _changed(EvalConfig.load(suite, "eval", change or []), rows, limit)
-    if dry_run:
-        print_json(config.model_dump(mode="json"))
-        return
     tasks, name = [build(one, data) for one in config.tasks.values()], Path(suite).stem
+    if dry_run:
+        told = takes(config, tasks)
+        print_json({"recipe": config.model_dump(mode="json"), "takes": told})
+        return
     folder = to or (None if graded else Path("out") / f"eval-{name}")
     if graded:
         unused: dict[str, object] = {
@@ -119,11 +128,14 @@ def evaluate(
             "--agreement": agreement,
         }
         unused |= {"--before": before, "--resume": resume, "--allow-self": allow_self}
+        unused |= {"--tokenizer": tokenizer}
         if given := [name for name, value in unused.items() if value]:
             raise UsageError(f"--graded asks nobody: {', '.join(given)} would mean nothing.")
         report = results.recorded(config, tasks, name, graded, judge, template, folder)
     else:
         assert folder is not None
+        if tokenizer and not against:
+            raise UsageError("--tokenizer belongs to --against: name the token shards.")
         asked = Opening(judge, judge_id, judge_key_variable, judge_price, cache)
         setup = _judge(asked, config, template, agreement, allow_self)
         setups = _models(
@@ -204,11 +216,11 @@ def _models(
         )
     found: list[ModelSetup] = []
     for source in dict.fromkeys(named):
-        place, _, model_id = source.partition("#")
-        asked = Opening(place, model_id, key_variable, price)
-        if is_local(place):
-            resolve(place)  # or it is not here, which is said before a judge is met
-            asked = Opening(place, model_id, None, "0,0")  # a key and a price are an address's
+        place, _, model_id = source.partition("#") if not is_local(source) else (source, "", "")
+        asked = Opening(source, "", key_variable, price)
+        if is_local(source):
+            resolve(source)  # or it is not here, which is said before a judge is met
+            asked = Opening(source, "", None, "0,0")  # a key and a price are an address's
         how = asked.opening("model", max_concurrency=config.concurrency)
         assert how is not None
         name = Path(place).name if is_local(place) else model_id or urlsplit(place).netloc
@@ -262,6 +274,7 @@ def _run(
         err.print(f"[dim]{escape(told)}[/]")
 
     store = Store(folder, resume=resume)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # of batch systems
     try:
         with progress_bar(of_bytes=False) as progress:
             yield Run(config, tasks, models, judge, store, progress, note)
@@ -281,10 +294,11 @@ def _show(report: "Report", folder: Path | None, as_json: bool) -> None:
         out.print(f"judge: {escape(judge['version'])}; {escape(_worth(judge['agreement']))}")
         if judge["caution"]:
             err.print(f"[dim]{escape(judge['caution'])}[/]")
-    head = ["task", "model", "score", "95 % interval", "n", "unscored", ""]
+    head = ["task", "score is", "model", "score", "95 % interval", "n", "unscored", ""]
     rows = [
         [
             one["task"],
+            f"{one['metric']} (less is better)" if one["is_loss"] else one["metric"],
             escape(one["model"]),
             _number(one["score"]),
             " to ".join(map(_number, one["interval"] or ())),
@@ -295,14 +309,19 @@ def _show(report: "Report", folder: Path | None, as_json: bool) -> None:
         for one in report["rows"]
     ]
     print_table(head, rows)
-    for one in report["pairs"]:
-        span = " to ".join(map(_number, one["interval"] or ()))
-        both = f"{one['b']} - {one['a']}"
-        out.print(f"{one['task']}: {both} = {_number(one['difference'])} ({span})", markup=False)
+    print_pairs(report)
     for told in report["warnings"]:
         err.print(f"[dim]{escape(told)}[/]")
     if folder:
         out.print(str(folder / "report.html"), markup=False)
+
+
+def print_pairs(report: "Report") -> None:
+    """The differences of the models, task by task."""
+    for one in report["pairs"]:
+        span = " to ".join(map(_number, one["interval"] or ()))
+        both = f"{one['b']} - {one['a']}"
+        out.print(f"{one['task']}: {both} = {_number(one['difference'])} ({span})", markup=False)
 
 
 def _worth(agreement: "dict[str, Any] | None") -> str:

@@ -48,4 +48,7 @@ class Opening(NamedTuple):
         options = EndpointOptions.build(values, where=f"--{name}-...")
         if self.cache:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-        return {"model": self.source, "model_id": self.model_id, "options": options}
+        place, mark, model_id = self.source.partition("#")
+        if mark and "://" not in place:
+            place, model_id = self.source, ""  # a folder may have it in its name
+        return {"model": place, "model_id": self.model_id or model_id, "options": options}

@@ -236,10 +236,11 @@ def report(
 ) -> None:
     """Draw a run's metrics as one HTML page, or several evaluations side by side."""
     if len(folders) > 1:
+        from attending.cli.evaluating import print_pairs
         from attending.evaluate.results import combine
 
         target = to or Path("out/comparison")
-        combine(folders, target)
+        print_pairs(combine(folders, target))
         page = target / "report.html"
     elif (folders[0] / "report.json").is_file():
         from attending.evaluate.page import write_page

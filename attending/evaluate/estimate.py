@@ -36,10 +36,10 @@ class Speed(NamedTuple):
     reading: float
     writing: float
 
-    def hours(self, work: Work) -> float:
+    def minutes(self, work: Work) -> float:
         """If every answer were as long as it may be."""
         seconds = work.input_tokens / self.reading + work.output_tokens / self.writing
-        return seconds / 3600
+        return seconds / 60
 
 
 def answering(task: Task, asked: Sequence[tuple[Example, int]], told: AnyTask) -> Work:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 Sums = NDArray[np.float64]  # [..., terms]: of what a statistic is made of
 LEVEL = 0.95
@@ -26,11 +27,12 @@ class Estimate(NamedTuple):
     high: float
     std: float
     n: int  # conversations
+    is_share: bool = False  # of conversations, each right or wrong
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The middle 95 %; one conversation has none."""
-        return (self.low, self.high) if self.n > 1 else None
+        """The middle 95 %; one conversation has none, and none several that are all alike."""
+        return (self.low, self.high) if self.n > 1 and (self.is_share or self.std) else None
 
 
 def ratio(sums: Sums) -> NDArray[np.float64]:
@@ -77,7 +79,7 @@ def _wilson(share: float, n: int) -> Estimate:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = max(0.0, middle - half), min(1.0, middle + half)
-    return Estimate(share, low, high, math.sqrt(share * (1 - share) / n), n)
+    return Estimate(share, low, high, math.sqrt(share * (1 - share) / n), n, True)
 
 
 def paired(
@@ -111,12 +113,20 @@ def paired(
 
 
 def beside_chance(found: Estimate, chance: float | None) -> str:
-    """Whether the interval holds the expected score of guessing; "" where there is no such."""
+    """Whether guessing would often do as well (5 %, two-sided); "" where there is no guessing.
+
+    Of shares by the binomial distribution, which is exact where few were asked.
+    """
     if chance is None:
         return ""
-    if found.n > 1 and found.low > chance:
-        return "above chance"
-    return "below chance" if found.n > 1 and found.high < chance else "at chance"
+    if found.is_share:
+        right = round(found.value * found.n)
+        tail = (1 - LEVEL) / 2
+        is_above = binom.sf(right - 1, found.n, chance) < tail
+        is_below = binom.cdf(right, found.n, chance) < tail
+    else:
+        is_above, is_below = found.n > 1 and found.low > chance, found.n > 1 and found.high < chance
+    return "above chance" if is_above else "below chance" if is_below else "at chance"
 
 
 def _by_cluster(terms: Sequence[Sequence[float]], clusters: Sequence[Hashable]) -> Sums:

@@ -18,7 +18,7 @@ from attending.evaluate import contamination, scores
 from attending.evaluate.healthbench.grader import read_template
 from attending.evaluate.healthbench.task import HealthBench
 from attending.evaluate.healthbench.task import recorded as read_recorded
-from attending.evaluate.judging import JudgeSetup
+from attending.evaluate.judging import EMBEDDED, JudgeSetup
 from attending.evaluate.page import write_page
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.run import (
@@ -35,6 +35,12 @@ from attending.evaluate.store import Store, read_grade
 from attending.verifier.rubric.schema import read_lines
 
 DEMONSTRATION = "The default model is a small demonstration: its scores describe nothing clinical."
+UNMEASURED = (
+    "The embedded judge was trained on statements of fact, and HealthBench's criteria are mostly "
+    "instructions ('Advises ...'): its agreement on these was not measured, and this score is "
+    "worth very little."
+)
+FEW = 10  # conversations
 Report = dict[str, Any]
 
 
@@ -166,7 +172,7 @@ def write(run: Run, values: Report, record: artifact.Record) -> Path:
 
 def check(values: Report, most: float) -> None:
     """CheckFailed where a share above `most` has no score, or a canary stood in training text."""
-    if (found := values.get("contamination")) and found["canary"]:
+    if (found := values.get("training_text")) and found["canary"]:
         raise CheckFailed(
             f"the canary {values['canary']} stands in {len(found['canary'])} training texts, as "
             f"{found['canary'][0]}: what was trained on them is not tested by this."
@@ -175,8 +181,9 @@ def check(values: Report, most: float) -> None:
     if lacking:
         worst = max(lacking, key=lambda one: one["unscored"])
         raise CheckFailed(
-            f"{worst['unscored']:.1%} of {worst['task']} of {worst['model']} have no score: the "
-            "report says what they could change. Run again with --resume to ask once more."
+            f"{worst['unscored']:.1%} of {worst['task']} of {worst['model']} have no score "
+            f"({worst['why_unscored']}): the report says what they could change. Run again with "
+            "--resume to ask once more."
         )
 
 
@@ -221,7 +228,7 @@ def combine(folders: Sequence[Path], to: Path) -> Report:
         merged["overall"] = scores.overall(r for r in rows if r["model"] == models[0]["name"])
         merged["command"] = artifact.command()
         merged["warnings"] = list(dict.fromkeys(w for one in reports for w in one["warnings"]))
-        merged = {key: v for key, v in merged.items() if key not in ("spent", "contamination")}
+        merged = {key: v for key, v in merged.items() if key not in ("spent", "training_text")}
         artifact.write_json(draft / "report.json", merged)
         write_page(draft)
     return merged
@@ -276,7 +283,20 @@ def _look_for(
         row["contamination"] = {"n": len(known), "share": share, "score_without": without}
     hits = {name: hit._asdict() for name, hit in found.hits.items()}
     told = {"documents": found.documents, "tokens": found.tokens, "canary": found.canary}
-    return {"contamination": {**told, "hits": hits}}
+    values["warnings"][:0] = _seen(values, found)
+    return {"training_text": {**told, "hits": hits}}
+
+
+def _seen(values: Report, found: contamination.Contamination) -> list[str]:
+    """What a reader must know of it first."""
+    told = [f"The data's canary stands in training text, as {one}." for one in found.canary[:1]]
+    for row in values["rows"]:
+        if row["contamination"]["n"]:
+            own = [name for name in found.hits if name.startswith(f"{row['task']}/")]
+            some = ", ".join(f"{name} in {found.hits[name].document}" for name in own[:3])
+            seen = f"{row['contamination']['n']} examples of {row['task']} ({some}"
+            told.append(f"{seen}{', ...' if own[3:] else ''}) stand in the training text.")
+    return list(dict.fromkeys(told))
 
 
 def _pairs(
@@ -296,6 +316,9 @@ def _pairs(
 def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know before the numbers."""
     found = [DEMONSTRATION] if any(one.source == "default" for one in run.models) else []
+    if run.judge and run.judge.source == EMBEDDED:
+        kinds = {told.kind for told in run.config.tasks.values()}
+        found += [UNMEASURED] if kinds & {"healthbench", "meta"} else []
     for task, told in zip(run.tasks, run.config.tasks.values(), strict=True):
         if told.limit and len(task.examples) == told.limit:
             found.append(f"{task.name}: {len(task.examples)} examples drawn, not all of them.")
@@ -303,8 +326,14 @@ def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["says"] == "at chance":
             where = f"{row['model']} is at chance on {row['task']}"
             found.append(f"{where} ({row['score']:.1%}, guessing gives {row['chance']:.1%}).")
+        if row["cut"]:
+            where = f"{row['cut']} answers of {row['model']} to {row['task']}"
+            found.append(f"{where} were cut at their longest; they were graded as they stand.")
         if row["unscored"]:
-            found.append(f"{row['unscored']:.1%} of {row['task']} of {row['model']} are unscored.")
+            where = f"{row['unscored']:.1%} of {row['task']} of {row['model']} are unscored"
+            found.append(f"{where} ({row['why_unscored']}).")
+        if row["n"] < FEW:
+            found.append(f"{row['task']}: {row['n']} conversations are too few for a figure.")
     return found
 
 

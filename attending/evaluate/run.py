@@ -20,7 +20,7 @@ from attending.evaluate.sample import Answer, Example, Grade, Key, Sample, Task
 from attending.evaluate.store import Store
 from attending.sources import Progress
 from attending.verifier.ask import together
-from attending.verifier.judge.ask import judge_all
+from attending.verifier.judge.ask import EndpointJudge, judge_all
 from attending.verifier.judge.verdict import Judge, Verdict
 from attending.verifier.rules.rule import answer_of
 
@@ -111,6 +111,8 @@ async def carry_out(run: Run) -> Samples:
     try:
         if run.judge and any(map(is_judged, run.tasks)):
             await _meet_judge(run, run.judge)
+        for model in run.models if len(run.models) > 1 else ():
+            await _meet_model(run, model)
         for model in run.models:
             await _ask_model(run, model)
         if any(map(is_judged, run.tasks)):
@@ -127,6 +129,18 @@ def begin(run: Run) -> None:
     run.store.hold("recipe", {name: config[name] for name in HELD} | {"data": data})
     for task in run.tasks:
         run.store.write_examples(task)
+
+
+def takes(config: EvalConfig, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """What each task takes of one model, and of the judge: requests, tokens at most."""
+    found = {}
+    for task, told in zip(tasks, config.tasks.values(), strict=True):
+        every = [(one, repeat) for one in task.examples for repeat in range(task.repeats)]
+        found[task.name] = {"model": answering(task, every, told)._asdict()}
+        if is_judged(task):
+            judged = grading(task, every, told, config.judge.max_tokens)
+            found[task.name]["judge"] = judged._asdict()
+    return found
 
 
 def is_judged(task: Task) -> bool:
@@ -152,6 +166,13 @@ async def _meet_judge(run: Run, judge: JudgeSetup) -> None:
     run.note(f"judge: {_price(judge.how, total(parts))}")
 
 
+async def _meet_model(run: Run, model: ModelSetup) -> None:
+    """Of several the last is asked late: is it there at all?"""
+    if model.source and not is_local(model.source):
+        async with endpoints.open(model.source, **model.how) as endpoint:
+            run.store.hold(f"model {model.name}", await path_of(model.source, endpoint))
+
+
 async def _ask_model(run: Run, model: ModelSetup) -> None:
     """All tasks' missing answers of one model."""
     if model.source is None:
@@ -174,8 +195,8 @@ async def _ask_model(run: Run, model: ModelSetup) -> None:
         ]
         if (work := total(parts)).requests:
             speed = await probe(endpoint, min(run.config.concurrency, work.requests))
-            hours = f"; {speed.hours(work):.1f} hours if all are as long" if speed else ""
-            run.note(f"{model.name}: {_price(model.how, work)}{hours}")
+            time = f"; at most {speed.minutes(work):,.0f} minutes" if speed else ""
+            run.note(f"{model.name}: {_price(model.how, work)}{time}")
         for task in run.tasks:
             await _ask(run, model, task, endpoint)
         if names := endpoint.versions - {"", endpoint.model}:
@@ -254,6 +275,8 @@ async def _judge(run: Run) -> None:
     judged = [path.get("model", "") for path in run.paths.values()]
     async with open_judge(run.judge, run.config.judge, judged) as (judge, run.facts):
         run.meter.endpoints.extend(judge.endpoints)
+        if isinstance(judge, EndpointJudge):
+            judge.check = run.meter.check
         run.store.hold("judge", {key: run.facts[key] for key in JUDGE_IDENTITY})
         for model in run.models:
             for task in filter(is_judged, run.tasks):
@@ -316,4 +339,4 @@ def _price(how: Mapping[str, Any], work: Work) -> str:
     if prices is None:
         return f"{work}; cost unknown (no price given)"
     cost = (work.input_tokens * prices[0] + work.output_tokens * prices[1]) / 1e6
-    return f"{work}; at most {cost:,.2f} in cost"
+    return f"{work}; at most {cost:,.2f} in the prices' currency" if any(prices) else str(work)

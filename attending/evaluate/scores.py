@@ -40,6 +40,10 @@ def row(task: Task, samples: Sequence[Sample], *, seed: int, resamples: int) -> 
         "parts": _parts(scored, mean, how),
         "more": task.more(samples) if samples else {},
         "contamination": None,
+        "cut": sum(
+            one.answer.finish_reason == "length" and one.answer.logprobs is None for one in samples
+        ),
+        "why_unscored": next((s.grade.reason for s in samples if s.grade.score is None), ""),
         "data_sha256": task.sha256,
         "input_tokens": sum(one.answer.input_tokens or 0 for one in samples),
         "output_tokens": sum(one.answer.output_tokens or 0 for one in samples),

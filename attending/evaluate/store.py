@@ -30,15 +30,20 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder.name} is a file: give --out a folder.")
         has_plan = (folder / PLAN).exists()
-        if has_plan and not resume:
+        has_run = any(file.stat().st_size for file in folder.glob("*/*.answers.jsonl"))
+        if has_run and has_plan and not resume:
             raise UsageError(
-                f"{folder.name} holds a run: go on with it by --resume, or give another --out."
+                f"{folder} holds a run: go on with it by --resume, or give another --out."
             )
-        if not has_plan and any(folder.glob("*/*.answers.jsonl")):
+        if has_run and not has_plan:
             raise UsageError(
-                f"{folder.name} holds answers, but no {PLAN} that says what was asked: give "
-                "another --out."
+                f"{folder} holds answers, but no {PLAN} that says what was asked: give another "
+                "--out."
             )
+        if resume and not has_plan:
+            raise UsageError(f"there is no run in {folder} to go on with: leave --resume out.")
+        if not has_run:
+            (folder / PLAN).unlink(missing_ok=True)  # of a start that failed
         self.folder = folder
         (folder / "examples").mkdir(parents=True, exist_ok=True)
 
@@ -63,7 +68,10 @@ class Store:
 
     def write_examples(self, task: Task) -> None:
         """What is asked, for the page."""
-        rows = ({"id": e.id, "messages": e.messages, "tags": e.tags} for e in task.examples)
+        rows = []
+        for one in task.examples:
+            reference = {"reference": one.data["reference"]} if "reference" in one.data else {}
+            rows.append({"id": one.id, "messages": one.messages, "tags": one.tags, **reference})
         self._write_all(self.folder / "examples" / f"{task.name}.jsonl", task, rows)
 
     def answers(self, model: str, task: Task) -> dict[Key, Answer]:
@@ -184,6 +192,6 @@ def _line(row: Mapping[str, Any], task: Task) -> bytes:
 def _differing(a: Any, b: Any, at: str = "") -> str:
     """Where two plans differ first, with both values."""
     if isinstance(a, dict) and isinstance(b, dict):
-        key = next(key for key in sorted({*a, *b}) if a.get(key) != b.get(key))
+        key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
         return _differing(a.get(key), b.get(key), f"{at}.{key}".strip("."))
     return f"{at} was {json.dumps(a)[:120]} and is {json.dumps(b)[:120]}"

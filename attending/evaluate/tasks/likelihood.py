@@ -13,7 +13,10 @@ from attending.evaluate.tasks.base import Base, Row
 
 NO_API, REFUSED = {404, 405, 501}, {400, 413, 422}
 LONG = 99  # characters that any context has room for
-REMEDY = "ask multiple choice with method=generation; bits per byte cannot be had there."
+REMEDY = (
+    "ask multiple choice with --set tasks.NAME.method=generation; bits per byte cannot be had "
+    "there."
+)
 
 
 class Scored(NamedTuple):

@@ -103,6 +103,8 @@ class EndpointJudge:
             )
         self.options = options or JudgeOptions()
         self.name, self.caution = self.endpoints[0].model, CAUTION
+        self.check: Callable[[], object] = lambda: None
+        """Called at every reply; what it raises, such as a limit of cost, ends the judging."""
         self.version = self._answered_by = ""
         """Which model answers under the name, once `identify` has asked."""
         self.verdicts = self.unscored = 0
@@ -179,6 +181,7 @@ class EndpointJudge:
 
     def _heed(self, reply: Reply) -> None:
         """CheckFailed where another model answers than `identify` saw: nothing of it is kept."""
+        self.check()
         if self.version and reply.model not in ("", self._answered_by):
             raise CheckFailed(
                 f"the judge {self.name} was {self._answered_by} and is {reply.model} now: verdicts "
