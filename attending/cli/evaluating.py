@@ -57,6 +57,10 @@ AgreementOption = Annotated[
     Path | None,
     typer.Option(exists=True, help="report.json of this judge's healthbench-meta."),
 ]
+BeforeOption = Annotated[
+    str | None, typer.Option(help="A source to compare with; for `retention` what run.json names.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Draw so many of each task.")]
 AgainstOption = Annotated[
     list[Path] | None,
     typer.Option(exists=True, help="Training text or token shards: is a test in them?"),
@@ -79,13 +83,8 @@ def evaluate(
     tokenizer: Annotated[
         str | None, typer.Option(help="Of token shards given by --against.")
     ] = None,
-    before: Annotated[
-        str | None,
-        typer.Option(help="A source to compare with; for `retention` what run.json names."),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Draw so many examples of each task.")
-    ] = None,
+    before: BeforeOption = None,
+    limit: LimitOption = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="A value: a.b=c.")] = None,
     to: Annotated[
         Path | None, typer.Option("--out", help="Folder of the results; default: out/eval-SUITE.")

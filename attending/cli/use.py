@@ -237,7 +237,7 @@ def report(
     """Draw a run's metrics as one HTML page, or several evaluations side by side."""
     if len(folders) > 1:
         from attending.cli.evaluating import print_pairs
-        from attending.evaluate.results import combine
+        from attending.evaluate.compare import combine
 
         target = to or Path("out/comparison")
         print_pairs(combine(folders, target))

@@ -1,8 +1,6 @@
-"""What a run leaves behind: `report.json`, the page, `run.json`; and several runs side by side."""
+"""What a run leaves behind: `report.json`, the page and `run.json`."""
 
 import asyncio
-import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from attending import artifact
-from attending.errors import CheckFailed, ConfigError, UsageError
+from attending.errors import CheckFailed, UsageError
 from attending.evaluate import contamination, scores
 from attending.evaluate.healthbench.grader import read_template
 from attending.evaluate.healthbench.task import HealthBench
@@ -31,8 +29,7 @@ from attending.evaluate.run import (
     is_judged,
 )
 from attending.evaluate.sample import Task
-from attending.evaluate.store import Store, read_grade
-from attending.verifier.rubric.schema import read_lines
+from attending.evaluate.store import Store
 
 DEMONSTRATION = "The default model is a small demonstration: its scores describe nothing clinical."
 UNMEASURED = (
@@ -155,7 +152,7 @@ def report(run: Run, suite: str, samples: Samples) -> Report:
         "judge": run.facts,
         "models": [{"name": n, "folder": f, "path": run.paths[n]} for n, f in models],
         "rows": rows,
-        "pairs": _pairs(rows, groups, how),
+        "pairs": pairs(rows, groups, how),
         "spent": run.meter.sums,
     }
 
@@ -185,83 +182,6 @@ def check(values: Report, most: float) -> None:
             f"({worst['why_unscored']}): the report says what they could change. Run again with "
             "--resume to ask once more."
         )
-
-
-def combine(folders: Sequence[Path], to: Path) -> Report:
-    """Several runs' models in one report, with paired differences on the tasks that all have.
-
-    Raises:
-        UsageError: They were judged by different judges or under different templates, or asked
-            otherwise: such scores are no comparison. Or `to` is there.
-    """
-    reports = [_read(folder / "report.json") for folder in folders]
-    plans = [_read(folder / "plan.json")["recipe"] for folder in folders]
-    shared = _shared(reports)
-    if not shared:
-        raise UsageError(f"no task is in all of {[folder.name for folder in folders]}.")
-    for folder, values, plan in zip(folders[1:], reports[1:], plans[1:], strict=True):
-        for task in shared:
-            if reason := _unlike(reports[0], plans[0], values, plan, task):
-                raise UsageError(
-                    f"{folders[0].name} and {folder.name} are no comparison on {task}: {reason}."
-                )
-    rows: list[dict[str, Any]] = []
-    models: list[dict[str, Any]] = []
-    groups: dict[tuple[str, str], scores.Groups] = {}
-    names = [model["name"] for values in reports for model in values["models"]]
-    with artifact.publish(to) as draft:
-        for number, (folder, values) in enumerate(zip(folders, reports, strict=True), 1):
-            for model in values["models"]:
-                name, place = str(model["name"]), f"{number}-{model['folder']}"
-                name = f"{name} ({folder.name})" if names.count(name) > 1 else name
-                name = f"{name} {number}" if name in [one["name"] for one in models] else name
-                shutil.copytree(folder / model["folder"], draft / place)
-                models.append({**model, "name": name, "folder": place})
-                for row in values["rows"]:
-                    if row["model"] == model["name"] and row["task"] in shared:
-                        rows.append({**row, "model": name})
-                        lines = read_lines(draft / place / f"{row['task']}.grades.jsonl")
-                        groups[name, row["task"]] = _groups(lines)
-        shutil.copytree(folders[0] / "examples", draft / "examples")
-        how = {"seed": reports[0]["seed"], "resamples": reports[0]["resamples"]}
-        merged = reports[0] | {"rows": rows, "models": models, "pairs": _pairs(rows, groups, how)}
-        merged["overall"] = scores.overall(r for r in rows if r["model"] == models[0]["name"])
-        merged["command"] = artifact.command()
-        merged["warnings"] = list(dict.fromkeys(w for one in reports for w in one["warnings"]))
-        merged = {key: v for key, v in merged.items() if key not in ("spent", "training_text")}
-        artifact.write_json(draft / "report.json", merged)
-        write_page(draft)
-    return merged
-
-
-def _shared(reports: Sequence[Report]) -> list[str]:
-    """Tasks that all have."""
-    tasks = [dict.fromkeys(row["task"] for row in values["rows"]) for values in reports]
-    return [task for task in tasks[0] if all(task in other for other in tasks)]
-
-
-def _groups(lines: Iterable[tuple[str, dict[str, Any]]]) -> scores.Groups:
-    """Of a file of grades; the last one of an answer counts."""
-    last = {key: grade for key, _, grade in (read_grade(row, where) for where, row in lines)}
-    return scores.grouped((name, grade) for (name, _), grade in last.items())
-
-
-def _unlike(a: Report, plan_a: Report, b: Report, plan_b: Report, task: str) -> str:
-    """Why two runs' scores of a task are no comparison; empty where they are."""
-    if any(row["judge"] for row in a["rows"] if row["task"] == task):
-        for key in JUDGE_IDENTITY:
-            both = [(one["judge"] or {}).get(key) for one in (a, b)]
-            if both[0] != both[1]:
-                return f"another judge or template ({key} {both[0]} and {both[1]})"
-        if plan_a["judge"] != plan_b["judge"]:
-            return "the judge was asked otherwise, see recipe.judge of their plan.json"
-    if plan_a["data"][task] != plan_b["data"][task]:
-        return "other data"
-    asked = [
-        {key: value for key, value in plan["tasks"][task].items() if key != "data"}
-        for plan in (plan_a, plan_b)
-    ]
-    return "" if asked[0] == asked[1] else "it was asked otherwise, see recipe.tasks of plan.json"
 
 
 def _look_for(
@@ -299,11 +219,12 @@ def _seen(values: Report, found: contamination.Contamination) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-def _pairs(
+def pairs(
     rows: Sequence[Mapping[str, Any]],
     groups: Mapping[tuple[str, str], scores.Groups],
     how: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
+    """The differences of every two models, task by task."""
     found = []
     for a, b in combinations(rows, 2):
         if a["task"] == b["task"]:
@@ -341,14 +262,3 @@ def _figures(values: Report) -> dict[str, float]:
     """For `run.json`."""
     rows = [one for one in values["rows"] if one["score"] is not None]
     return {f"eval/{one['model']}/{one['task']}": one["score"] for one in rows}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"{path.parent.name} holds no whole evaluation ({type(error).__name__}: {path.name})"
-        raise ConfigError(f"{what}: give the folder that `attending eval` wrote.") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path.name} of {path.parent.name} is damaged: evaluate again.")
-    return found

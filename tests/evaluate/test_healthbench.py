@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from attending.cli import app
 from attending.errors import AttendingError, ConfigError, ReplyError, UsageError
-from attending.evaluate import results, scores
+from attending.evaluate import compare, results, scores
 from attending.evaluate.healthbench.grader import (
     CONVERSATION,
     ITEM,
@@ -345,9 +345,9 @@ def test_results_of_other_judges_or_templates_are_no_comparison(tmp_path: Path) 
         write_lines(tmp_path / f"{name}.jsonl", [line])
         graded = tmp_path / f"{name}.jsonl"
         results.recorded(config, [task], "healthbench", graded, judge, None, tmp_path / name)
-    both = results.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    both = compare.combine([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
     assert [one["difference"] for one in both["pairs"]] == [0.0]
     assert (tmp_path / "ab/report.html").is_file()
     with pytest.raises(UsageError, match="another judge"):
-        results.combine([tmp_path / "a", tmp_path / "c"], tmp_path / "ac")
+        compare.combine([tmp_path / "a", tmp_path / "c"], tmp_path / "ac")
     assert not (tmp_path / "ac").exists()
