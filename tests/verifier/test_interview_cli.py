@@ -116,7 +116,7 @@ def test_what_is_wrong_is_said_before_anything_is_asked(tmp_path: Path) -> None:
             (["--judge-price", "3", "--judge", url], UsageError, "'3'.*IN,OUT"),
             (["--model-price", "1,x"], UsageError, "'1,x'.*IN,OUT"),
             (["--model-price", "1,-2"], ConfigError, "greater than or equal to 0"),
-            (["--model-key-variable", "NO_KEY_HERE"], UsageError, "NO_KEY_HERE must hold"),
+            (["--model-key-variable", "NO_KEY_HERE"], UsageError, "NO_KEY_HERE is not set"),
             (["--cache", str(tmp_path / "c")], UsageError, "name one with --judge"),
             (["--judge", "embedded", "--judge-id", "x"], UsageError, "name one with --judge"),
             (["--patient-price", "1,2"], UsageError, "name one with --patient"),
