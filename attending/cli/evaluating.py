@@ -250,10 +250,8 @@ def _judge(
         price=asked.price or ("0,0" if is_local(asked.source) else None),
     )
     how = {**(asked.opening("judge", max_concurrency=config.concurrency) or {})}
-    how.pop("model")
-    return JudgeSetup(
-        asked.source or "", how | {"engine": config.engine}, template, agreement, allow_self
-    )
+    place = how.pop("model")
+    return JudgeSetup(place, how | {"engine": config.engine}, template, agreement, allow_self)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def healthbench(url: str, folder: Path, *more: Any) -> Result:
     data = folder.parent / "rows.jsonl"
     if not data.exists():
         write_lines(data, rows(3))
-    told = ["--rows", data, "--judge", url, "--judge-id", "j", "--out", folder, *more]
+    told = ["--rows", data, "--judge", f"{url}#j", "--out", folder, *more]
     limit = ["--set", "tasks.healthbench.sampling.max_tokens=99"]
     return run("eval", "healthbench", f"{url}#m", *told, *limit)
 
