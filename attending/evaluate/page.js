@@ -51,6 +51,9 @@ function entryOf(example, place) {
     tags: example.tags ?? [],
     scores: example.answers.map((own) => mean(own.map((one) => one.score).filter((score) => score !== null))),
     answered: example.answers.map((own) => own.length > 0),
+    wrong: example.answers.some((own) => own.some((one) => one.score !== null && one.score <= 0)),
+    cut: example.answers.some((own) => own.some((one) => one.finish_reason === "length" && !one.logprobs)),
+    seen: run.seen.includes(`${example.task}/${example.id}`),
     changed: new Set(marks.map((own) => JSON.stringify(own))).size > 1,
     unscored: marks.some((own) => !own.length || own.some(([score, met]) => score === null || met.includes(null))),
   };
@@ -138,6 +141,8 @@ function row(entry) {
   const flags = [
     entry.changed && run.models.length > 1 ? "changed between models" : "",
     entry.unscored ? "not wholly scored" : "",
+    entry.cut ? "cut at the longest" : "",
+    entry.seen ? "stands in the training text" : "",
   ].filter(Boolean);
   const details = make(
     "details",

@@ -143,7 +143,7 @@ def test_table_says_how_far_to_trust_a_score(tmp_path: Path) -> None:
     assert "0.270 0.240 to 0.300" in words
     assert "at chance chance is 0.250" in words
     assert "1,000 4,000 answers" in words
-    assert "12.5 % score within 0.440 to 0.560" in words
+    assert "12.5 % all counted, 0.440 to 0.560" in words
     assert "3 (0.3 %) 0.272 without" in words and "not checked" in words
     assert "judge: j" in words and "by rules" in words
     assert "no evidence of clinical fitness" in words
