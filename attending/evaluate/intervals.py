@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
+from scipy.special import bdtr, bdtrc
 
 Sums = NDArray[np.float64]  # [..., terms]: of what a statistic is made of
 LEVEL = 0.95
@@ -122,8 +122,8 @@ def beside_chance(found: Estimate, chance: float | None) -> str:
     if found.is_share:
         right = round(found.value * found.n)
         tail = (1 - LEVEL) / 2
-        is_above = binom.sf(right - 1, found.n, chance) < tail
-        is_below = binom.cdf(right, found.n, chance) < tail
+        is_above = right > 0 and bdtrc(right - 1, found.n, chance) < tail
+        is_below = bdtr(right, found.n, chance) < tail
     else:
         is_above, is_below = found.n > 1 and found.low > chance, found.n > 1 and found.high < chance
     return "above chance" if is_above else "below chance" if is_below else "at chance"

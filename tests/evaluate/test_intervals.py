@@ -98,6 +98,12 @@ def test_differences_of_shares_keep_their_sign() -> None:
     assert found.low > 0.2 and back.high < -0.2
 
 
+def test_two_of_two_right_are_no_proof() -> None:
+    assert beside_chance(bootstrap(of([1.0] * 2), range(2), ratio, **HOW), 0.25) == "at chance"
+    assert beside_chance(bootstrap(of([1.0] * 3), range(3), ratio, **HOW), 0.25) == "above chance"
+    assert beside_chance(bootstrap(of([0.0] * 9), range(9), ratio, **HOW), 0.25) == "at chance"
+
+
 @pytest.mark.parametrize(
     ("right", "says"), [(25, "at chance"), (40, "above chance"), (10, "below chance")]
 )
