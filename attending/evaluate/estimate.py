@@ -25,7 +25,7 @@ class Work(NamedTuple):
     def __str__(self) -> str:
         """As people read it."""
         return (
-            f"{self.requests:,} requests, about {self.input_tokens:,} tokens read and at most "
+            f"{self.requests:,} requests, at most {self.input_tokens:,} tokens read and "
             f"{self.output_tokens:,} written"
         )
 

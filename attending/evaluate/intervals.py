@@ -32,7 +32,8 @@ class Estimate(NamedTuple):
     @property
     def interval(self) -> tuple[float, float] | None:
         """The middle 95 %; one conversation has none, and none several that are all alike."""
-        return (self.low, self.high) if self.n > 1 and (self.is_share or self.std) else None
+        is_spread = self.is_share or self.std > 1e-12  # rounding is no spread
+        return (self.low, self.high) if self.n > 1 and is_spread else None
 
 
 def ratio(sums: Sums) -> NDArray[np.float64]:

@@ -28,6 +28,10 @@ def test_one_conversation_has_no_interval() -> None:
     assert bootstrap(of([1.0]), [7], ratio, **HOW).interval is None
 
 
+def test_conversations_that_are_all_alike_have_no_interval() -> None:
+    assert bootstrap(of([0.6] * 8), range(8), ratio, **HOW).interval is None
+
+
 def test_repeats_of_a_conversation_do_not_narrow_the_interval() -> None:
     values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.8]
     once = bootstrap(of(values), range(6), ratio, **HOW)
