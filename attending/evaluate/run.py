@@ -153,7 +153,8 @@ async def _meet_judge(run: Run, judge: JudgeSetup) -> None:
     if is_local(judge.source):
         check_judge(judge)  # opened later, when no other model is in memory
     else:
-        async with open_judge(judge, run.config.judge, []) as (_, run.facts):
+        judged = [str(model.how.get("model_id") or "") for model in run.models]
+        async with open_judge(judge, run.config.judge, judged) as (_, run.facts):
             run.store.hold("judge", {key: run.facts[key] for key in JUDGE_IDENTITY})
     if judge.source == EMBEDDED:
         return
@@ -197,10 +198,17 @@ async def _ask_model(run: Run, model: ModelSetup) -> None:
             speed = await probe(endpoint, min(run.config.concurrency, work.requests))
             time = f"; at most {speed.minutes(work):,.0f} minutes" if speed else ""
             run.note(f"{model.name}: {_price(model.how, work)}{time}")
+            _hold_version(run, model, endpoint)
         for task in run.tasks:
             await _ask(run, model, task, endpoint)
-        if names := endpoint.versions - {"", endpoint.model}:
-            path["answered_by"] = names.pop()
+        _hold_version(run, model, endpoint)
+
+
+def _hold_version(run: Run, model: ModelSetup, endpoint: Endpoint) -> None:
+    """What answers under the name; another one does not go on with the run."""
+    if names := sorted(endpoint.versions - {""}):
+        run.store.hold(f"version of {model.name}", names[0])
+        run.paths[model.name]["answered_by"] = names[0]
 
 
 def _check_lengths(run: Run, path: Mapping[str, str]) -> None:
@@ -339,4 +347,4 @@ def _price(how: Mapping[str, Any], work: Work) -> str:
     if prices is None:
         return f"{work}; cost unknown (no price given)"
     cost = (work.input_tokens * prices[0] + work.output_tokens * prices[1]) / 1e6
-    return f"{work}; at most {cost:,.2f} in the prices' currency" if any(prices) else str(work)
+    return f"{work}; at most {cost:,.4g} in the prices' currency" if any(prices) else str(work)

@@ -1,6 +1,8 @@
 """A run against endpoints that fail: nothing is lost, nothing is scored wrongly, it goes on."""
 
 import asyncio
+import errno
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -147,6 +149,7 @@ async def test_a_whole_run_is_scored_and_written(tmp_path: Path) -> None:
     assert "run!" not in asked and "assistant: Rest." in asked  # thinking is not judged
     assert len(fake.judged) == 18
     assert row["path"]["model"] == "m" and row["path"]["kv"] == "not told"
+    assert row["path"]["answered_by"] == "m"
 
 
 async def test_an_endpoint_that_stops_half_way_loses_nothing(tmp_path: Path) -> None:
@@ -223,6 +226,9 @@ async def test_a_model_that_changes_in_the_middle_stops_the_run(tmp_path: Path) 
     async with serving(fake.behave) as url:
         with pytest.raises(CheckFailed, match="was m-1 and m-2"):
             await scored(made(url, tmp_path / "run"))
+        fake.versions = repeat("m-3")
+        with pytest.raises(UsageError, match=r'version of m: .*"m-1" and is "m-3"'):
+            await scored(made(url, tmp_path / "run", resume=True))
 
 
 async def test_a_grade_is_of_the_text_that_was_judged(tmp_path: Path) -> None:
@@ -289,16 +295,34 @@ async def test_another_judge_or_recipe_does_not_go_on_with_a_run(tmp_path: Path)
             await scored(made(url, tmp_path / "run", resume=True))
 
 
-async def test_a_full_disk_says_so_and_the_run_goes_on_later(tmp_path: Path) -> None:
-    fake = Fake()
-    answers = tmp_path / "run/m/hb.answers.jsonl"
+class FullDisk(io.FileIO):
+    """A file that takes three lines."""
+
+    lines = 0
+
+    def write(self, data: Any) -> int:
+        FullDisk.lines += 1
+        if FullDisk.lines > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+async def test_a_full_disk_says_so_and_keeps_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, plain = Fake(), Path.open
+
+    def opened(path: Path, mode: str = "r", *more: Any, **how: Any) -> Any:
+        return FullDisk(path, mode) if mode == "ab" else plain(path, mode, *more, **how)
+
     async with serving(fake.behave) as url:
         run = made(url, tmp_path / "run")
-        answers.parent.mkdir(parents=True)
-        answers.symlink_to("/dev/full")
+        monkeypatch.setattr(Path, "open", opened)
         with pytest.raises(CheckpointError, match="disk is full"):
             await scored(run)
-        answers.unlink()
+        monkeypatch.undo()
+        kept = (tmp_path / "run/m/hb.answers.jsonl").read_text("utf-8").splitlines()
+        assert len(kept) == 3
         report = await scored(made(url, tmp_path / "run", resume=True))
     assert report["rows"][0]["score"] == 1.0
 
@@ -321,7 +345,7 @@ async def test_a_limit_stops_the_run_and_more_goes_on(
     assert report["rows"][0]["score"] == 1.0
     assert report["spent"]["cost"] == pytest.approx(report["spent"]["tokens"] / 1e6)
     assert report["spent"]["tokens"] >= 12 * (6 + 18)  # both parts of the run
-    assert "in cost" in notes[-1]
+    assert "the prices' currency" in notes[-1]
 
 
 async def test_who_judges_is_named_and_is_not_judged(tmp_path: Path) -> None:
@@ -331,7 +355,7 @@ async def test_who_judges_is_named_and_is_not_judged(tmp_path: Path) -> None:
             made(url, tmp_path / "a", judge_id=None)
         with pytest.raises(UsageError, match="grade itself"):
             await scored(made(url, tmp_path / "b", judge_id="m"))
-        assert (tmp_path / "b/m/hb.answers.jsonl").exists()
+    assert not fake.asked
 
 
 async def test_answers_longer_than_the_context_are_refused_before_they_cost(
