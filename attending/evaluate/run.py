@@ -107,19 +107,20 @@ async def carry_out(run: Run) -> Samples:
         CheckFailed: A limit is reached, or too much is unscored. What was done is kept.
         EndpointError: The endpoint is gone. What was done is kept.
     """
-    begin(run)
-    try:
-        if run.judge and any(map(is_judged, run.tasks)):
-            await _meet_judge(run, run.judge)
-        for model in run.models if len(run.models) > 1 else ():
-            await _meet_model(run, model)
-        for model in run.models:
-            await _ask_model(run, model)
-        if any(map(is_judged, run.tasks)):
-            await _judge(run)
-    finally:
-        run.store.keep_spent(run.meter.sums)
-    return {(m.name, task.name): _samples(run, m, task) for m in run.models for task in run.tasks}
+    with run.store.alone():
+        begin(run)
+        try:
+            if run.judge and any(map(is_judged, run.tasks)):
+                await _meet_judge(run, run.judge)
+            for model in run.models if len(run.models) > 1 else ():
+                await _meet_model(run, model)
+            for model in run.models:
+                await _ask_model(run, model)
+            if any(map(is_judged, run.tasks)):
+                await _judge(run)
+        finally:
+            run.store.keep_spent(run.meter.sums)
+        return {(m.name, t.name): _samples(run, m, t) for m in run.models for t in run.tasks}
 
 
 def begin(run: Run) -> None:

@@ -5,6 +5,7 @@ grades are lines that are there as soon as they are known; where an answer was j
 last line counts, and a grade counts only for the text that it was given for.
 """
 
+import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,18 @@ class Store:
             (folder / PLAN).unlink(missing_ok=True)  # of a start that failed
         self.folder = folder
         (folder / "examples").mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While one process writes, another one is a UsageError: answers would be paid twice."""
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"another process writes to {self.folder}: wait for it, or give another --out."
+                ) from None
+            yield
 
     def hold(self, key: str, value: Any) -> None:
         """Keep what the run is made with; UsageError where it was begun with something else."""

@@ -433,3 +433,13 @@ async def test_a_meta_evaluation_is_the_judges_agreement(tmp_path: Path) -> None
         worse.judge = told_setup
         with pytest.raises(UsageError, match="measured the judge"):
             await scored(worse)
+
+
+async def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    fake = Fake()
+    async with serving(fake.behave) as url:
+        run = made(url, tmp_path / "run")
+        with run.store.alone(), pytest.raises(UsageError, match="another process writes"):
+            await carry_out(run)
+        assert not fake.asked
+        assert (await scored(run))["rows"][0]["score"] == 1.0

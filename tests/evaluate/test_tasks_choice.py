@@ -194,7 +194,7 @@ async def test_a_token_that_the_server_puts_first_moves_no_border(tmp_path: Path
 @pytest.mark.parametrize(
     ("toy", "says"),
     [
-        (Toy(LIKELY, status=404), "has no completions: ask multiple choice with --set tasks.NAME.method=generation"),
+        (Toy(LIKELY, status=404), "has no completions: .* --set tasks.NAME.method=generation"),
         (Toy({}, echoes=False), "does not echo its prompt's log-probabilities"),
         (Toy(LIKELY, top=-1), "gives no log-probabilities of a prompt"),
     ],
