@@ -91,7 +91,10 @@ class Worker:
                 for output in outputs:
                     if output.finish or output.error:
                         del self._tickets[output.handle]
-                self.post(partial(self._hand_out, found))
+                try:
+                    self.post(partial(self._hand_out, found))
+                except RuntimeError:  # the loop has ended, and with it whoever waited
+                    return
             elif not self._scheduler.num_running:
                 self._bell.wait()
 
