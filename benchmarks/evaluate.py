@@ -28,7 +28,9 @@ from tests.evaluate import healthbench_oracle as oracle
 
 TABLE = (
     "SmolLM2-135M-Instruct, the demonstration model, on the recipe `table`, greedily. It was not "
-    "made for medicine and is at chance where the last column says so. 95 % intervals."
+    "made for medicine and is at chance where the last column says so; of PubMedQA's answers 55 % "
+    "are yes, so always saying yes would be better than it. *Cut* answers had not ended at their "
+    "most tokens (the model repeats itself) and were graded as they stood. 95 % intervals."
 )
 HEALTHBENCH = (
     "The same model on {n} conversations drawn from 500 packaged rows, judged by the embedded "
@@ -85,14 +87,16 @@ def check(rows: Path) -> str:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    lines = ["| task | score is | score | interval | n | unscored | against chance |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| task | score is | score | interval | n | unscored | cut | against chance |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in report["rows"]:
         span = " to ".join(f"{end:.3f}" for end in row["interval"] or ())
         chance = f"{row['says']} ({row['chance']:.3f})" if row["chance"] else ""
         score = "none" if row["score"] is None else f"{row['score']:.3f}"
         cells = [row["task"], row["metric"], score, span, f"{row['n']:,}"]
-        lines.append(f"| {' | '.join([*cells, format(row['unscored'], '.1%'), chance])} |")
+        lines.append(
+            f"| {' | '.join([*cells, format(row['unscored'], '.1%'), str(row['cut']), chance])} |"
+        )
     return lines
 
 
