@@ -15,6 +15,7 @@ from subprocess import run
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from matplotlib import pyplot
 from page import HERE, facts
 
 from attending.errors import AttendingError
@@ -111,6 +112,24 @@ def parts(report: dict[str, Any], *tasks: str) -> list[str]:
     return lines
 
 
+def draw(*reports: dict[str, Any]) -> None:
+    """A bar a task with its interval, and where guessing would be."""
+    rows = [row for report in reports for row in report["rows"]]
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(rows) + 1), layout="constrained")
+    for place, row in enumerate(rows):
+        low, high = row["interval"]
+        spread = [[row["score"] - low], [high - row["score"]]]
+        axes.barh(place, row["score"], 0.6, xerr=spread, capsize=4, color="#3b6ea5")
+        if row["chance"]:
+            axes.plot([row["chance"]] * 2, [place - 0.4, place + 0.4], "--", color="#d1495b")
+    axes.set_yticks(range(len(rows)), [f"{row['task']}, {row['metric']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("score with 95 % interval; dashed: guessing")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "evaluate.svg", metadata={"Date": None})
+
+
 def main(data: Path, rows: Path, out: Path) -> Path:
     told = evaluate("table", out / "table", "--data", str(data))
     sampling = "tasks.healthbench.sampling."
@@ -130,6 +149,8 @@ def main(data: Path, rows: Path, out: Path) -> Path:
     text += [HEALTHBENCH.format(n=health["rows"][0]["n"], worth=value), ""]
     text += [*table(health), "", *parts(health, "healthbench"), ""]
     text += ["## The formulas", "", check(rows), ""]
+    draw(told, health)
+    text += ["![What the default model scores](evaluate.svg)", ""]
     text += [f"- path: {', '.join(paths)}", *facts(), ""]
     page = HERE / "evaluate.md"
     page.write_text("\n".join(text), encoding="utf-8")
