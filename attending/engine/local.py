@@ -92,8 +92,7 @@ class Model:
     def path(self) -> dict[str, str]:
         """What computes an answer, for whoever quotes a number: weights, activations, cache."""
         computed = str(next(self.decoder.parameters()).dtype).removeprefix("torch.")
-        stored = self._checkpoint.stored
-        weights = stored if stored == computed else f"{stored} computed as {computed}"
+        weights = " computed as ".join(dict.fromkeys((self._checkpoint.stored, computed)))
         return {"weights": weights, "activations": computed, "kv": computed, "draft": "none"}
 
     @cached_property
