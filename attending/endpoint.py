@@ -70,6 +70,11 @@ class EndpointOptions(Config):
     cache: Path | None = None
     """SQLite file of derived values. Default: they are kept in memory."""
 
+    def price(self, input_tokens: int, output_tokens: int) -> float | None:
+        """Of so many tokens; None where no prices are given."""
+        prices = self.price_per_million
+        return prices and (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
+
 
 @dataclass(slots=True)
 class Totals:
@@ -126,7 +131,7 @@ async def open(
     """
     async with AsyncExitStack() as stack:
         url = model
-        if not re.match(r"\w+://|unix:", model):
+        if not is_address(model):
             child = EngineProcess(model, engine)
             stack.push_async_callback(child.stop)
             await child.start()
@@ -137,6 +142,11 @@ async def open(
             raise UsageError(f"{endpoint.host} serves {served}: name one of them as the model id.")
         endpoint.model = served[0]
         yield endpoint
+
+
+def is_address(model: str) -> bool:
+    """Whether it names an endpoint; else it is a source, whose engine runs on this machine."""
+    return bool(re.match(r"\w+://|unix:", model))
 
 
 class EngineProcess:
@@ -287,11 +297,6 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
         """The ids of the models served."""
         return [card["id"] for card in await self.cards()]
 
-    def price(self, input_tokens: int, output_tokens: int) -> float | None:
-        """Of so many tokens; None where no prices are given."""
-        prices = self._options.price_per_million
-        return prices and (input_tokens * prices[0] + output_tokens * prices[1]) / 1e6
-
     async def derived(
         self, prompt: Prompt, derive: Derive, *, kind: str = "", sample: int = 0, **sampling: Any
     ) -> Derived:
@@ -402,7 +407,8 @@ class Endpoint(AbstractAsyncContextManager["Endpoint"]):
             if reply.input_tokens is None or reply.output_tokens is None:
                 totals.cost = None
             elif totals.cost is not None:
-                totals.cost += self.price(reply.input_tokens, reply.output_tokens) or 0.0
+                spent = self._options.price(reply.input_tokens, reply.output_tokens)
+                totals.cost += spent or 0.0
         finally:
             totals.seconds += time.monotonic() - start
 

@@ -119,20 +119,15 @@ def evaluate(
         told = takes(config, tasks)
         print_json({"recipe": config.model_dump(mode="json"), "takes": told})
         return
-    folder = to or (None if graded else Path("out") / f"eval-{name}")
     if graded:
-        unused: dict[str, object] = {
-            "MODEL": models,
-            "--against": against,
-            "--agreement": agreement,
-        }
-        unused |= {"--before": before, "--resume": resume, "--allow-self": allow_self}
-        unused |= {"--tokenizer": tokenizer}
+        unused: dict[str, object] = {"MODEL": models, "--before": before, "--resume": resume}
+        unused |= {"--agreement": agreement, "--allow-self": allow_self}
+        unused |= {"--against": against, "--tokenizer": tokenizer}
         if given := [name for name, value in unused.items() if value]:
             raise UsageError(f"--graded asks nobody: {', '.join(given)} would mean nothing.")
-        report = results.recorded(config, tasks, name, graded, judge, template, folder)
+        report = results.recorded(config, tasks, name, graded, judge, template, to)
     else:
-        assert folder is not None
+        to = to or Path("out") / f"eval-{name}"
         if tokenizer and not against:
             raise UsageError("--tokenizer belongs to --against: name the token shards.")
         asked = Opening(judge, judge_id, judge_key_variable, judge_price, cache)
@@ -141,9 +136,9 @@ def evaluate(
             _with_parent(models or [], before, name), tasks, model_key_variable, model_price, config
         )
         text = results.TrainingText(tuple(against), tokenizer) if against else None
-        with _run(config, tasks, setups, setup, folder, resume) as run:
+        with _run(config, tasks, setups, setup, to, resume) as run:
             report = results.evaluate(run, name, text)
-    _show(report, folder, as_json)
+    _show(report, to, as_json)
     results.check(report, 1.0 if graded else config.max_unanswered_share)
 
 
@@ -192,7 +187,7 @@ def _models(
     config: "EvalConfig",
 ) -> "list[ModelSetup]":
     """How each is opened; where the answers stand in the data, the one that gave them."""
-    from attending.evaluate.identity import is_local
+    from attending.endpoint import is_address
     from attending.evaluate.run import ModelSetup
     from attending.sources import resolve
 
@@ -207,7 +202,7 @@ def _models(
         )
     if not named:
         return [ModelSetup("the data's answers", None)]
-    far = [one for one in named if not is_local(one)]
+    far = filter(is_address, named)
     if (key_variable or price) and len({urlsplit(one).netloc for one in far}) > 1:
         raise UsageError(
             "the models are at several hosts, and one --model-key-variable and --model-price "
@@ -215,15 +210,14 @@ def _models(
         )
     found: list[ModelSetup] = []
     for source in dict.fromkeys(named):
-        place, _, model_id = source.partition("#") if not is_local(source) else (source, "", "")
-        asked = Opening(source, "", key_variable, price)
-        if is_local(source):
+        asked, host = Opening(source, "", key_variable, price), urlsplit(source).netloc
+        if not is_address(source):
             resolve(source)  # or it is not here, which is said before a judge is met
             asked = Opening(source, "", None, "0,0")  # a key and a price are an address's
         how = asked.opening("model", max_concurrency=config.concurrency)
         assert how is not None
-        name = Path(place).name if is_local(place) else model_id or urlsplit(place).netloc
-        name = f"{name} at {urlsplit(place).netloc}" if name in [m.name for m in found] else name
+        name = how["model_id"] or host or Path(source).name
+        name = f"{name} at {host}" if name in [one.name for one in found] else name
         found.append(ModelSetup(name, how.pop("model"), how | {"engine": config.engine}))
     return found
 
@@ -236,7 +230,7 @@ def _judge(
     allow_self: bool,
 ) -> "JudgeSetup | None":
     """How it is opened; its verdicts are kept in the user's cache unless a file is named."""
-    from attending.evaluate.identity import is_local
+    from attending.endpoint import is_address
     from attending.evaluate.judging import JudgeSetup
     from attending.sources import cache_dir
 
@@ -247,7 +241,7 @@ def _judge(
         return JudgeSetup("embedded", {}, template, agreement, allow_self)
     asked = asked._replace(
         cache=asked.cache or cache_dir() / "verdicts.sqlite",
-        price=asked.price or ("0,0" if is_local(asked.source) else None),
+        price=asked.price or (None if is_address(asked.source) else "0,0"),
     )
     how = {**(asked.opening("judge", max_concurrency=config.concurrency) or {})}
     place = how.pop("model")

@@ -28,7 +28,7 @@ class Opening(NamedTuple):
 
     def opening(self, name: str, **more: Any) -> dict[str, Any] | None:
         """What `endpoint.open` takes, `more` options included; None where no model is asked."""
-        from attending.endpoint import EndpointOptions
+        from attending.endpoint import EndpointOptions, is_address
 
         if not self.source or (name == "judge" and self.source in ("none", "embedded")):
             if any(self[1:]):
@@ -48,7 +48,7 @@ class Opening(NamedTuple):
         options = EndpointOptions.build(values, where=f"--{name}-...")
         if self.cache:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-        place, mark, model_id = self.source.partition("#")
-        if mark and "://" not in place:
-            place, model_id = self.source, ""  # a folder may have it in its name
+        place, model_id = self.source, ""
+        if is_address(place):  # a folder may have it in its name
+            place, _, model_id = place.partition("#")
         return {"model": place, "model_id": self.model_id or model_id, "options": options}

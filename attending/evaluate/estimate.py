@@ -11,12 +11,12 @@ from attending.evaluate.sample import Example, Task
 from attending.verifier.ask import together
 
 CHARACTERS = 4.0  # of a token, roughly, in English
-TEMPLATE_TOKENS = 700  # of the grader's text with a criterion
+TEMPLATE_TOKENS = 800  # of the published grader's text with a criterion; ours has some 300
 PROBE_TOKENS = 16
 
 
 class Work(NamedTuple):
-    """Requests, and the tokens that they read and write at most."""
+    """Requests, the tokens that they read, by their characters, and write at most."""
 
     requests: int
     input_tokens: int
@@ -25,7 +25,7 @@ class Work(NamedTuple):
     def __str__(self) -> str:
         """As people read it."""
         return (
-            f"{self.requests:,} requests, at most {self.input_tokens:,} tokens read and "
+            f"{self.requests:,} requests, some {self.input_tokens:,} tokens read and at most "
             f"{self.output_tokens:,} written"
         )
 

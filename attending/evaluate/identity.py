@@ -1,20 +1,14 @@
 """What produced a number: the model, its weights, and what they are computed in."""
 
-import re
 from typing import Any
 
 from attending import sources
 from attending.artifact import digest, without_folders
-from attending.endpoint import Endpoint
+from attending.endpoint import Endpoint, is_address
 from attending.errors import EndpointError, ReplyError
 
 FIELDS = ("weights", "activations", "kv", "draft")
 NOT_TOLD = "not told"
-
-
-def is_local(source: str) -> bool:
-    """Whether its engine runs on this machine, as `endpoint.open` decides."""
-    return not re.match(r"\w+://|unix:", source)
 
 
 def weights_sha256(source: str) -> str:
@@ -33,8 +27,8 @@ async def path_of(source: str, endpoint: Endpoint) -> dict[str, str]:
     told: Any = card.get("path")
     known = told if isinstance(told, dict) else {}
     path = {name: str(known.get(name) or NOT_TOLD) for name in FIELDS}
-    where = without_folders(source) if is_local(source) else endpoint.host
-    sha256 = {"sha256": weights_sha256(source)} if is_local(source) else {}
+    where = endpoint.host if is_address(source) else without_folders(source)
+    sha256 = {} if is_address(source) else {"sha256": weights_sha256(source)}
     length = card.get("max_model_len")
     context = {"context": str(length)} if isinstance(length, int) and length else {}
     return {"source": where, "model": endpoint.model, **path, **context, **sha256}

@@ -10,9 +10,10 @@ from typing import Any
 
 from attending import endpoint as endpoints
 from attending import sources
+from attending.endpoint import is_address
 from attending.errors import ConfigError, UsageError
 from attending.evaluate.healthbench.grader import Grader, Template, read_template
-from attending.evaluate.identity import is_local, weights_sha256
+from attending.evaluate.identity import weights_sha256
 from attending.verifier.data import ROOM
 from attending.verifier.judge.ask import EndpointJudge, JudgeOptions
 from attending.verifier.judge.verdict import Judge
@@ -80,7 +81,7 @@ async def open_judge(
             if setup.template == SIGNED
             else Grader(opened, template, options)
         )
-        await made.identify(weights_sha256(setup.source) if is_local(setup.source) else "")
+        await made.identify("" if is_address(setup.source) else weights_sha256(setup.source))
         facts = _facts(made, made.version, template)
         if setup.agreement:
             facts["agreement"] = read_agreement(setup.agreement, facts)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attending import endpoint as endpoints
-from attending.endpoint import Endpoint
+from attending.endpoint import Endpoint, is_address
 from attending.errors import CheckFailed, ContextError, EndpointError, ReplyError, UsageError
 from attending.evaluate.estimate import Meter, Work, answering, grading, probe, total
-from attending.evaluate.identity import is_local, path_of
+from attending.evaluate.identity import path_of
 from attending.evaluate.judging import EMBEDDED, JudgeSetup, check_judge, open_judge
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.sample import Answer, Example, Grade, Key, Sample, Task
@@ -151,7 +151,7 @@ def is_judged(task: Task) -> bool:
 
 async def _meet_judge(run: Run, judge: JudgeSetup) -> None:
     """Before any answer is paid for: is it there, with its template, and what will it cost?"""
-    if is_local(judge.source):
+    if not is_address(judge.source):
         check_judge(judge)  # opened later, when no other model is in memory
     else:
         judged = [str(model.how.get("model_id") or "") for model in run.models]
@@ -170,7 +170,7 @@ async def _meet_judge(run: Run, judge: JudgeSetup) -> None:
 
 async def _meet_model(run: Run, model: ModelSetup) -> None:
     """Of several the last is asked late: is it there at all?"""
-    if model.source and not is_local(model.source):
+    if model.source and is_address(model.source):
         async with endpoints.open(model.source, **model.how) as endpoint:
             run.store.hold(f"model {model.name}", await path_of(model.source, endpoint))
 
@@ -344,8 +344,7 @@ def _unanswered(task: Task, example: Example, answer: Answer, reason: str) -> Gr
 
 def _price(how: Mapping[str, Any], work: Work) -> str:
     """The work, and what it costs at most."""
-    prices = how["options"].price_per_million if "options" in how else None
-    if prices is None:
+    cost = how["options"].price(work.input_tokens, work.output_tokens)
+    if cost is None:
         return f"{work}; cost unknown (no price given)"
-    cost = (work.input_tokens * prices[0] + work.output_tokens * prices[1]) / 1e6
-    return f"{work}; at most {cost:,.4g} in the prices' currency" if any(prices) else str(work)
+    return f"{work}; some {cost:,.4g} at most, in the prices' currency" if cost else str(work)

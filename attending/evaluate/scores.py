@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from attending.evaluate.intervals import beside_chance, bootstrap, clipped, paired, ratio
+from attending.evaluate.intervals import (
+    Estimate,
+    beside_chance,
+    bootstrap,
+    clipped,
+    paired,
+    ratio,
+)
 from attending.evaluate.sample import Grade, Sample, Task
 
 Groups = dict[str, list[tuple[float, float]]]  # of each conversation, its answers' terms
@@ -50,17 +57,15 @@ def row(task: Task, samples: Sequence[Sample], *, seed: int, resamples: int) -> 
     }
     if scored:
         terms = [_terms(one) for one in scored]
-        whole = bootstrap(terms, [one.example.id for one in scored], mean, **how)
-        # The reference's: every answer counts as a conversation of its own (ours has a seed).
-        alone = bootstrap(terms, range(len(terms)), mean, **how)
+        whole, std = _estimate(terms, [one.example.id for one in scored], mean, how)
         found |= {
             "score": whole.value,
             "interval": whole.interval,
             "unclipped": float(ratio(np.sum(terms, axis=0))),
-            "bootstrap_std": alone.std,
+            "bootstrap_std": std,
             "says": beside_chance(whole, task.chance),
         }
-    return found | (task.headline(samples, seed, resamples) or {})
+    return found | task.headline(samples, seed, resamples)
 
 
 def pair(
@@ -117,16 +122,24 @@ def _parts(scored: Sequence[Sample], mean: Any, how: Mapping[str, int]) -> dict[
     found = {}
     for tag, own in sorted(terms.items()):
         values, names = [pair[0] for pair in own], [pair[1] for pair in own]
-        whole = bootstrap(values, names, mean, **how)
-        alone = bootstrap(values, range(len(values)), mean, **how)
+        whole, std = _estimate(values, names, mean, how)
         found[tag] = {
             "score": whole.value,
             "interval": whole.interval,
             "n": whole.n,
             "n_answers": len(own),
-            "bootstrap_std": alone.std,
+            "bootstrap_std": std,
         }
     return found
+
+
+def _estimate(
+    terms: Sequence[tuple[float, float]], names: Sequence[str], mean: Any, how: Mapping[str, int]
+) -> tuple[Estimate, float]:
+    """Over conversations; and the reference's deviation, for which every answer is one (seeded)."""
+    whole = bootstrap(terms, names, mean, **how)
+    is_one_each = whole.n == len(terms)
+    return whole, (whole if is_one_each else bootstrap(terms, range(len(terms)), mean, **how)).std
 
 
 def _bounds(samples: Sequence[Sample], is_clipped: bool) -> tuple[float, float] | None:

@@ -76,7 +76,7 @@ def test_json_is_all_that_stands_on_standard_output(
     out = healthbench(url, tmp_path / "run", "--json")
     printed = json.loads(out.stdout)
     assert printed["overall"] == printed["score"] == 1.0
-    assert printed["judge"] == "j" or printed["judge"]["name"] == "j"
+    assert printed["judge"]["name"] == "j" and printed["rows"][0]["judge"] == "j"
 
 
 def test_two_runs_are_compared_and_another_judge_is_not(
