@@ -17,9 +17,9 @@ import transformers
 from page import Measure, write
 
 import attending
-from attending.engine.runner import TorchRunner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
+from attending.engine.torch_runner import TorchRunner
 
 REPEATS = 5
 PROMPT_TOKENS = 512

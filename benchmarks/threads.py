@@ -66,9 +66,9 @@ def measured(environment: dict[str, str], place: str) -> float:
 
 def step_milliseconds(in_second_thread: bool) -> float:
     import attending
-    from attending.engine.runner import TorchRunner
     from attending.engine.sampler import Sampling
     from attending.engine.scheduler import Request, Scheduler
+    from attending.engine.torch_runner import TorchRunner
 
     model = attending.load("default")
     ids = tuple(model.tokenizer.encode("The patient was admitted with chest pain. " * 6)[:48])

@@ -19,9 +19,9 @@ from torch import Tensor
 from attending import artifact
 from attending.chat import Message, Tokenizer
 from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
-from attending.engine.runner import TorchRunner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Output, Request, Scheduler
+from attending.engine.torch_runner import TorchRunner
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed

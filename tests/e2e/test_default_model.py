@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import attending
-from attending.engine.runner import Span, TorchRunner
+from attending.engine.runner import Span
+from attending.engine.torch_runner import TorchRunner
 
 QUESTIONS = [
     "What is hypertension?",

@@ -7,9 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from attending.engine.runner import TorchRunner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import SCORED_ROWS, Request, Scheduler
+from attending.engine.torch_runner import TorchRunner
 from attending.errors import CheckpointError, ContextError, UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed

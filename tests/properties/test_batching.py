@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from attending.engine.runner import TorchRunner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
+from attending.engine.torch_runner import TorchRunner
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed, Paged, PagePool, Rows
 from tests.engine.serving import (
