@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
-from attending.engine.torch_runner import TorchRunner
 from attending.model.architecture import PAGE_TOKENS
-from attending.model.attend import Packed, Paged, PagePool, Rows
+from attending.model.attend import Packed, Paged, Rows
 from tests.engine.serving import (
     BORDERS,
     Notebook,
     Told,
     Watched,
     assert_same,
+    paged,
     plainly,
     rows_of,
     serve,
     text,
 )
-from tests.model.tiny import FAMILIES, build, configs
+from tests.model.tiny import FAMILIES, build, configs, pool_of, tables
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 penalties = st.sampled_from([0.0, -1.0, 0.5, 2.0])
@@ -109,7 +109,7 @@ def test_every_request_in_a_crowd_is_answered_as_if_it_were_alone(
     crowd = data.draw(crowds(config["vocab_size"]))
     most_tokens = data.draw(st.sampled_from([7, 64, 100, 256]))
     scheduler = Scheduler(
-        Watched(TorchRunner(model, num_pages=data.draw(st.integers(3, 14)))),
+        Watched(paged(model, data.draw(st.integers(3, 14)))),
         max_running=data.draw(st.sampled_from([1, 2, 32])),
         step_tokens=most_tokens,
     )
@@ -161,20 +161,20 @@ def test_single_rows_of_any_lengths_as_one_batch_equal_one_by_one(
     )
     generator = torch.Generator().manual_seed(5)
     texts = [torch.randint(config["vocab_size"], (n,), generator=generator) for n in lengths]
-    pool = PagePool(model.arch, 4 * len(texts), torch.float64)
+    pool = pool_of(model, 4 * len(texts))
     for kept in (pool.keys, pool.values, pool.raw_keys, pool.raw_values):
         for layer in kept:  # what others left behind
             layer.normal_(generator=generator)
     order = torch.randperm(4 * len(texts), generator=generator)
-    tables = [order[4 * i : 4 * i + -(-n // PAGE_TOKENS)] for i, n in enumerate(lengths)]
+    orders = [order[4 * i : 4 * i + -(-n // PAGE_TOKENS)] for i, n in enumerate(lengths)]
     # All but the last token are there; one text in some batches is read whole beside the others.
     whole = data.draw(st.integers(-1, len(texts) - 1))
     rows = []
-    for index, (ids, table) in enumerate(zip(texts, tables, strict=True)):
+    for index, (ids, table) in enumerate(zip(texts, orders, strict=True)):
         done = 0 if index == whole else len(ids) - 1
         if done:
-            model(ids[:done], Paged(pool, [Rows(0, table, done)]))
-        rows.append(Rows(done, table, len(ids) - done))
+            model(ids[:done], Paged(pool, [Rows(0, tables(model.arch, table, 0), done)]))
+        rows.append(Rows(done, tables(model.arch, table, done), len(ids) - done))
     new = torch.cat([ids[row.cached :] for ids, row in zip(texts, rows, strict=True)])
     together = model.logits(model(new, Paged(pool, rows)))
     alone = [
