@@ -328,7 +328,7 @@ def test_scoring_that_is_cut_off_begins_again() -> None:
 
 @pytest.mark.parametrize(
     ("windows", "num_pages"),
-    [((None,), (6,)), ((None, 70), (6, 4)), ((None, 1, 65), (8, 3, 6)), ((30,), (2,))],
+    [((None,), (6,)), ((None, 70), (6, 4)), ((None, 1, 65), (6, 5, 5)), ((130,), (5,))],
 )
 def test_two_thousand_requests_with_cancellations_leave_nothing_behind(
     windows: tuple[int | None, ...], num_pages: tuple[int, ...]

@@ -126,7 +126,9 @@ def test_every_branch_of_a_draft_tree_equals_its_own_sequence(
     tree = torch.randint(config["vocab_size"], (size,), generator=generator)
     pool, pages = pool_of(decoder, 2), torch.tensor([1, 0])
     decoder(text, Paged(pool, [Rows(0, tables(decoder.arch, pages, 0), past)]))
-    rows = Rows(past, tables(decoder.arch, pages, past), size, depths=tuple(depths), parents=parents)
+    rows = Rows(
+        past, tables(decoder.arch, pages, past), size, depths=tuple(depths), parents=parents
+    )
     drafted = decoder.logits(decoder(tree, Paged(pool, [rows])))
     for leaf in range(size):
         path = [leaf]
