@@ -165,10 +165,11 @@ class Cache:
     def retire(self, table: Table, cached: int) -> None:
         """Give back the pages that nothing after `cached` tokens reads; they stay findable."""
         for window, held, group in zip(self._windows, table, self.groups, strict=True):
-            before = held.count(GONE)
-            seen = max(before, _first_seen(window, cached))
-            group.release(held[before:seen])
-            held[before:seen] = [GONE] * (seen - before)
+            first = seen = _first_seen(window, cached)
+            while first and held[first - 1] != GONE:
+                first -= 1
+            group.release(held[first:seen])
+            held[first:seen] = [GONE] * (seen - first)
 
     def release(self, table: Table) -> None:
         """Give back all pages; the table is empty then."""

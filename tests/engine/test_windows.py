@@ -1,15 +1,20 @@
 """Windowed layers: what no later token sees is given back, and never shows in an answer."""
 
+from collections.abc import Callable
+from operator import mul
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attending.engine.pages import Cache, page_keys, pages_for
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
+from attending.engine.server import EngineOptions, _fitting_tokens
 from attending.engine.torch_runner import TorchRunner
 from attending.model.architecture import PAGE_TOKENS, Architecture, parse_config
 from attending.model.attend import page_bytes
@@ -85,6 +90,29 @@ def test_pages_of_each_group_are_what_its_sequences_can_hold() -> None:
 def test_a_page_costs_what_its_groups_layers_hold() -> None:
     assert page_bytes(m1(), 2) == (20 * 2 * 2 * 256 * 65 * 2, 20 * 2 * 8 * 128 * 65 * 2)
     assert page_bytes(windowed(20, layers=3), 4) == (3 * 2 * 2 * 8 * 64 * 4,)
+
+
+@pytest.mark.parametrize("make", [m1, lambda: windowed(100), lambda: decoder("llama").arch])
+def test_a_server_fits_the_pages_of_all_groups_in_a_quarter_of_the_memory(
+    make: Callable[[], Architecture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = make()
+    weight = SimpleNamespace(device=torch.device("cpu"), element_size=lambda: 4)
+    model: Any = SimpleNamespace(
+        arch=arch, decoder=SimpleNamespace(parameters=lambda: iter([weight]))
+    )
+
+    def size(tokens: int) -> int:
+        return sum(map(mul, pages_for(arch, tokens, 4), page_bytes(arch, 4)))
+
+    most = 4 * arch.context
+    for room in (size(64), size(most) // 2, size(most) - 1, size(most), size(most) + 9**9):
+        memory = {"memory_bytes": 4 * room + arch.num_parameters() * 4}
+        monkeypatch.setattr("attending.mesh.hardware", lambda memory=memory: memory)
+        tokens = _fitting_tokens(model, EngineOptions(max_running=4))
+        assert size(tokens) <= max(room, size(64))
+        assert tokens == most or size(tokens + 64) > room
+        assert (tokens == most) == (room >= size(most))
 
 
 def test_memory_bounds_an_answer_only_where_a_layer_sees_everything() -> None:
