@@ -229,12 +229,12 @@ def _nucleus(mass: Values, top_p: float) -> Indices:
     # All that are less likely than (1 - top_p) / V have less than 1 - top_p together; sums round.
     for least in (2.0**-11, 2.0**-14, (1 - top_p) / mass.size, 0.0):
         among = np.flatnonzero(mass >= least * total)
-        ranked = np.sort(mass[among])[::-1]
-        edges = np.cumsum(ranked, dtype=np.float64)
-        if edges[-1] >= top_p * total:
+        likely = mass[among]
+        if likely.sum(dtype=np.float64) >= top_p * total:
             break
-    count = int(np.searchsorted(edges[:-1], top_p * total)) + 1
-    kept = among[mass[among] >= ranked[count - 1]]
+    ranked = np.sort(likely)[::-1]
+    count = int(np.searchsorted(np.cumsum(ranked[:-1], dtype=np.float64), top_p * total)) + 1
+    kept = among[likely >= ranked[count - 1]]
     ties = np.flatnonzero(mass[kept] == ranked[count - 1])
     return np.delete(kept, ties[ties.size - (kept.size - count) :])
 
