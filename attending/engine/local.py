@@ -25,8 +25,9 @@ from attending.engine.torch_runner import TorchRunner
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
-from attending.model.checkpoint import load_decoder, open_checkpoint, save_model
+from attending.model.checkpoint import open_checkpoint
 from attending.model.files import read_json
+from attending.model.weights import load_decoder, save_model
 from attending.sources import Resolved, resolve
 
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -45,8 +45,7 @@ from attending.engine.scheduler import Output
 from attending.engine.wire import GONE, ClientGone, error_response, unless_gone
 from attending.engine.worker import Ticket, Worker
 from attending.errors import AttendingError, ContextError, TokenizerError, UsageError
-from attending.model.architecture import PAGE_TOKENS
-from attending.model.attend import page_bytes
+from attending.model.architecture import PAGE_TOKENS, page_bytes
 
 log = logging.getLogger(__name__)
 

@@ -155,6 +155,12 @@ class Architecture:
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
+def page_bytes(arch: Architecture, value_bytes: int) -> int:
+    """Memory of one page of the cache over all layers, M1's raw rows included."""
+    rows = PAGE_TOKENS + arch.is_m1
+    return sum(2 * s.num_kv_heads * s.head_dim * rows * value_bytes for s in arch.layers)
+
+
 def parse_config(config: Mapping[str, Any]) -> Architecture:
     """Read a Hugging Face `config.json`, of transformers 4 or 5.
 

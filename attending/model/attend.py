@@ -128,12 +128,6 @@ class PagePool:
                 self.raw_values.append(torch.zeros(raw, dtype=dtype, device=device))
 
 
-def page_bytes(arch: Architecture, value_bytes: int) -> int:
-    """Memory of one page over all layers, raw rows included."""
-    rows = PAGE_TOKENS + arch.is_m1
-    return sum(2 * s.num_kv_heads * s.head_dim * rows * value_bytes for s in arch.layers)
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The new tokens of one sequence in a step, appended to what is cached.
