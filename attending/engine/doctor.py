@@ -106,9 +106,7 @@ def examine(model: Architecture | None, cache_dir: Path) -> Report:
     """Look at this machine, for a model if given; `cache_dir` holds models and may not exist."""
     hardware = mesh.hardware()
     memory, cores = cast(int, hardware["memory_bytes"]), cast(int, hardware["available_cores"])
-    meminfo = Path("/proc/meminfo")
-    told = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
-    available = min(memory, int(told[1]) * 1024) if told else None
+    available = mesh.free_memory()
     buffer = np.ones(min(BUFFER_BYTES, (available or memory) // 4) // 8, dtype=np.uint64)
     folder = next(path for path in (cache_dir, *cache_dir.absolute().parents) if path.exists())
     return Report(

@@ -137,6 +137,14 @@ def open_gguf(path: Path) -> GGUFFile:
     return GGUFFile(metadata, config, shapes, {name: found[_gguf_name(name)] for name in shapes})
 
 
+def part_files(path: Path) -> list[Path]:
+    """All parts of a split file, by the name of one, whether they are there or not."""
+    match = PART_NAME.fullmatch(path.name)
+    count = int(match[3]) if match else 0
+    names = (f"{match[1]}{n:05d}{match[2]}" for n in range(1, count + 1)) if match else ()
+    return [path.with_name(name) for name in names] or [path]
+
+
 def _gguf_name(name: str) -> str:
     stem, _, suffix = name.rpartition(".")
     layer, stem = LAYER_NAME.match(stem), TABLES["tensors"][LAYER_NAME.sub("", stem)]
@@ -214,9 +222,7 @@ def _rope(own: Metadata, head_dim: int, factors: Tensor | None) -> Json:
 
 def _read_parts(path: Path) -> tuple[Metadata, dict[str, Tensor]]:
     """The keys of the first part and the tensors of all; most files are a part alone."""
-    match, paths = PART_NAME.fullmatch(path.name), [path]
-    if match and (count := int(match[3])):
-        paths = [path.with_name(f"{match[1]}{n:05d}{match[2]}") for n in range(1, count + 1)]
+    paths = part_files(path)
     if missing := [part.name for part in paths if not part.is_file()]:
         raise CheckpointError(f"{len(missing)} of {len(paths)} files are missing: {missing[:9]}.")
     parts = []
