@@ -17,7 +17,6 @@ from pydantic import PositiveInt
 
 from attending import mesh
 from attending.config import Config
-from attending.engine.plan import gib
 from attending.errors import UsageError
 from attending.model.architecture import Architecture
 from attending.model.checkpoint import Checkpoint
@@ -169,6 +168,8 @@ def require_memory(checkpoint: Checkpoint, options: ComputeOptions, *, native: b
 
         free = torch.cuda.mem_get_info(options.device)[0]
     if free is not None and needed > free:
+        from attending.engine.plan import gib
+
         fewer = "weights in w4-128" if native else "the dtype bfloat16"
         raise UsageError(
             f"the weights need about {gib(needed)} of memory and {gib(free)} are free: "

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attending import artifact
 from attending.chat import Message, Tokenizer
 from attending.engine import loading
 from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
@@ -282,6 +281,7 @@ class Model:
     def save(self, folder: Path | str, max_shard_bytes: int = 5_000_000_000) -> Path:
         """Write a Hugging Face model folder with its `run.json`; refuses to overwrite."""
         weights = self.decoder.state_dict()
+        from attending import artifact
         from attending.model.weights import save_model
 
         target = Path(folder)

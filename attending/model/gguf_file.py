@@ -6,6 +6,7 @@ vocabulary, and because no length in a damaged file may be believed before it ha
 
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from attending.model.gguf_tokenizer import TABLES, Json, Metadata, get
 Scalar = TypeVar("Scalar", bound=np.generic)
 STRING, ARRAY = 8, 9
 CODES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+SIZE = struct.Struct("<Q").unpack_from
 NUMBERS = {kind: np.dtype(f"<{code}") for kind, code in CODES.items()}
 MAX_HEADER_BYTES, MAX_ITEMS = 1 << 26, 1 << 20  # several times the largest vocabulary's
 CHUNK_VALUES = 1 << 18  # dequantised at once: temporaries stay in the cache, twice as fast
@@ -291,12 +293,25 @@ class _Header:
         return int.from_bytes(self.take(size), "little")
 
     def string(self) -> str:
-        return str(self.take(self.number(8)), "utf-8")
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """A vocabulary and its merges are a hundred thousand: no call for each."""
+        view, at, found = self.view, self.at, []
+        try:
+            for _ in range(count):
+                (size,) = SIZE(view, at)
+                at += 8 + size
+                found.append(str(view[at - size : at], "utf-8"))
+        except (struct.error, IndexError):  # past the end
+            at += 8
+        self.take(at - self.at)
+        return found
 
     def values(self, kind: int, count: int) -> list[str] | tuple[Any, ...]:
         if count > MAX_ITEMS or kind not in (STRING, *NUMBERS):
             raise ValueError(f"a key has {count} values of type {kind}")
         if kind == STRING:
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         dtype = NUMBERS[kind]
         return tuple(np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist())
