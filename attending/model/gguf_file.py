@@ -303,7 +303,7 @@ class _Header:
                 (size,) = SIZE(view, at)
                 at += 8 + size
                 found.append(str(view[at - size : at], "utf-8"))
-        except (struct.error, IndexError):  # past the end
+        except (struct.error, OverflowError, IndexError):  # past the end
             at += 8
         self.take(at - self.at)
         return found
