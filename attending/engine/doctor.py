@@ -57,7 +57,7 @@ class Report:
     native_path: str | None
     """The native kernel's instructions: avx512-vnni, avx2 or portable; None: there is none."""
     native_reason: str
-    """Why that one."""
+    """Why there is none."""
     thread_variables: dict[str, str]
     free_memory_bytes: int | None
     free_disk_bytes: int
@@ -85,10 +85,10 @@ class Report:
             yield Finding("slow", "No AVX2 or NEON: expect slow arithmetic (not measured).")
         if self.native_path:
             level = "slow" if self.native_path == "portable" else "ok"
-            yield Finding(level, f"Native kernel: {self.native_path}. {self.native_reason}".strip())
+            yield Finding(level, f"Native kernel: {self.native_path}.")
         else:
-            slow = f"torch computes, about {TORCH_FACTOR} times slower (benchmarks/engine.md)"
-            yield Finding("slow", f"No native kernel, so {slow}. {self.native_reason}".strip())
+            slow = f"torch computes, about {TORCH_FACTOR} times slower"
+            yield Finding("slow", f"No native kernel, so {slow}: {self.native_reason}")
             if "neon" not in simd and "amx_bf16" not in simd:
                 yield Finding("slow", "No AMX: expect slow bfloat16 (not measured); use float32.")
         # A thread a core is as good, where a core counts as two.

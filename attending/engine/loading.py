@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,27 +108,28 @@ def is_native(arch: Architecture, options: ComputeOptions) -> bool:
     if reason is None:
         return True
     if options.native:
-        raise UsageError(f"{', '.join(options.native)}: the native runner is needed. {reason}")
+        raise UsageError(f"{', '.join(options.native)} cannot be had: {reason}")
     if find_spec("torch") is None:
-        raise UsageError(f"{reason} Without the native runner this needs {TORCH_MISSING}")
-    log.warning("%s Torch computes in float32, about %d times slower.", reason, TORCH_FACTOR)
+        raise UsageError(f"{reason} Or use {TORCH_MISSING}")
+    log.warning("torch computes in float32, about %d times slower: %s", TORCH_FACTOR, reason)
     return False
 
 
 def open_native(
-    checkpoint: Checkpoint, files: Iterable[Path], options: ComputeOptions, num_pages: int
+    checkpoint: Checkpoint, files: Iterable[Path], options: ComputeOptions, pages: Sequence[int]
 ) -> "NativeRunner":
     """The native runner; its weights are packed at the first time and mapped after that."""
-    from attending.engine.native.runner import NativeRunner, open_packed
+    from attending.engine.native.pack import open_packed
+    from attending.engine.native.runner import NativeRunner
 
     require_memory(checkpoint, options, native=True)
     chosen = options.native_options()
     folder = packed_folder(files)
-    packed = open_packed(checkpoint, folder / chosen.weights, chosen)
+    packed = open_packed(checkpoint, folder / chosen.weights, chosen.weights)
     for old in folder.parent.iterdir():  # of the same model, before its files changed
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
-    return NativeRunner(packed, num_pages, chosen)
+    return NativeRunner(packed, pages, chosen)
 
 
 def packed_folder(files: Iterable[Path]) -> Path:

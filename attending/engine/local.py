@@ -19,11 +19,12 @@ from attending.chat import Message, Tokenizer
 from attending.engine import loading
 from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
 from attending.engine.loading import ComputeOptions
+from attending.engine.pages import pages_for
 from attending.engine.runner import Runner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Output, Request, Scheduler
 from attending.errors import UsageError
-from attending.model.architecture import PAGE_TOKENS, page_bytes
+from attending.model.architecture import page_bytes
 from attending.model.checkpoint import open_checkpoint
 from attending.model.files import model_files, read_json
 from attending.sources import Resolved, resolve
@@ -116,13 +117,14 @@ class Model:
     @cached_property
     def _runner(self) -> Runner:
         """Room for one whole context, or for `make_room`."""
-        num_pages = -(-(self._cache_tokens or self._context_tokens) // PAGE_TOKENS)
+        tokens = self._cache_tokens or self._context_tokens
+        pages = pages_for(self.arch, tokens, self._max_running, self._step_tokens)
         if self.is_native:
             files = model_files(self.origin.path)
-            return loading.open_native(self._checkpoint, files, self._options, num_pages)
+            return loading.open_native(self._checkpoint, files, self._options, pages)
         from attending.engine.torch_runner import TorchRunner
 
-        return TorchRunner(self.decoder, num_pages)
+        return TorchRunner(self.decoder, pages)
 
     @property
     def path(self) -> dict[str, str]:
@@ -139,8 +141,8 @@ class Model:
         return loading.weight_bytes(self._checkpoint, self._options, native=self.is_native)
 
     @property
-    def page_bytes(self) -> int:
-        """Memory of a page of the cache, about."""
+    def page_bytes(self) -> tuple[int, ...]:
+        """Memory of a page of the cache of each group, about."""
         kv = self._options.kv or "float16"
         kv = kv if self.is_native else loading.torch_dtype(self.arch, self._options)
         return page_bytes(self.arch, loading.VALUE_BYTES[kv])

@@ -87,6 +87,11 @@ class Architecture:
         return self.family == "baichuan_m1"
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows that layers have, None first, then ascending: the groups of cache pages."""
+        return tuple(sorted({spec.window for spec in self.layers}, key=lambda window: window or 0))
+
+    @property
     def qk_norm(self) -> bool:
         """RMSNorm over each head of Q and K before the rotation (Qwen3)."""
         return self.family == "qwen3"
@@ -155,10 +160,13 @@ class Architecture:
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def page_bytes(arch: Architecture, value_bytes: int) -> int:
-    """Memory of one page of the cache over all layers, M1's raw rows included."""
+def page_bytes(arch: Architecture, value_bytes: int) -> tuple[int, ...]:
+    """Memory of one page of each group over the group's layers, raw rows included."""
     rows = PAGE_TOKENS + arch.is_m1
-    return sum(2 * s.num_kv_heads * s.head_dim * rows * value_bytes for s in arch.layers)
+    values = {window: 0 for window in arch.windows}
+    for spec in arch.layers:
+        values[spec.window] += 2 * spec.num_kv_heads * spec.head_dim * rows
+    return tuple(count * value_bytes for count in values.values())
 
 
 def parse_config(config: Mapping[str, Any]) -> Architecture:

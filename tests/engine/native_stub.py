@@ -25,8 +25,10 @@ class NativeOptions(Config):
 
 
 class NativeRunner:
-    def __init__(self, packed: Checkpoint, num_pages: int, options: NativeOptions) -> None:
-        self.arch, self.num_pages, self.options = packed.arch, num_pages, options
+    def __init__(
+        self, packed: Checkpoint, num_pages: tuple[int, ...], options: NativeOptions
+    ) -> None:
+        self.arch, self.num_pages, self.options = packed.arch, pages, options
         self.path = {"weights": options.weights, "activations": options.activations}
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
@@ -34,21 +36,23 @@ class NativeRunner:
         return np.random.default_rng(0).standard_normal((count, self.arch.vocab_size), np.float32)
 
 
-def open_packed(checkpoint: Checkpoint, folder: Path, options: NativeOptions) -> Checkpoint:
+def open_packed(checkpoint: Checkpoint, folder: Path, form: str) -> Checkpoint:
+    assert folder.name == form
     folder.mkdir(parents=True, exist_ok=True)
     return checkpoint
 
 
 def modules(reason: str | None = None) -> dict[str, Any]:
     """For `sys.modules`; `reason`: why the native runner cannot serve."""
-    room, runner = types.ModuleType(ROOM), types.ModuleType(f"{ROOM}.runner")
+    names = ("", ".runner", ".pack")
+    room, runner, pack = (types.ModuleType(ROOM + name) for name in names)
 
     def obstacle(arch: Architecture) -> str | None:
         return reason
 
-    for each in (NativeOptions, NativeRunner, open_packed, obstacle):
-        setattr(runner, each.__name__, each)
-    return {ROOM: room, f"{ROOM}.runner": runner}
+    vars(runner).update(NativeOptions=NativeOptions, NativeRunner=NativeRunner, obstacle=obstacle)
+    vars(pack).update(open_packed=open_packed)
+    return {module.__name__: module for module in (room, runner, pack)}
 
 
 def install() -> None:

@@ -67,18 +67,18 @@ def test_a_dtype_gets_torchs_runner(folder: Path, caplog: pytest.LogCaptureFixtu
 def test_what_is_in_the_way_of_the_native_runner_is_said_once_with_the_factor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(monkeypatch, "There is no compiler.")
+    install(monkeypatch, "there is no compiler.")
     model = attending.load(folder)
     for _ in range(2):
         model.chat(says("fever?"), **SHORT)
     assert isinstance(runner_of(model), TorchRunner) and model.path["weights"] == "float32"
     (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     factor = loading.TORCH_FACTOR
-    assert line == f"There is no compiler. Torch computes in float32, about {factor} times slower."
-    with pytest.raises(UsageError, match=r"weights: the native runner is needed\. There is no"):
+    assert line == f"torch computes in float32, about {factor} times slower: there is no compiler."
+    with pytest.raises(UsageError, match=r"weights cannot be had: there is no compiler\."):
         attending.load(folder, weights="w8").chat(says("fever?"))
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"no compiler\. .* pip install 'attending\[train\]'"):
+    with pytest.raises(UsageError, match=r"no compiler\. Or use torch, .* pip install"):
         attending.load(folder).chat(says("fever?"))
 
 
@@ -153,7 +153,8 @@ def test_packed_weights_move_when_a_file_changes_and_the_old_ones_go(folder: Pat
 
 def test_a_server_sizes_its_cache_by_what_the_native_runner_keeps(folder: Path) -> None:
     def page_bytes(**options: Any) -> int:
-        return prepare(str(folder), EngineOptions.build(options)).page_bytes
+        (size,) = prepare(str(folder), EngineOptions.build(options)).page_bytes
+        return size
 
     assert page_bytes(dtype="float32") == 2 * page_bytes() == 4 * page_bytes(kv="int8")
 
