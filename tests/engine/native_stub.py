@@ -28,7 +28,7 @@ class NativeRunner:
     def __init__(
         self, packed: Checkpoint, num_pages: tuple[int, ...], options: NativeOptions
     ) -> None:
-        self.arch, self.num_pages, self.options = packed.arch, pages, options
+        self.arch, self.num_pages, self.options = packed.arch, num_pages, options
         self.path = {"weights": options.weights, "activations": options.activations}
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
