@@ -28,8 +28,6 @@ from attending.errors import ContextError, TokenizerError
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool", "developer")
 REPLACEMENT = "\ufffd"
-BPE_OPTIONS = ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"]
-BPE_OPTIONS += ["fuse_unk", "byte_fallback", "ignore_merges"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
@@ -317,16 +315,15 @@ class TextStream:
 
 
 def _without_added_tokens(definition: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    model: dict[str, Any] = dict(definition["model"])
-    bulk: dict[str, Any] = {}
-    if model.get("type") == "BPE" and model["merges"] and type(model["merges"][0]) is not str:
-        bulk = {"vocab": model["vocab"], "merges": [(one, two) for one, two in model["merges"]]}
-        bulk |= {name: model[name] for name in BPE_OPTIONS if model.get(name) is not None}
+    model, bulk = dict(definition["model"]), {}
+    merges = model.get("merges") or [""]
+    if model.get("type") == "BPE" and type(merges[0]) is not str:
+        bulk = {k: v for k, v in model.items() if k != "type" and v is not None}
         model |= {"vocab": {}, "merges": []}
     rest = {**definition, "model": model, "added_tokens": []}
     plain = tokenizers.Tokenizer.from_str(json.dumps(rest))
     if bulk:  # as JSON it takes three times as long
-        plain.model = tokenizers.models.BPE(**bulk)
+        plain.model = tokenizers.models.BPE(**bulk | {"merges": [*map(tuple, merges)]})
     plain.no_truncation()
     plain.no_padding()
     return plain
