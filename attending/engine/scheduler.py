@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from attending.engine.pages import Cache, Key, Table, page_keys
 from attending.engine.runner import Runner, Span
-from attending.engine.sampler import Sampling, Scored, draw, probabilities, score
+from attending.engine.sampler import Sampling, Scored, choose, score
 from attending.errors import AttendingError, ContextError, UsageError
 from attending.model.architecture import PAGE_TOKENS
 
@@ -307,10 +307,10 @@ class Scheduler:
                 sequence.handle, finish="length", cached_tokens=sequence.found, prompt=prompt
             )
         allowed = request.grammar.allowed() if request.grammar else None
-        chances = probabilities(
-            logits[-1], request.sampling, sequence.ids, sequence.num_prompt, allowed
+        uniform = sequence.rng.random()
+        token = choose(
+            logits[-1], request.sampling, sequence.ids, uniform, sequence.num_prompt, allowed
         )
-        token = draw(chances, sequence.rng)
         if request.grammar:
             request.grammar.advance(token)
         sequence.ids.append(token)

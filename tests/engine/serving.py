@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from attending.engine.runner import Runner, Span
-from attending.engine.sampler import Sampling, Scored, draw, probabilities, score
+from attending.engine.sampler import Sampling, Scored, choose, score
 from attending.engine.scheduler import Output, Request, Scheduler
 from attending.engine.torch_runner import TorchRunner
 from attending.errors import AttendingError
@@ -189,8 +189,7 @@ def plainly(rows: Rows, request: Request, context: int) -> Told:
     limit = context if wanted is None else min(context, len(ids) + wanted)
     while len(ids) < limit:
         row = rows(ids)[-1]
-        chances = probabilities(row, request.sampling, ids, len(request.ids))
-        ids.append(draw(chances, rng))
+        ids.append(choose(row, request.sampling, ids, rng.random(), len(request.ids)))
         told.tokens.append(ids[-1])
         if request.num_top is not None:
             told.scores.append(score(row, ids[-1], request.num_top))
