@@ -2,9 +2,9 @@
 
     python benchmarks/peers/run_PEER.py WORK.json MODEL [VARIANT]
 
-Prints `first token` when a prompt of 16 has its first token (the driver's clock runs from the start
-of the process), then one line of JSON. A peer is a function `generate(prompts, new_tokens, sampled)`
-that reads all prompts as one batch and writes exactly so many tokens after each.
+Prints `first token` when a prompt of 16 has its first token (the driver's clock runs from the
+start of the process), then one line of JSON. A peer is a function that reads all prompts as one
+batch and writes exactly so many tokens after each.
 """
 
 import json
@@ -35,7 +35,8 @@ def main(load: Callable[[str, int, str], Engine]) -> None:
     timed(engine, work["cold"], 1)
     print("first token", flush=True)
     answer = work["answer_tokens"]
-    timed(engine, work["warm"], min(8, answer))
+    for sampled in (False, True):  # shapes and buffers of the largest batch, before it is timed
+        timed(engine, work["warm"], min(8, answer), sampled)
     seconds = timed(engine, work["prefill"], 1)
     rates = {"prefill_tok_s": len(work["prefill"][0]) / seconds}
     for name in ("decode", "sampled"):

@@ -26,7 +26,9 @@ def load(model: str, threads: int, variant: str) -> Engine:
             tensors = [openvino.Tensor(np.array([ids], dtype=np.int64)) for ids in prompts]
             results = batching.generate(tensors, [options] * len(tensors))
             return [len(result.m_generation_ids[0]) for result in results]
-        found = pipeline.generate(openvino.Tensor(np.array(prompts, dtype=np.int64)), options)
+        ids = np.array(prompts, dtype=np.int64)
+        tensors = openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
+        found = pipeline.generate(openvino_genai.TokenizedInputs(*tensors), options)
         return [len(ids) for ids in found.tokens]
 
     path = "as stored; 8-bit dynamic activations and 8-bit KV are its defaults"
