@@ -37,7 +37,7 @@ transformers runs `generate` with its default cache and attention.
 def main() -> None:
     first = [first_token_seconds() for _ in range(REPEATS + 1)][1:]  # the first one warms the disk
     model = attending.load("default")
-    runner = TorchRunner(model.decoder, 64)
+    runner = TorchRunner(model.decoder, (64,))
     ids = model.tokenizer.encode("The patient was admitted with chest pain and fever. " * 60)
     with tempfile.TemporaryDirectory() as folder:
         saved = model.save(Path(folder) / "model")

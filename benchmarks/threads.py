@@ -75,7 +75,7 @@ def step_milliseconds(in_second_thread: bool) -> float:
     times: list[float] = []
 
     def work() -> None:
-        scheduler = Scheduler(TorchRunner(model.decoder, 64))
+        scheduler = Scheduler(TorchRunner(model.decoder, (64,)))
         for user in range(USERS):
             sampling = Sampling(temperature=0.0, max_tokens=STEPS + 4)
             scheduler.submit(Request((user + 500, *ids), sampling))

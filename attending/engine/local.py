@@ -19,11 +19,11 @@ from torch import Tensor
 from attending import artifact
 from attending.chat import Message, Tokenizer
 from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
+from attending.engine.pages import pages_for
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Output, Request, Scheduler
 from attending.engine.torch_runner import TorchRunner
 from attending.errors import UsageError
-from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
 from attending.model.checkpoint import load_decoder, open_checkpoint, save_model
 from attending.model.files import read_json
@@ -99,7 +99,8 @@ class Model:
     def scheduler(self) -> Scheduler:
         """What runs the answers, with room for one whole context or for `make_room`."""
         tokens = self._cache_tokens or self._context_tokens
-        runner = TorchRunner(self.decoder, num_pages=-(-tokens // PAGE_TOKENS))
+        pages = pages_for(self.arch, tokens, self._max_running, self._step_tokens)
+        runner = TorchRunner(self.decoder, pages)
         limits = {"context": self._context_tokens, "max_running": self._max_running}
         return Scheduler(runner, **limits, step_tokens=self._step_tokens)
 

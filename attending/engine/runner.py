@@ -24,8 +24,10 @@ class Span:
     """[n] tokens to run."""
     cached: int
     """Tokens of this sequence that are in the cache already."""
-    pages: Ids
-    """[P] pages that hold slots 0 .. cached + n - 1, in order."""
+    pages: tuple[Ids, ...]
+    """For each group of layers (`Architecture.windows`) [P] pages that hold slots 0 ..
+    cached + n - 1, in order; -1 where one lies outside the group's window of every token of the
+    span, and was given back."""
     num_logits: int = 1
     """How many of the last tokens need logits: 0 before a prompt's end, n to score a prompt."""
 
@@ -34,7 +36,8 @@ class Runner(Protocol):
     """What a step needs; implementations own the weights and the pages."""
 
     arch: Architecture
-    num_pages: int
+    num_pages: tuple[int, ...]
+    """Of each group's pool."""
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """Run a step: [all spans' num_logits, V], in their order."""

@@ -3,6 +3,9 @@
 Pure numpy, one sequence at a time, so a draw depends on nothing but its own logits, history and
 seed. The order is the one vLLM and transformers share: bias, repetition, presence and frequency
 penalties, temperature, top-k, top-p, min-p.
+
+A vocabulary is passed over in float32 and never sorted: what may be drawn is found by a threshold,
+and only that is ranked, in float64.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,11 @@ from attending.config import Config
 from attending.errors import CheckpointError, UsageError
 
 Logits = NDArray[np.float32]
-Probabilities = NDArray[np.float64]
+Values = NDArray[np.float32] | NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+BLOCK = 256  # values in a partial sum: float32 is exact enough for so few
+LAST = 1 - 2.0**-53  # the largest number below 1
 
 
 class Sampling(Config):
@@ -62,123 +69,185 @@ class Scored(NamedTuple):
     """The likeliest ids with theirs."""
 
 
-def probabilities(
+def choose(
     logits: Logits,
     sampling: Sampling,
-    history: Sequence[int],
+    history: Sequence[int] | NDArray[np.int64],
+    uniform: float,
     num_prompt: int = 0,
     allowed: NDArray[np.bool_] | None = None,
-) -> Probabilities:
-    """The distribution a token is drawn from: logits [V] -> probabilities [V] that sum to 1.
+) -> int:
+    """The next token, by inverse transform of one number in [0, 1), whatever the filters.
 
     Args:
-        logits: Finite, of one position.
+        logits: [V] finite, of one position.
         sampling: The filters.
         history: Prompt and answer so far, for the penalties.
-        num_prompt: How many of these are the prompt.
+        uniform: The random number.
+        num_prompt: How many of the history are the prompt.
         allowed: [V] the tokens that a grammar lets through; None lets all.
 
     Raises:
         CheckpointError: The logits are not numbers.
-        UsageError: `allowed` leaves nothing.
+        UsageError: `allowed` or the filters leave nothing.
     """
-    scores = _finite(logits)
-    for token, bias in sampling.logit_bias:
-        scores[token] += bias
-    _penalise(scores, sampling, history, num_prompt)
-    if allowed is not None:
-        scores[~allowed[: scores.size]] = -np.inf
-        if scores.max() == -np.inf:
-            raise UsageError("no token may follow here: the grammar and the model have none alike.")
+    ids, mass = candidates(logits, sampling, history, num_prompt, allowed)
+    return int(ids[draw(mass, uniform) if len(ids) > 1 else 0])
+
+
+def candidates(
+    logits: Logits,
+    sampling: Sampling,
+    history: Sequence[int] | NDArray[np.int64],
+    num_prompt: int = 0,
+    allowed: NDArray[np.bool_] | None = None,
+) -> tuple[Sequence[int] | Indices, Values]:
+    """What `choose` draws from: ids in ascending order, and their probabilities up to a factor."""
+    scores: Values = logits
+    likeliest = _likeliest(logits)
+    if _has_edits(sampling) or allowed is not None:
+        scores = _edited(logits, sampling, history, num_prompt, allowed)
+        likeliest = int(scores.argmax())
+    peak = float(scores[likeliest])
+    if allowed is not None and peak == -np.inf:
+        raise UsageError("no token may follow here: the grammar and the model have none alike.")
     if sampling.temperature == 0:
-        chosen = np.zeros_like(scores)
-        chosen[scores.argmax()] = 1.0
-        return chosen
-    scores = (scores - scores.max()) / sampling.temperature
-    if 0 < sampling.top_k < scores.size:
-        # By rank and not by value, so that ties do not let more than k through.
-        kept = _ranked(scores, sampling.top_k)[: sampling.top_k]
-        scores = _only(scores, kept, -np.inf)
-    mass: Probabilities = np.exp(scores)
-    mass /= mass.sum()
-    if not np.isfinite(mass[0]):
+        return (likeliest,), np.ones(1)
+    if not np.isfinite(peak):
         raise UsageError("these sampling options leave no token that can be chosen.")
+    # Below the floor nothing but ties is left either, and above it the quotients stay finite.
+    temperature = max(sampling.temperature, 1e-30)
+    ids: Indices | None = None
+    if 0 < sampling.top_k < scores.size:
+        ids = np.sort(_ranked(scores, sampling.top_k))
+    elif sampling.top_p == 1 and sampling.min_p > 0:
+        # Spares the exponentials of the rest; a few too many, which the masses decide.
+        ids = np.flatnonzero(scores >= peak + temperature * (np.log(sampling.min_p) - 1e-3))
+    mass = _exponentials(scores if ids is None else scores[ids], peak, temperature)
     if sampling.top_p < 1:
-        mass = _only(mass, _nucleus(mass, sampling.top_p), 0.0)
-    if sampling.min_p > 0:
-        mass[mass < sampling.min_p * mass.max()] = 0.0
-    mass /= mass.sum()
-    return mass
+        kept = _nucleus(mass, sampling.top_p)
+        ids, mass = kept if ids is None else ids[kept], mass[kept]
+    if sampling.min_p > 0 and ids is not None:
+        kept = np.flatnonzero(mass >= sampling.min_p)  # the likeliest has 1
+        ids, mass = ids[kept], mass[kept]
+    return range(scores.size) if ids is None else ids, mass
 
 
-def draw(distribution: Probabilities, rng: np.random.Generator) -> int:
-    """One token by inverse transform: a single uniform number a token, whatever the filters."""
-    edges = np.cumsum(distribution)
-    return int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
+def draw(mass: Values, uniform: float) -> int:
+    """The index where the cumulative sum of `mass` passes a share in [0, 1) of the whole.
+
+    First the block, then the place in it: a running sum over a vocabulary costs more than all else.
+    """
+    block, uniform = _pick(_sums(mass), uniform)
+    return block * BLOCK + _pick(mass[block * BLOCK : (block + 1) * BLOCK], uniform)[0]
 
 
 def score(logits: Logits, token: int, num_top: int) -> Scored:
-    """The log-probability of a token at a place, and of the likeliest ones.
+    """The log-probability of a token at a place (to 1e-6), and of the likeliest ones.
 
     Raises:
         CheckpointError: The logits are not numbers.
     """
-    scores = _finite(logits)
-    peak = scores.max()
-    scores -= peak + np.log(np.exp(scores - peak).sum())
-    best = _ranked(scores, max(num_top, 1))[:num_top]
-    top = tuple((int(i), float(scores[i])) for i in best)
-    return Scored(token, float(scores[token]), int((scores > scores[token]).sum()) + 1, top)
+    peak = float(logits[_likeliest(logits)])
+    norm = peak + float(np.log(_total(_exponentials(logits, peak))))
+    best = _ranked(logits, num_top).tolist() if num_top else []
+    top = tuple((i, float(logits[i]) - norm) for i in best)
+    rank = int(np.count_nonzero(logits > logits[token])) + 1
+    return Scored(token, float(logits[token]) - norm, rank, top)
 
 
-def _finite(logits: Logits) -> Probabilities:
-    scores: Probabilities = logits.astype(np.float64)
-    if not np.isfinite(scores.max()):
+def _likeliest(logits: Logits) -> int:
+    index = int(logits.argmax())  # of a NaN, if there is one
+    if not np.isfinite(logits[index]):
         raise CheckpointError(
             "the model computed logits that are not numbers: its weights are damaged, or overflow "
             "in this precision. Get the model again, or load it with dtype float32."
         )
-    return scores
+    return index
 
 
-def _penalise(
-    scores: Probabilities, sampling: Sampling, history: Sequence[int], num_prompt: int
-) -> None:
-    if sampling.repetition_penalty != 1.0 and history:
-        seen = np.unique(np.asarray(history, dtype=np.int64))
-        was, penalty = scores[seen], sampling.repetition_penalty
+def _has_edits(of: Sampling) -> bool:
+    return bool(
+        of.logit_bias or of.repetition_penalty != 1.0 or of.presence_penalty or of.frequency_penalty
+    )
+
+
+def _edited(
+    logits: Logits,
+    sampling: Sampling,
+    history: Sequence[int] | NDArray[np.int64],
+    num_prompt: int,
+    allowed: NDArray[np.bool_] | None,
+) -> Values:
+    scores = logits.astype(np.float64)
+    for token, bias in sampling.logit_bias:
+        scores[token] += bias
+    # A token seen twice is read before any is written: each writing is the same.
+    if sampling.repetition_penalty != 1.0:
+        seen, penalty = np.asarray(history, dtype=np.int64), sampling.repetition_penalty
+        was = scores[seen]
         scores[seen] = np.where(was > 0, was / penalty, was * penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
         answer = np.asarray(history[num_prompt:], dtype=np.int64)
-        seen, times = np.unique(answer, return_counts=True)
-        scores[seen] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        often = sampling.frequency_penalty * np.bincount(answer)[answer]
+        scores[answer] = scores[answer] - (sampling.presence_penalty + often)
+    if allowed is not None:
+        scores[~allowed[: scores.size]] = -np.inf
+    return scores
 
 
-def _ranked(values: NDArray[np.float64], count: int) -> NDArray[np.intp]:
-    """At least the `count` largest values' indices, largest first; equal ones in order of index.
+def _exponentials(scores: Values, peak: float, temperature: float = 1.0) -> NDArray[np.float32]:
+    """exp((score - peak) / temperature), the largest 1."""
+    below = np.empty(scores.size, np.float32)
+    with np.errstate(over="ignore"):  # far below the peak is minus infinity
+        np.subtract(scores, peak, out=below, casting="same_kind")
+        below *= np.float32(1 / temperature)
+    return np.exp(below, out=below)
 
-    All that tie with the last are there, so the order is that of a full sort, without its cost.
-    """
-    if count < values.size:
-        border = np.partition(values, values.size - count)[values.size - count]
+
+def _sums(mass: Values) -> Values:
+    """Of each block."""
+    return np.add.reduceat(mass, np.arange(0, mass.size, BLOCK))
+
+
+def _total(mass: Values) -> float:
+    return float(_sums(mass).sum(dtype=np.float64))
+
+
+def _pick(mass: Values, uniform: float) -> tuple[int, float]:
+    """The index where a share of the whole falls, and how far it lies in that one's mass."""
+    edges = np.cumsum(mass, dtype=np.float64)
+    at = uniform * edges[-1]
+    index = int(np.searchsorted(edges, at, side="right"))  # never one without mass
+    rest = 1 - (edges[index] - at) / float(mass[index])
+    return index, min(max(rest, 0.0), LAST)
+
+
+def _nucleus(mass: Values, top_p: float) -> Indices:
+    """The fewest likeliest tokens with at least `top_p` in sum; equal ones in order of index."""
+    total = _total(mass)
+    # All that are less likely than (1 - top_p) / V have less than 1 - top_p together; sums round.
+    for least in (2.0**-11, 2.0**-14, (1 - top_p) / mass.size, 0.0):
+        among = np.flatnonzero(mass >= least * total)
+        likely = mass[among]
+        if likely.sum(dtype=np.float64) >= top_p * total:
+            break
+    ranked = np.sort(likely)[::-1]
+    count = int(np.searchsorted(np.cumsum(ranked[:-1], dtype=np.float64), top_p * total)) + 1
+    kept = among[likely >= ranked[count - 1]]
+    ties = np.flatnonzero(mass[kept] == ranked[count - 1])
+    return np.delete(kept, ties[ties.size - (kept.size - count) :])
+
+
+def _ranked(values: Values, count: int) -> Indices:
+    """The `count` largest values' indices, largest first; equal ones in order of index."""
+    # The count-th largest of the maxima of so many columns is not above that of all values.
+    width = max(4 * count, 1024)
+    if 2 * width <= values.size:
+        depth = values.size // width
+        maxima = values[: depth * width].reshape(depth, width).max(axis=0)
+        border = np.partition(maxima, width - count)[width - count]
         among = np.flatnonzero(values >= border)
     else:
         among = np.arange(values.size)
-    return among[np.argsort(-values[among], kind="stable")]
-
-
-def _nucleus(mass: Probabilities, top_p: float) -> NDArray[np.intp]:
-    """The fewest likeliest tokens with at least `top_p` in sum."""
-    count = 64
-    while True:
-        ranked = _ranked(mass, count)
-        before = np.cumsum(mass[ranked]) - mass[ranked]
-        if before[-1] >= top_p or ranked.size == mass.size:
-            return ranked[before < top_p]
-        count *= 8
-
-
-def _only(values: Probabilities, kept: NDArray[np.intp], rest: float) -> Probabilities:
-    filtered = np.full_like(values, rest)
-    filtered[kept] = values[kept]
-    return filtered
+    return among[np.argsort(-values[among], kind="stable")[:count]]

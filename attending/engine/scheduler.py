@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from attending.engine.pages import Key, Pages, page_keys
+from attending.engine.pages import Cache, Key, Table, page_keys
 from attending.engine.runner import Runner, Span
-from attending.engine.sampler import Sampling, Scored, draw, probabilities, score
+from attending.engine.sampler import Sampling, Scored, choose, score
 from attending.errors import AttendingError, ContextError, UsageError
 from attending.model.architecture import PAGE_TOKENS
 
@@ -86,7 +86,7 @@ class _Sequence:
     limit: int  # tokens of prompt and answer
     rng: np.random.Generator
     keys: list[Key]  # of the whole pages so far
-    pages: list[int] = field(default_factory=list)
+    pages: Table
     cached: int = 0  # tokens whose K and V are in the pages
     found: int = 0  # of the prompt, at first admission
     scores: list[Scored | None] = field(default_factory=lambda: [None])
@@ -123,10 +123,10 @@ class Scheduler:
                 beside them keep coming.
         """
         self.counters = Counters()
-        room = min(runner.arch.context, runner.num_pages * PAGE_TOKENS)
+        self.pages = Cache(runner.arch.windows, runner.num_pages, step_tokens)
+        room = min(runner.arch.context, self.pages.context or runner.arch.context)
         self.context = min(context or room, room)
         """Most tokens of prompt and answer together."""
-        self.pages = Pages(runner.num_pages)
         self._runner = runner
         self._max_running, self._step_tokens = max_running, step_tokens
         self._waiting: deque[_Sequence] = deque()
@@ -169,8 +169,8 @@ class Scheduler:
         limit = len(request.ids) + (room if wanted is None else min(wanted, room))
         seed = request.sampling.seed
         rng = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
-        keys = page_keys(request.ids)
-        sequence = _Sequence(self._handles, request, list(request.ids), limit, rng, keys)
+        keys, pages = page_keys(request.ids), self.pages.hold([])
+        sequence = _Sequence(self._handles, request, list(request.ids), limit, rng, keys, pages)
         self._waiting.append(sequence)
         return self._handles
 
@@ -219,17 +219,16 @@ class Scheduler:
             if len(self._running) >= self._max_running:
                 return
             usable = [] if sequence.is_scoring else sequence.keys[: _whole(len(sequence.ids) - 1)]
-            found = self.pages.count(usable)
+            found = self.pages.find(usable)
             if found < len(usable) and usable[found] in computing:
                 continue  # another is just computing the same page: wait, then share it
-            held = self.pages.hold(usable[:found])
-            promised = sum(_wanted(s) - len(s.pages) for s in self._running)
-            if _wanted(sequence) - found + promised > self.pages.num_available and self._running:
-                self.pages.release(held)
+            sequence.pages, sequence.cached = self.pages.hold(usable[:found]), found * PAGE_TOKENS
+            together = [(s.pages, _soon(s)) for s in (*self._running, sequence)]
+            if self._running and not self.pages.fits(together):
+                self._give_back(sequence)
                 return
             self._waiting.remove(sequence)
             self._running.append(sequence)
-            sequence.pages, sequence.cached = held, found * PAGE_TOKENS
             if not sequence.was_admitted:
                 sequence.was_admitted, sequence.found = True, sequence.cached
                 self.counters.prompt_tokens += sequence.num_prompt
@@ -244,7 +243,8 @@ class Scheduler:
         for sequence in by_need:
             if sequence not in self._running:  # it gave way to one before it
                 continue
-            count = min(len(sequence.ids) - sequence.cached, max(room, 0))
+            most = min(max(room, 0), self.pages.room(sequence.cached))
+            count = min(len(sequence.ids) - sequence.cached, most)
             if sequence.is_scoring:
                 count = min(count, SCORED_ROWS)
             if count == 0 or not self._has_pages(sequence, sequence.cached + count):
@@ -257,16 +257,12 @@ class Scheduler:
         end = sequence.cached + count
         num_logits = count if sequence.is_scoring else int(end == len(sequence.ids))
         ids = np.asarray(sequence.ids[sequence.cached : end], dtype=np.int64)
-        pages = np.asarray(sequence.pages, dtype=np.int64)
+        pages = tuple(np.asarray(held, dtype=np.int64) for held in sequence.pages)
         return Span(ids, sequence.cached, pages, num_logits)
 
     def _has_pages(self, sequence: _Sequence, tokens: int) -> bool:
         """Take pages up to so many tokens; younger sequences give theirs back if none is free."""
-        while len(sequence.pages) * PAGE_TOKENS < tokens:
-            page = self.pages.take()
-            if page is not None:
-                sequence.pages.append(page)
-                continue
+        while not self.pages.grow(sequence.pages, tokens):
             youngest = self._running[-1]
             self._running.remove(youngest)
             self._give_back(youngest)
@@ -278,19 +274,20 @@ class Scheduler:
 
     def _give_back(self, sequence: _Sequence) -> None:
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.cached = [], 0
+        sequence.cached = 0
         if sequence.is_scoring:
             sequence.scores = [None]
 
     def _keep(self, sequence: _Sequence, count: int) -> None:
-        """The pages that became whole can be found from now on."""
+        """Pages that became whole can be found from now on; those out of the window are freed."""
         before = _whole(sequence.cached)
         sequence.cached += count
         after = _whole(sequence.cached)
         if after > len(sequence.keys):
             sequence.keys = page_keys(sequence.ids, sequence.keys)
         for index in range(before, after):
-            self.pages.publish(sequence.pages[index], sequence.keys[index])
+            self.pages.publish(sequence.pages, index, sequence.keys[index])
+        self.pages.retire(sequence.pages, sequence.cached)
 
     def _read(self, sequence: _Sequence, span: Span, logits: NDArray[np.float32]) -> Output | None:
         """Score a prompt's rows; choose the next token where all tokens have been run."""
@@ -310,10 +307,10 @@ class Scheduler:
                 sequence.handle, finish="length", cached_tokens=sequence.found, prompt=prompt
             )
         allowed = request.grammar.allowed() if request.grammar else None
-        chances = probabilities(
-            logits[-1], request.sampling, sequence.ids, sequence.num_prompt, allowed
+        uniform = sequence.rng.random()
+        token = choose(
+            logits[-1], request.sampling, sequence.ids, uniform, sequence.num_prompt, allowed
         )
-        token = draw(chances, sequence.rng)
         if request.grammar:
             request.grammar.advance(token)
         sequence.ids.append(token)
@@ -327,12 +324,9 @@ class Scheduler:
         return Output(sequence.handle, token, scored, finish, sequence.found, prompt)
 
 
-def _wanted(sequence: _Sequence) -> int:
-    """Pages for what a sequence has by now, and a little more of its answer."""
-    return max(
-        len(sequence.pages),
-        _whole(min(len(sequence.ids) + PAGE_TOKENS, sequence.limit) + PAGE_TOKENS - 1),
-    )
+def _soon(sequence: _Sequence) -> int:
+    """Tokens that a sequence has by now, and a little more of its answer."""
+    return min(len(sequence.ids) + PAGE_TOKENS, sequence.limit)
 
 
 def _whole(tokens: int) -> int:

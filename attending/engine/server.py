@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 import traceback
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
+from operator import mul
 from typing import Annotated, Any, cast
 
 import torch
@@ -40,6 +42,7 @@ from attending.config import Config
 from attending.engine.api import ChatRequest, CompletionRequest, ModelCard, RequestError, parse
 from attending.engine.jobs import Job, Jobs
 from attending.engine.local import Model, load
+from attending.engine.pages import pages_for
 from attending.engine.replying import Replying
 from attending.engine.scheduler import Output
 from attending.engine.wire import GONE, ClientGone, error_response, unless_gone
@@ -262,9 +265,15 @@ def _fitting_tokens(model: Model, options: EngineOptions) -> int:
     else:  # pages cost memory only once they are written
         memory = cast(int, mesh.hardware()["memory_bytes"])
         room = (memory - model.arch.num_parameters() * weight.element_size()) // 4
-    pages = room // page_bytes(model.arch, weight.element_size())
-    context = options.context or model.arch.context
-    return max(PAGE_TOKENS, min(pages * PAGE_TOKENS, options.max_running * context))
+    sizes = page_bytes(model.arch, weight.element_size())
+
+    def size(pages: int) -> int:
+        counts = pages_for(model.arch, pages * PAGE_TOKENS, options.max_running)
+        return sum(map(mul, counts, sizes))
+
+    most = options.max_running * (options.context or model.arch.context)
+    pages = bisect_right(range(1, -(-most // PAGE_TOKENS) + 1), room, key=size)
+    return max(PAGE_TOKENS, min(pages * PAGE_TOKENS, most))
 
 
 async def _serve(socket: str, service: Service) -> None:

@@ -12,12 +12,12 @@ from attending.model.decoder import Decoder
 
 
 class TorchRunner:
-    """A decoder and a pool of pages."""
+    """A decoder and its pools of pages."""
 
-    def __init__(self, decoder: Decoder, num_pages: int) -> None:
-        """Allocate a pool of `num_pages` pages beside a loaded decoder."""
+    def __init__(self, decoder: Decoder, num_pages: Sequence[int]) -> None:
+        """Allocate so many pages for each group of layers beside a loaded decoder."""
         self.arch = decoder.arch
-        self.num_pages = num_pages
+        self.num_pages = tuple(num_pages)
         self._decoder = decoder
         weight = decoder.model.embed_tokens.weight
         self._device = weight.device
@@ -26,7 +26,7 @@ class TorchRunner:
     @torch.inference_mode()
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """See `Runner.step`."""
-        rows = [Rows(s.cached, torch.from_numpy(s.pages), len(s.ids)) for s in spans]
+        rows = [Rows(s.cached, [*map(torch.from_numpy, s.pages)], len(s.ids)) for s in spans]
         ids = torch.from_numpy(np.concatenate([span.ids for span in spans]))
         hidden = self._decoder(ids.to(self._device), Paged(self._pool, rows))
         ends = np.cumsum([len(span.ids) for span in spans])

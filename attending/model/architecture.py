@@ -87,6 +87,11 @@ class Architecture:
         return self.family == "baichuan_m1"
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows that layers have, None first, then ascending: the groups of cache pages."""
+        return tuple(sorted({spec.window for spec in self.layers}, key=lambda window: window or 0))
+
+    @property
     def qk_norm(self) -> bool:
         """RMSNorm over each head of Q and K before the rotation (Qwen3)."""
         return self.family == "qwen3"

@@ -1,9 +1,10 @@
 """Who sees whom: `Packed` for whole sequences, `Paged` for a cache that grows.
 
 Both answer the decoder's two questions (which raw K and V came before; what does attention give)
-and own all that differs between training, chunked prefill and decode. Baichuan-M1's raw K and V
-are part of the cache: one row per layer and page, the last one written, so that a continuation
-from any whole page (a shared prefix) or from the end is right.
+and own all that differs between training, chunked prefill and decode. Layers of one window share
+page numbers (a group, `Architecture.windows`); a page that left its group's window is never read.
+Baichuan-M1's raw K and V are part of the cache: one row per layer and page, the last one written,
+so that a continuation from any whole page (a shared prefix) or from the end is right.
 """
 
 import functools
@@ -104,34 +105,42 @@ def _varlen_attention() -> Callable[..., Tensor] | None:
 
 
 class PagePool:
-    """Keys and values of every layer, in pages of 64 tokens: [pages, K, 64, H] each.
+    """Keys and values of every layer, in pages of 64 tokens: [its group's pages, K, 64, H] each.
 
     M1 adds one raw K and one raw V row [pages, K, H] per page and layer.
     """
 
     def __init__(
-        self, arch: Architecture, num_pages: int, dtype: torch.dtype, device: str = "cpu"
+        self,
+        arch: Architecture,
+        num_pages: Sequence[int],
+        dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
-        """Allocate `num_pages` pages for all layers."""
-        self.num_pages = num_pages
+        """Allocate so many pages for the layers of each group."""
+        self.windows = arch.windows
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.raw_keys: list[Tensor] = []
         self.raw_values: list[Tensor] = []
         for spec in arch.layers:
-            shape = (num_pages, spec.num_kv_heads, PAGE_TOKENS, spec.head_dim)
+            count = num_pages[self.windows.index(spec.window)]
+            shape = (count, spec.num_kv_heads, PAGE_TOKENS, spec.head_dim)
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
             if arch.is_m1:
-                raw = (num_pages, spec.num_kv_heads, spec.head_dim)
+                raw = (count, spec.num_kv_heads, spec.head_dim)
                 self.raw_keys.append(torch.zeros(raw, dtype=dtype, device=device))
                 self.raw_values.append(torch.zeros(raw, dtype=dtype, device=device))
 
 
-def page_bytes(arch: Architecture, value_bytes: int) -> int:
-    """Memory of one page over all layers, raw rows included."""
+def page_bytes(arch: Architecture, value_bytes: int) -> tuple[int, ...]:
+    """Memory of one page of each group over the group's layers, raw rows included."""
     rows = PAGE_TOKENS + arch.is_m1
-    return sum(2 * s.num_kv_heads * s.head_dim * rows * value_bytes for s in arch.layers)
+    values = {window: 0 for window in arch.windows}
+    for spec in arch.layers:
+        values[spec.window] += 2 * spec.num_kv_heads * spec.head_dim * rows
+    return tuple(count * value_bytes for count in values.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +153,9 @@ class Rows:
 
     cached: int
     """Tokens already in the cache."""
-    pages: Tensor
-    """[P] int64, page numbers that hold slots 0 .. cached + count - 1, in order."""
+    pages: Sequence[Tensor]
+    """[P] int64 for each group, pages that hold slots 0 .. cached + count - 1, in order; anything
+    where a page lies wholly outside the group's window of every row."""
     count: int
     depths: tuple[int, ...] | None = None
     """Draft tree: position of each row minus `cached`."""
@@ -167,18 +177,23 @@ class Paged:
         self._ends = list(accumulate(row.count for row in rows))
         self._singles = [i for i, row in enumerate(rows) if row.count == 1 and not row.parents]
         self._pasts: dict[tuple[int | None, int], tuple[Tensor, Tensor]] = {}
-        self._writes: dict[int, Tensor] = {}
+        self._writes: dict[tuple[int | None, int], Tensor] = {}
         device = pool.keys[0].device
         self._row_positions = [_positions(row).to(device) for row in rows]
         self.positions = torch.cat(self._row_positions)
         slots = [torch.arange(row.cached, row.cached + row.count) for row in rows]
-        for row, slot in zip(rows, slots, strict=True):
-            if int(slot[-1]) >= len(row.pages) * PAGE_TOKENS:
-                raise ValueError(f"{len(row.pages)} pages cannot hold slot {int(slot[-1])}")
-        pages = [row.pages[slot // PAGE_TOKENS] for row, slot in zip(rows, slots, strict=True)]
-        self._pages = torch.cat(pages).to(device)
         self._offsets = (torch.cat(slots) % PAGE_TOKENS).to(device)
-        self._fresh = self._pages[self._offsets == 0]
+        self._tables: dict[int | None, list[Tensor]] = {}
+        self._pages: dict[int | None, Tensor] = {}
+        for group, window in enumerate(pool.windows):
+            tables = self._tables[window] = [row.pages[group] for row in rows]
+            for table, slot in zip(tables, slots, strict=True):
+                if int(slot[-1]) >= len(table) * PAGE_TOKENS:
+                    raise ValueError(f"{len(table)} pages cannot hold slot {int(slot[-1])}")
+            pages = [t[slot // PAGE_TOKENS] for t, slot in zip(tables, slots, strict=True)]
+            self._pages[window] = torch.cat(pages).to(device)
+        starts = self._offsets == 0
+        self._fresh = {window: pages[starts] for window, pages in self._pages.items()}
         if pool.raw_keys:
             self._prepare_raw(slots)
 
@@ -187,18 +202,18 @@ class Paged:
         raw_k, raw_v = self._pool.raw_keys[spec.index], self._pool.raw_values[spec.index]
         before = []
         for raw, new in ((raw_k, k), (raw_v, v)):
-            from_cache = raw[self._parent_pages].masked_fill(self._is_first, 0)
+            from_cache = raw[self._parent_pages[spec.window]].masked_fill(self._is_first, 0)
             from_step = new[self._parent_rows]
             before.append(torch.where(self._parent_in_cache, from_cache, from_step))
-            raw[self._pages[self._kept_rows]] = new[self._kept_rows]
+            raw[self._pages[spec.window][self._kept_rows]] = new[self._kept_rows]
         return before[0], before[1]
 
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v to their pages, then attend: single rows as one batch, others alone."""
-        slots = self._slots(spec.num_kv_heads)
+        slots, fresh = self._slots(spec.window, spec.num_kv_heads), self._fresh[spec.window]
         for pool, new in ((self._pool.keys, k), (self._pool.values, v)):
-            if len(self._fresh):  # unseen slots are multiplied by 0, which only numbers survive
-                pool[spec.index][self._fresh] = 0
+            if len(fresh):  # unseen slots are multiplied by 0, which only numbers survive
+                pool[spec.index][fresh] = 0
             pool[spec.index].flatten(0, 2).index_copy_(0, slots, new.flatten(0, 1))
         out = torch.empty_like(q)
         if self._singles:
@@ -207,7 +222,7 @@ class Paged:
         for index, row in enumerate(self._rows):
             if index not in self._singles:
                 mine = slice(self._ends[index] - row.count, self._ends[index])
-                out[mine] = self._one(spec, row, self._row_positions[index], q[mine])
+                out[mine] = self._one(spec, index, q[mine])
         return out
 
     def _batch(self, spec: LayerSpec, q: Tensor) -> Tensor:
@@ -228,23 +243,25 @@ class Paged:
         )
         return out.view(q.shape)
 
-    def _slots(self, kv_heads: int) -> Tensor:
+    def _slots(self, window: int | None, kv_heads: int) -> Tensor:
         """[T * K]: where each new row's heads go in a layer's pool seen as [pages * K * 64]."""
-        if kv_heads not in self._writes:
-            heads = torch.arange(kv_heads, device=self._pages.device)
-            blocks = self._pages[:, None] * kv_heads + heads
-            self._writes[kv_heads] = (blocks * PAGE_TOKENS + self._offsets[:, None]).flatten()
-        return self._writes[kv_heads]
+        if (window, kv_heads) not in self._writes:
+            blocks = self._pages[window][:, None] * kv_heads
+            blocks = blocks + torch.arange(kv_heads, device=blocks.device)
+            slots = (blocks * PAGE_TOKENS + self._offsets[:, None]).flatten()
+            self._writes[window, kv_heads] = slots
+        return self._writes[window, kv_heads]
 
     def _past(self, window: int | None, kv_heads: int) -> tuple[Tensor, Tensor]:
         """Of the single rows: the pool's blocks [B * K * P], and which slots are seen."""
         if (window, kv_heads) not in self._pasts:
             rows = [self._rows[index] for index in self._singles]
+            tables = [self._tables[window][index] for index in self._singles]
             firsts = [0 if window is None else max(0, r.cached + 1 - window) for r in rows]
             starts = [first // PAGE_TOKENS for first in firsts]
             used = [
-                row.pages[start : row.cached // PAGE_TOKENS + 1]
-                for row, start in zip(rows, starts, strict=True)
+                table[start : row.cached // PAGE_TOKENS + 1]
+                for table, row, start in zip(tables, rows, starts, strict=True)
             ]
             longest = max(map(len, used))  # a short one is padded with its own: never another's
             pages = torch.stack([p[torch.arange(longest).clamp(max=len(p) - 1)] for p in used])
@@ -258,11 +275,12 @@ class Paged:
             self._pasts[window, kv_heads] = blocks.flatten().to(device), mask
         return self._pasts[window, kv_heads]
 
-    def _one(self, spec: LayerSpec, row: Rows, positions: Tensor, q: Tensor) -> Tensor:
+    def _one(self, spec: LayerSpec, index: int, q: Tensor) -> Tensor:
+        row, positions = self._rows[index], self._row_positions[index]
         total = row.cached + row.count
         # Pages wholly before every row's window are not read; a row's depth is at least 0.
         first = 0 if spec.window is None else max(0, row.cached + 1 - spec.window) // PAGE_TOKENS
-        pages = row.pages[first : -(-total // PAGE_TOKENS)]
+        pages = self._tables[spec.window][index][first : -(-total // PAGE_TOKENS)]
         start = first * PAGE_TOKENS
         keys = _contiguous(self._pool.keys[spec.index], pages)[:, : total - start]
         values = _contiguous(self._pool.values[spec.index], pages)[:, : total - start]
@@ -283,21 +301,27 @@ class Paged:
 
     def _prepare_raw(self, slots: list[Tensor]) -> None:
         """Where each row's parent is, and which rows end a page or a sequence."""
-        parent_rows, parent_pages, in_cache, is_first, kept = [], [], [], [], []
+        parent_rows, in_cache, is_first, kept = [], [], [], []
         for row, slot, end in zip(self._rows, slots, self._ends, strict=True):
             base = end - row.count
             parents = row.parents or tuple(range(-1, row.count - 1))
-            last_page = int(row.pages[max(row.cached - 1, 0) // PAGE_TOKENS])
             for index, parent in enumerate(parents):
                 parent_rows.append(base + max(parent, 0))
-                parent_pages.append(last_page)
                 in_cache.append(parent < 0)
                 is_first.append(parent < 0 and row.cached == 0)
                 if int(slot[index]) % PAGE_TOKENS == PAGE_TOKENS - 1 or index == row.count - 1:
                     kept.append(base + index)
         device = self.positions.device
         self._parent_rows = torch.tensor(parent_rows, device=device)
-        self._parent_pages = torch.tensor(parent_pages, device=device)
+        self._parent_pages = {
+            window: torch.cat(
+                [
+                    table[max(row.cached - 1, 0) // PAGE_TOKENS].expand(row.count)
+                    for table, row in zip(tables, self._rows, strict=True)
+                ]
+            ).to(device)
+            for window, tables in self._tables.items()
+        }
         self._parent_in_cache = torch.tensor(in_cache, device=device)[:, None, None]
         self._is_first = torch.tensor(is_first, device=device)[:, None, None]
         self._kept_rows = torch.tensor(kept, device=device)

@@ -51,7 +51,7 @@ def test_greedy_text_equals_transformers(default_cache: Path, tmp_path: Path) ->
         prompts.append(model.tokenizer.render(messages))
         theirs = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert prompts[-1] == list(theirs)
-    answers = greedy_together(TorchRunner(model.decoder, 4 * len(prompts)), prompts)
+    answers = greedy_together(TorchRunner(model.decoder, (4 * len(prompts),)), prompts)
     greedy = model.sampling(temperature=0.0, max_tokens=16)
     said = [output.token for output in model.outputs(prompts[0], greedy)]
     assert said == answers[0][:16]
@@ -78,7 +78,7 @@ def greedy_together(runner: TorchRunner, prompts: list[list[int]]) -> list[list[
     cached = [0] * len(texts)
     for _ in range(ANSWER_TOKENS):
         spans = [
-            Span(np.array(text[done:]), done, table)
+            Span(np.array(text[done:]), done, (table,))
             for text, done, table in zip(texts, cached, pages, strict=True)
         ]
         cached = [len(text) for text in texts]

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from attending.engine.runner import Runner, Span
-from attending.engine.sampler import Sampling, Scored, draw, probabilities, score
+from attending.engine.sampler import Sampling, Scored, choose, score
 from attending.engine.scheduler import Output, Request, Scheduler
+from attending.engine.torch_runner import TorchRunner
 from attending.errors import AttendingError
 from attending.model.architecture import PAGE_TOKENS, Architecture, parse_config
 from attending.model.attend import Packed
@@ -46,8 +47,14 @@ def text(length: int, seed: int = 0, vocab: int = 50) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(vocab, size=length).tolist())
 
 
+def paged(model: Decoder, num_pages: int) -> TorchRunner:
+    """A runner with so many pages for each group of layers."""
+    return TorchRunner(model, [num_pages] * len(model.arch.windows))
+
+
 class Watched:
-    """A runner that notes its steps, and that no sequence writes to a page another one reads."""
+    """A runner that notes its steps; no sequence writes to a page another one reads, none is held
+    that its window has left behind, and none is given back that it still sees."""
 
     def __init__(self, runner: Runner) -> None:
         self.arch, self.num_pages, self._runner = runner.arch, runner.num_pages, runner
@@ -61,10 +68,18 @@ class Watched:
         self.steps.append(list(spans))
         for span in spans:
             assert len(span.ids) >= 1 and span.num_logits <= len(span.ids)
-            assert len(set(span.pages.tolist())) == len(span.pages)
-            written = set(span.pages[span.cached // PAGE_TOKENS :].tolist())
-            for other in spans:
-                assert other is span or written.isdisjoint(other.pages.tolist())
+            assert len(span.pages) == len(self.arch.windows)
+            for group, window in enumerate(self.arch.windows):
+                pages = span.pages[group]
+                assert len(pages) == -(-(span.cached + len(span.ids)) // PAGE_TOKENS)
+                seen = 0 if window is None else max(0, span.cached + 1 - window) // PAGE_TOKENS
+                if span.cached and window == 1:  # the last token's page is kept
+                    seen = (span.cached - 1) // PAGE_TOKENS
+                assert (pages[:seen] == -1).all() and (pages[seen:] >= 0).all()
+                assert len(set(pages[seen:].tolist())) == len(pages) - seen
+                written = set(pages[span.cached // PAGE_TOKENS :].tolist())
+                for other in spans:
+                    assert other is span or written.isdisjoint(other.pages[group].tolist())
         return self._runner.step(spans)
 
 
@@ -74,26 +89,43 @@ class Notebook:
     A page that is shared too early, given away while held or written twice changes the answer.
     """
 
-    def __init__(self, num_pages: int, vocab: int = 50) -> None:
-        self.arch: Architecture = parse_config(
-            {**CONFIG, "model_type": "llama", "vocab_size": vocab}
-        )
-        self.num_pages = num_pages
-        self._ids = np.full((num_pages, PAGE_TOKENS), -1)
+    def __init__(
+        self,
+        num_pages: int | tuple[int, ...],
+        vocab: int = 50,
+        windows: tuple[int | None, ...] = (None,),
+    ) -> None:
+        """`num_pages`: of each group, or all alike; `windows`: of the groups, None first."""
+        config = {**CONFIG, "model_type": "llama", "vocab_size": vocab, "num_hidden_layers": 1}
+        arch = parse_config(config)
+        layers = tuple(replace(arch.layers[0], window=window) for window in windows)
+        self.arch: Architecture = replace(arch, layers=layers)
+        counts = (num_pages,) * len(windows) if isinstance(num_pages, int) else num_pages
+        self.num_pages = counts
+        self._ids = [np.full((count, PAGE_TOKENS), -1) for count in counts]
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         for span in spans:
             slots = np.arange(span.cached, span.cached + len(span.ids))
-            self._ids[span.pages[slots // PAGE_TOKENS], slots % PAGE_TOKENS] = span.ids
+            for kept, pages in zip(self._ids, span.pages, strict=True):
+                kept[pages[slots // PAGE_TOKENS], slots % PAGE_TOKENS] = span.ids
         rows = []
         for span in spans:
             end = span.cached + len(span.ids)
-            held = self._ids[span.pages].ravel()
-            rows += [self.row(held[: at + 1]) for at in range(end - span.num_logits, end)]
+            held = [k[p].ravel() for k, p in zip(self._ids, span.pages, strict=True)]
+            rows += [
+                self._row([ids[: at + 1] for ids in held])
+                for at in range(end - span.num_logits, end)
+            ]
         return np.stack(rows) if rows else np.zeros((0, self.arch.vocab_size), np.float32)
 
     def row(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        rng = np.random.default_rng(zlib.crc32(np.asarray(ids, dtype=np.int64).tobytes()))
+        return self._row([np.asarray(ids, dtype=np.int64)] * len(self.arch.windows))
+
+    def _row(self, held: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """What each group sees decides; the window of a text's last token."""
+        seen = [i[-(w or len(i)) :] for i, w in zip(held, self.arch.windows, strict=True)]
+        rng = np.random.default_rng(zlib.crc32(np.concatenate([*seen, [len(held[0])]]).tobytes()))
         return rng.standard_normal(self.arch.vocab_size, dtype=np.float32) * 2
 
 
@@ -157,8 +189,7 @@ def plainly(rows: Rows, request: Request, context: int) -> Told:
     limit = context if wanted is None else min(context, len(ids) + wanted)
     while len(ids) < limit:
         row = rows(ids)[-1]
-        chances = probabilities(row, request.sampling, ids, len(request.ids))
-        ids.append(draw(chances, rng))
+        ids.append(choose(row, request.sampling, ids, rng.random(), len(request.ids)))
         told.tokens.append(ids[-1])
         if request.num_top is not None:
             told.scores.append(score(row, ids[-1], request.num_top))

@@ -1,17 +1,34 @@
 """The distribution a token is drawn from: by hand, and equal to transformers' own filters."""
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from attending.engine.sampler import Sampling, draw, probabilities, score
-from attending.errors import CheckpointError, ConfigError
+from attending.engine.sampler import Sampling, candidates, choose, draw, score
+from attending.errors import CheckpointError, ConfigError, UsageError
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.125], dtype=np.float32))
+
+
+def probabilities(
+    row: NDArray[np.float32],
+    sampling: Sampling,
+    history: Sequence[int],
+    num_prompt: int = 0,
+    allowed: NDArray[np.bool_] | None = None,
+) -> NDArray[np.float64]:
+    ids, mass = candidates(row, sampling, history, num_prompt, allowed)
+    dense = np.zeros(row.size)
+    dense[np.asarray(ids)] = mass / mass.sum(dtype=np.float64)
+    assert np.all(np.diff(ids) > 0)  # a draw walks them in the vocabulary's order
+    return dense
 
 
 def distribution(history: tuple[int, ...] = (), **options: object) -> list[float]:
@@ -82,18 +99,60 @@ def test_the_filters_equal_transformers(
 
 def test_draws_follow_the_distribution_and_the_seed() -> None:
     mass = np.array([0.5, 0.0, 0.3, 0.2])
+    row = np.log(mass, out=np.full(4, -np.inf), where=mass > 0).astype(np.float32)
     rng = np.random.default_rng(7)
-    counts = np.bincount([draw(mass, rng) for _ in range(20_000)], minlength=4)
+    warm = Sampling(temperature=1.0)
+    counts = np.bincount([choose(row, warm, (), rng.random()) for _ in range(20_000)], minlength=4)
     assert counts[1] == 0
     # Five standard deviations of a binomial.
     assert np.all(np.abs(counts - 20_000 * mass) <= 5 * np.sqrt(20_000 * mass * (1 - mass)) + 1e-9)
-    again = [[draw(mass, np.random.default_rng(seed)) for _ in range(1)] for seed in (1, 1)]
-    assert again[0] == again[1]
+
+
+def test_draws_from_many_blocks_follow_the_distribution() -> None:
+    row = np.random.default_rng(5).standard_normal(1500).astype(np.float32) * 2
+    mass = probabilities(row, Sampling(temperature=1.3), ())
+    rng = np.random.default_rng(9)
+    drawn = [choose(row, Sampling(temperature=1.3), (), rng.random()) for _ in range(30_000)]
+    groups = np.add.reduceat(mass, np.arange(0, 1500, 50))
+    counts = np.bincount(np.array(drawn) // 50, minlength=30)
+    squares = ((counts - 30_000 * groups) ** 2 / (30_000 * groups)).sum()
+    assert 5.0 < squares < 75.0  # chi squared with 29 degrees: beyond these one in a million
 
 
 def test_logits_that_are_not_numbers_stop_the_answer() -> None:
     with pytest.raises(CheckpointError, match="not numbers"):
-        probabilities(np.array([0.0, np.nan], dtype=np.float32), Sampling(), ())
+        choose(np.array([0.0, np.nan], dtype=np.float32), Sampling(), (), 0.5)
+    for rows in ([np.inf, 0.0], [-np.inf, -np.inf], [np.nan, np.inf]):
+        for sampling in (Sampling(temperature=0.0), Sampling(top_p=0.9), Sampling(top_k=1)):
+            with pytest.raises(CheckpointError, match="not numbers"):
+                choose(np.array(rows, dtype=np.float32), sampling, (), 0.5)
+    with pytest.raises(CheckpointError, match="not numbers"):
+        score(np.array([0.0, np.nan], dtype=np.float32), 0, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_options_that_leave_nothing_fail_and_those_that_leave_one_token_take_it(
+    temperature: float,
+) -> None:
+    row = np.array([1.0, 2.0, 3.0], dtype=np.float32)
+    never = Sampling(temperature=temperature, logit_bias=((1, -math.inf), (2, -math.inf)))
+    assert choose(row, never, (), 0.999) == 0
+    with pytest.raises(UsageError, match="no token may follow"):
+        choose(row, never, (), 0.5, 0, np.array([False, True, True]))
+    with pytest.raises(UsageError, match="no token may follow"):
+        choose(row, Sampling(temperature=temperature), (), 0.5, 0, np.zeros(3, dtype=np.bool_))
+    assert choose(row, never.replace(logit_bias=((0, 1e300),)), (), 0.999) == 0
+    nothing = never.replace(logit_bias=tuple((i, -math.inf) for i in range(3)))
+    with pytest.raises(UsageError, match="leave no token") if temperature else nullcontext():
+        choose(row, nothing, (), 0.5)
+
+
+def test_a_temperature_next_to_zero_is_zero() -> None:
+    row = np.array([1.0, 3.0, 2.999, -3e38, -np.inf], dtype=np.float32)
+    for temperature in (1e-5, 1e-40, 5e-324):
+        for options in ({}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 2}):
+            sampling = Sampling.build({"temperature": temperature, **options})
+            assert choose(row, sampling, (), 0.999) == 1
 
 
 @pytest.mark.parametrize(
@@ -115,17 +174,37 @@ def test_bad_options_name_themselves(options: dict[str, object], message: str) -
         Sampling.build(options)
 
 
+def oracle(
+    scores: Sequence[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> NDArray[np.float64]:
+    """By a full sort in Python's numbers; not where a border is met within rounding."""
+    scaled = [x / temperature for x in scores]
+    ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: top_k or None]
+    weights = {i: math.exp(scaled[i] - max(scaled)) for i in ranked}
+    total = math.fsum(weights.values())
+    kept, before = [], 0.0
+    for i in ranked:
+        assume(top_p == 1 or abs(before - top_p) > 1e-6)
+        assume(min_p in (0, 1) or abs(weights[i] - min_p) > 1e-6)
+        if (top_p == 1 or before < top_p) and weights[i] >= min_p:
+            kept.append(i)
+        before += weights[i] / total
+    mass = np.zeros(len(scores))
+    mass[kept] = [weights[i] for i in kept]
+    return mass / mass.sum()
+
+
 @settings(max_examples=300, deadline=None)
 @given(
-    # Few values, so that many tie; more tokens than the nucleus first looks at.
-    logits=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=300),
+    # Few values, so that many tie; more tokens than there are in a block.
+    logits=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=600),
     temperature=st.sampled_from([0.3, 1.0, 2.5]),
     top_k=st.sampled_from([0, 1, 2, 5, 63, 64, 65, 299, 400]),
     top_p=st.sampled_from([1.0, 0.01, 0.3, 0.5, 0.9, 0.999]),
     min_p=st.sampled_from([0.0, 0.2, 1.0]),
     is_masked=st.booleans(),
 )
-def test_filters_by_partition_equal_filters_by_a_full_sort(
+def test_filters_by_threshold_equal_filters_by_a_full_sort_where_many_tie(
     logits: list[float],
     temperature: float,
     top_k: int,
@@ -136,30 +215,44 @@ def test_filters_by_partition_equal_filters_by_a_full_sort(
     row = np.array(logits, dtype=np.float32)
     allowed = np.arange(row.size) % 3 != 1 if is_masked else None
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scores = [-math.inf if is_masked and i % 3 == 1 else x for i, x in enumerate(logits)]
+    wanted = oracle(scores, temperature, top_k, top_p, min_p)
     found = probabilities(row, sampling, (), allowed=allowed)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-12)
 
-    scores = [
-        -math.inf if is_masked and i % 3 == 1 else x / temperature for i, x in enumerate(logits)
-    ]
-    ranked = sorted(range(row.size), key=lambda i: (-scores[i], i))[: top_k or None]
-    total = math.fsum(math.exp(scores[i]) for i in ranked)
-    mass = {i: math.exp(scores[i]) / total for i in ranked}
-    kept, before = [], 0.0
-    for i in ranked:
-        # Where a sum meets the border within rounding, either side is right.
-        if top_p < 1 and abs(before - top_p) < 1e-12:
-            return
-        if top_p == 1 or before < top_p:
-            kept.append(i)
-        before += mass[i]
-    likeliest = mass[ranked[0]]
-    if min_p < 1:
-        kept = [i for i in kept if mass[i] >= min_p * likeliest]
-    else:
-        kept = [i for i in kept if mass[i] == likeliest]
-    wanted = np.zeros(row.size)
-    wanted[kept] = [mass[i] for i in kept]
-    np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-9, atol=1e-15)
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([2, 255, 256, 257, 2047, 2048, 5000]),
+    scale=st.sampled_from([0.01, 1.0, 3.0, 12.0]),
+    temperature=st.floats(0.2, 2.5),
+    top_k=st.sampled_from([0, 0, 1, 20, 500, 1024, 1300]),
+    top_p=st.sampled_from([1.0, 1e-9, 0.3, 0.9, 0.95, 0.9999, 1 - 1e-9]),
+    min_p=st.sampled_from([0.0, 0.0, 1e-6, 0.05, 1.0]),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_the_same_number_draws_the_token_of_an_oracle(
+    seed: int,
+    size: int,
+    scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    uniform: float,
+) -> None:
+    row = (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
+    row[:: size // 2 + 1] = -np.inf
+    row[1::7] = row[1]  # ties
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    edges = np.cumsum(oracle(row.tolist(), temperature, top_k, top_p, min_p))
+    token = choose(row, sampling, (), uniform)
+    below = edges[token - 1] if token else 0.0
+    assert below - 1e-6 <= uniform <= edges[token] + 1e-6
+    assert edges[token] > below
+    cold = sampling.replace(temperature=0.0)
+    assert choose(row, cold, (), uniform) == row.tolist().index(max(row.tolist()))
 
 
 def test_more_ties_than_the_nucleus_first_looks_at() -> None:
@@ -192,7 +285,7 @@ def test_penalties_and_biases_by_hand() -> None:
     assert logs(
         repetition_penalty=2.0, presence_penalty=1.0, logit_bias=((3, 4.0), (0, -3.0), (0, 1.0))
     ) == pytest.approx([-2 - 1 - 2, 1 - 1 - 2, -2 - 1 - 2, 0])
-    assert logs(logit_bias=((2, 100.0),))[2] == pytest.approx(99.0)
+    assert logs(logit_bias=((2, 50.0),))[2] == pytest.approx(49.0)
 
 
 def test_only_what_a_grammar_allows_is_taken_whatever_the_bias() -> None:
@@ -214,12 +307,14 @@ def test_temperature_zero_takes_the_first_of_the_likeliest_after_penalties() -> 
     assert probabilities(row, shy, [1], 1).tolist() == [0, 1, 0]
 
 
-def test_a_draw_takes_one_number_and_never_a_token_without_mass() -> None:
+def test_a_draw_never_takes_a_token_without_mass() -> None:
     mass = np.array([0.0, 0.25, 0.0, 0.75, 0.0])
-    rng, twin = np.random.default_rng(3), np.random.default_rng(3)
-    for _ in range(200):
-        assert draw(mass, rng) == (1 if twin.random() < 0.25 else 3)
-    assert rng.random() == twin.random()
+    for uniform in (0.0, 0.1, 0.25 - 1e-9, 0.25, 0.3, 1 - 2**-53):
+        assert draw(mass, uniform) == (1 if uniform < 0.25 else 3)
+    wide = np.zeros(1000, dtype=np.float32)
+    wide[[300, 700, 701, 999]] = 0.25
+    ends = [0.0, 0.25, 0.5, 0.75, 1 - 2**-53]
+    assert [draw(wide, uniform) for uniform in ends] == [300, 700, 701, 999, 999]
 
 
 @settings(max_examples=100, deadline=None)
@@ -236,12 +331,23 @@ def test_a_score_is_the_logarithm_of_the_softmax(
     found = score(row, token, num_top)
     total = math.log(math.fsum(math.exp(x) for x in row.tolist()))
     assert found.id == token
-    assert found.logprob == pytest.approx(logits[token] - total, abs=1e-9)
+    assert found.logprob == pytest.approx(logits[token] - total, abs=1e-6)
     assert found.rank == 1 + sum(x > logits[token] for x in logits)
     ranked = sorted(range(row.size), key=lambda i: (-logits[i], i))[:num_top]
     assert [i for i, _ in found.top] == ranked
-    assert [v for _, v in found.top] == pytest.approx([logits[i] - total for i in ranked], abs=1e-9)
+    assert [v for _, v in found.top] == pytest.approx([logits[i] - total for i in ranked], abs=1e-6)
     np.testing.assert_array_equal(row, np.array(logits, dtype=np.float32))  # not written to
+
+
+def test_a_score_of_a_whole_vocabulary_is_exact_to_a_millionth() -> None:
+    row = np.random.default_rng(2).standard_normal(50_000).astype(np.float32) * 3
+    wide = row.astype(np.float64)
+    logprobs = wide - wide.max() - math.log(math.fsum(np.exp(wide - wide.max())))
+    found = score(row, 17, 300)
+    assert found.logprob == pytest.approx(logprobs[17], abs=1e-6)
+    ranked = np.argsort(-wide, kind="stable")[:300]
+    assert [i for i, _ in found.top] == ranked.tolist()
+    assert [v for _, v in found.top] == pytest.approx(logprobs[ranked].tolist(), abs=1e-6)
 
 
 def test_a_score_of_huge_logits_does_not_overflow() -> None:

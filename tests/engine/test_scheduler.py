@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import SCORED_ROWS, Request, Scheduler
-from attending.engine.torch_runner import TorchRunner
 from attending.errors import CheckpointError, ContextError, UsageError
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.attend import Packed
@@ -23,6 +22,7 @@ from tests.engine.serving import (
     Watched,
     assert_same,
     decoder,
+    paged,
     plainly,
     rows_of,
     serve,
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_conversation_that_goes_on_equals_one_from_scratch(family: str) -> None:
     model = decoder(family)
-    scheduler = Scheduler(TorchRunner(model, num_pages=8))
+    scheduler = Scheduler(paged(model, 8))
     prompt = text(100)
     for more in ((), (3, 1, 4), (1, 5)):
         # Each turn repeats what was said; the last one departs from it in the middle.
@@ -52,7 +52,7 @@ def test_a_conversation_that_goes_on_equals_one_from_scratch(family: str) -> Non
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_gives_others() -> None:
-    scheduler = Scheduler(TorchRunner(decoder("qwen3"), num_pages=8))
+    scheduler = Scheduler(paged(decoder("qwen3"), 8))
     first, second, other, free, freer = (
         told.tokens
         for told in serve(
@@ -118,7 +118,7 @@ def test_ids_that_the_vocabulary_does_not_have_are_refused(
 
 
 def test_the_repetition_penalty_sees_prompt_and_answer() -> None:
-    scheduler = Scheduler(TorchRunner(decoder("llama"), num_pages=8))
+    scheduler = Scheduler(paged(decoder("llama"), 8))
     harsh = Sampling(temperature=0.0, repetition_penalty=10.0, max_tokens=20)
     (told,) = serve(scheduler, Request(tuple(range(25)), harsh))
     assert len({*range(25), *told.tokens}) == 45  # 50 in all: nothing said twice
@@ -147,7 +147,7 @@ def test_whole_pages_of_a_beginning_are_found_but_never_the_whole_prompt(
     family: str, length: int
 ) -> None:
     model = decoder(family)
-    runner = Watched(TorchRunner(model, num_pages=8))
+    runner = Watched(paged(model, 8))
     scheduler = Scheduler(runner)
     request = Request(text(length), GREEDY.replace(max_tokens=3), num_top=2)
     (first,) = serve(scheduler, request)
@@ -229,7 +229,7 @@ def test_a_prompt_that_is_scored_is_computed_anew_and_still_shared_afterwards() 
 
 def test_a_long_prompt_is_read_beside_the_answers_and_does_not_starve_them() -> None:
     model = decoder("baichuan_m1")
-    runner = Watched(TorchRunner(model, num_pages=16))
+    runner = Watched(paged(model, 16))
     scheduler = Scheduler(runner, step_tokens=30)
     answers = [Request(text(5, seed=s), GREEDY) for s in range(3)]
     told = {scheduler.submit(request): Told() for request in answers}
@@ -281,7 +281,7 @@ def test_more_answers_than_a_step_has_room_for_all_end() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_the_same_when_pages_run_out(family: str) -> None:
     model = decoder(family)
-    scheduler = Scheduler(Watched(TorchRunner(model, num_pages=4)), step_tokens=90)
+    scheduler = Scheduler(Watched(paged(model, 4)), step_tokens=90)
     requests = [
         # Each is let in with two pages and comes to need three.
         Request(text(20, seed=s), Sampling(temperature=t, seed=s, max_tokens=115), num_top=2)
@@ -326,9 +326,15 @@ def test_scoring_that_is_cut_off_begins_again() -> None:
         assert_same(got, plainly(rows, request, 448))
 
 
-def test_two_thousand_requests_with_cancellations_leave_nothing_behind() -> None:
+@pytest.mark.parametrize(
+    ("windows", "num_pages"),
+    [((None,), (6,)), ((None, 70), (6, 4)), ((None, 1, 65), (6, 5, 5)), ((130,), (5,))],
+)
+def test_two_thousand_requests_with_cancellations_leave_nothing_behind(
+    windows: tuple[int | None, ...], num_pages: tuple[int, ...]
+) -> None:
     rng = np.random.default_rng(11)
-    runner = Notebook(num_pages=6, vocab=11)
+    runner = Notebook(num_pages, vocab=11, windows=windows)
     scheduler = Scheduler(Watched(runner), max_running=6, step_tokens=70)
     beginnings = [text(140, seed=s, vocab=11) for s in range(3)]
     told: dict[int, tuple[Request, Told]] = {}
@@ -365,10 +371,11 @@ def test_two_thousand_requests_with_cancellations_leave_nothing_behind() -> None
     pages = scheduler.pages
     assert cancelled > 100 and answered > 1000 and scheduler.counters.preempted > 0
     assert scheduler.counters.cancelled == cancelled
-    assert pages.num_available == pages.num_pages == 6
-    assert not any(pages._holders)
-    assert len(pages._free) + len(pages._idle) == len({*pages._free, *pages._idle}) == 6
-    assert len(pages._key_of) == len(pages._page_of) == len(pages._idle)
+    assert pages.num_available == pages.num_pages == sum(num_pages)
+    for group, count in zip(pages.groups, num_pages, strict=True):
+        assert not any(group._holders)
+        assert len(group._free) + len(group._idle) == len({*group._free, *group._idle}) == count
+        assert len(group._key_of) == len(group._page_of) == len(group._idle)
     assert not scheduler._running and not scheduler._waiting
 
 
@@ -411,7 +418,7 @@ def test_cancelled_requests_say_nothing_more_and_give_everything_back() -> None:
 
 def test_leaving_an_answer_in_the_middle_does_not_disturb_the_next() -> None:
     model = decoder("baichuan_m1")
-    scheduler = Scheduler(TorchRunner(model, num_pages=8))
+    scheduler = Scheduler(paged(model, 8))
     request = Request(tuple(range(40)) * 2, GREEDY)
     handle = scheduler.submit(request)
     for _ in range(3):
@@ -429,7 +436,7 @@ def test_leaving_an_answer_in_the_middle_does_not_disturb_the_next() -> None:
 @pytest.mark.parametrize("length", [1, 2, 128, 129, 200])
 def test_prompt_scores_are_log_softmax_of_an_uncached_forward(family: str, length: int) -> None:
     model = decoder(family)
-    runner = Watched(TorchRunner(model, num_pages=8))
+    runner = Watched(paged(model, 8))
     ids = text(length)
     (told,) = serve(Scheduler(runner), Request(ids, Sampling(max_tokens=0), num_prompt_top=3))
     assert told.tokens == [] and told.finish == "length"
@@ -452,7 +459,7 @@ def test_an_answers_scores_are_the_models_own_before_any_filter() -> None:
     model = decoder("qwen3")
     bent = Sampling(temperature=0.0, top_k=1, logit_bias=((7, 99.0),), max_tokens=4)
     request = Request(text(70), bent, num_top=2, num_prompt_top=0)
-    (told,) = serve(Scheduler(TorchRunner(model, num_pages=4)), request)
+    (told,) = serve(Scheduler(paged(model, 4)), request)
     assert told.tokens == [7] * 4
     with torch.no_grad():
         ids = [*request.ids, *told.tokens]

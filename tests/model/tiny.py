@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from attending.model.architecture import Architecture, parse_config
+from attending.model.architecture import PAGE_TOKENS, Architecture, parse_config
+from attending.model.attend import PagePool
 from attending.model.decoder import Decoder
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -29,6 +30,7 @@ ROPES: dict[str, dict[str, Any]] = {
         "truncate": False,
     },
 }
+WINDOWS = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 100, 130]))
 FAMILIES = ("llama", "qwen2", "qwen3", "baichuan_m1")
 
 
@@ -61,7 +63,7 @@ def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
     if family != "llama":
         config |= {
             "use_sliding_window": draw(st.booleans()),
-            "sliding_window": draw(st.integers(1, 9)),
+            "sliding_window": draw(WINDOWS),
             "max_window_layers": draw(st.integers(0, layers)),
         }
     if family != "qwen2":
@@ -80,7 +82,7 @@ def _m1(draw: st.DrawFn, heads: int, layers: int) -> dict[str, Any]:
     return {
         "num_swa_attention_heads": heads * draw(st.sampled_from([1, 2])),
         "num_swa_key_value_heads": swa_kv,
-        "sliding_window": draw(st.integers(1, 9)),
+        "sliding_window": draw(WINDOWS),
         "sliding_window_layers": sorted(sliding),
         "conv_window": 2,
     }
@@ -97,3 +99,19 @@ def build(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.floa
             if weight.dim() == 1:
                 weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
     return decoder.to(dtype).eval()
+
+
+def pool_of(decoder: Decoder, num_pages: int) -> PagePool:
+    """So many pages for each group of layers."""
+    return PagePool(decoder.arch, [num_pages] * len(decoder.arch.windows), torch.float64)
+
+
+def tables(arch: Architecture, pages: torch.Tensor, cached: int) -> list[torch.Tensor]:
+    """A table of each group, every one in another order; -1 where its window sees nothing."""
+    found = []
+    for group, window in enumerate(arch.windows):
+        table = pages.roll(group)
+        if window is not None:  # the last token's page stays: M1 goes on from its raw row
+            table[: max(0, cached + 1 - max(window, 2)) // PAGE_TOKENS] = -1
+        found.append(table)
+    return found

@@ -14,21 +14,23 @@ from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
 from attending.engine.torch_runner import TorchRunner
 from attending.model.architecture import PAGE_TOKENS
-from attending.model.attend import Packed, Paged, PagePool, Rows
+from attending.model.attend import Packed, Paged, Rows
 from tests.engine.serving import (
     BORDERS,
     Notebook,
     Told,
     Watched,
     assert_same,
+    paged,
     plainly,
     rows_of,
     serve,
     text,
 )
-from tests.model.tiny import FAMILIES, build, configs
+from tests.model.tiny import FAMILIES, build, configs, pool_of, tables
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+SPANS = (1, 2, 5, 63, 64, 65, 100, 128, 130, 200)
 penalties = st.sampled_from([0.0, -1.0, 0.5, 2.0])
 
 
@@ -51,15 +53,15 @@ def samplings(draw: st.DrawFn, vocab: int) -> Sampling:
 
 
 @st.composite
-def crowds(draw: st.DrawFn, vocab: int) -> list[tuple[int, Request]]:
+def crowds(draw: st.DrawFn, vocab: int, longest: int = 140) -> list[tuple[int, Request]]:
     """Requests with the step each arrives before; many begin alike."""
-    lengths = st.one_of(st.sampled_from(BORDERS), st.integers(1, 140))
+    lengths = st.one_of(st.sampled_from(BORDERS), st.integers(1, longest))
     crowd = []
     for _ in range(draw(st.integers(2, 6))):
         length = draw(lengths)
-        shared = draw(st.sampled_from([0, 1, *BORDERS, 140]))
+        shared = draw(st.sampled_from([0, 1, *BORDERS, longest]))
         own = text(length, seed=draw(st.integers(0, 2)), vocab=vocab)
-        ids = (text(140, seed=9, vocab=vocab)[:shared] + own)[:length]
+        ids = (text(longest, seed=9, vocab=vocab)[:shared] + own)[:length]
         request = Request(
             ids,
             draw(samplings(vocab)),
@@ -109,7 +111,7 @@ def test_every_request_in_a_crowd_is_answered_as_if_it_were_alone(
     crowd = data.draw(crowds(config["vocab_size"]))
     most_tokens = data.draw(st.sampled_from([7, 64, 100, 256]))
     scheduler = Scheduler(
-        Watched(TorchRunner(model, num_pages=data.draw(st.integers(3, 14)))),
+        Watched(paged(model, data.draw(st.integers(3, 14)))),
         max_running=data.draw(st.sampled_from([1, 2, 32])),
         step_tokens=most_tokens,
     )
@@ -119,11 +121,57 @@ def test_every_request_in_a_crowd_is_answered_as_if_it_were_alone(
         assert_same(got, plainly(rows, request, scheduler.context))
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "baichuan_m1"])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_a_crowd_that_leaves_its_windows_behind_is_answered_as_if_each_were_alone(
+    family: str, data: st.DataObject
+) -> None:
+    window, layers = data.draw(st.sampled_from(SPANS)), data.draw(st.integers(1, 3))
+    config = data.draw(configs(family)) | {
+        "max_position_embeddings": 512,
+        "num_hidden_layers": layers,
+        "sliding_window": window,
+        "sliding_window_layers": sorted(data.draw(st.sets(st.integers(0, layers - 1)))),
+        "use_sliding_window": True,
+        "max_window_layers": data.draw(st.integers(0, layers - 1)),
+    }
+    model = build(config, dtype=torch.float64)
+    crowd = data.draw(crowds(config["vocab_size"], longest=330))
+    most_tokens = data.draw(st.sampled_from([7, 64, 100, 256]))
+    num_pages = [
+        data.draw(st.integers(6, 14)) if kind is None else data.draw(pages_of(kind))
+        for kind in model.arch.windows
+    ]
+    scheduler = Scheduler(
+        Watched(TorchRunner(model, num_pages)),
+        max_running=data.draw(st.sampled_from([2, 32])),
+        step_tokens=most_tokens,
+    )
+    rows = rows_of(model)
+    told = arrive(scheduler, crowd, most_tokens)
+    for got, (_, request) in zip(told, crowd, strict=True):
+        assert_same(got, plainly(rows, request, scheduler.context))
+
+
+def pages_of(window: int) -> st.SearchStrategy[int]:
+    """From the least that a sequence can go on with."""
+    least = -(-max(window - 1, 1) // PAGE_TOKENS) + 1
+    return st.integers(least, least + 6)
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_every_answer_is_a_function_of_its_own_text(data: st.DataObject) -> None:
     """Many more crowds, over pages that hold nothing but the text: see `Notebook`."""
-    notebook = Notebook(num_pages=data.draw(st.integers(3, 9)), vocab=20)
+    drawn = sorted(data.draw(st.sets(st.sampled_from(SPANS), max_size=2)))
+    full = () if drawn and data.draw(st.booleans()) else (None,)
+    windows = (*full, *drawn)
+    num_pages = tuple(
+        data.draw(st.integers(3, 9)) if window is None else data.draw(pages_of(window))
+        for window in windows
+    )
+    notebook = Notebook(num_pages, vocab=20, windows=windows)
     most_tokens = data.draw(st.sampled_from([1, 7, 64, 100]))
     scheduler = Scheduler(
         Watched(notebook),
@@ -161,20 +209,20 @@ def test_single_rows_of_any_lengths_as_one_batch_equal_one_by_one(
     )
     generator = torch.Generator().manual_seed(5)
     texts = [torch.randint(config["vocab_size"], (n,), generator=generator) for n in lengths]
-    pool = PagePool(model.arch, 4 * len(texts), torch.float64)
+    pool = pool_of(model, 4 * len(texts))
     for kept in (pool.keys, pool.values, pool.raw_keys, pool.raw_values):
         for layer in kept:  # what others left behind
             layer.normal_(generator=generator)
     order = torch.randperm(4 * len(texts), generator=generator)
-    tables = [order[4 * i : 4 * i + -(-n // PAGE_TOKENS)] for i, n in enumerate(lengths)]
+    orders = [order[4 * i : 4 * i + -(-n // PAGE_TOKENS)] for i, n in enumerate(lengths)]
     # All but the last token are there; one text in some batches is read whole beside the others.
     whole = data.draw(st.integers(-1, len(texts) - 1))
     rows = []
-    for index, (ids, table) in enumerate(zip(texts, tables, strict=True)):
+    for index, (ids, table) in enumerate(zip(texts, orders, strict=True)):
         done = 0 if index == whole else len(ids) - 1
         if done:
-            model(ids[:done], Paged(pool, [Rows(0, table, done)]))
-        rows.append(Rows(done, table, len(ids) - done))
+            model(ids[:done], Paged(pool, [Rows(0, tables(model.arch, table, 0), done)]))
+        rows.append(Rows(done, tables(model.arch, table, done), len(ids) - done))
     new = torch.cat([ids[row.cached :] for ids, row in zip(texts, rows, strict=True)])
     together = model.logits(model(new, Paged(pool, rows)))
     alone = [

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attending.model.architecture import PAGE_TOKENS
-from attending.model.attend import Packed, Paged, PagePool, Rows
+from attending.model.attend import Packed, Paged, Rows
 from attending.model.decoder import Decoder
-from tests.model.tiny import FAMILIES, build, configs
+from tests.model.tiny import FAMILIES, build, configs, pool_of, tables
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -30,11 +30,11 @@ def test_any_chunking_equals_one_forward(family: str, data: st.DataObject) -> No
     total = data.draw(st.integers(1, 3 * PAGE_TOKENS))
     cuts = data.draw(st.sets(st.integers(1, total), max_size=6)) | {total}
     ids = torch.randint(config["vocab_size"], (total,), generator=torch.Generator().manual_seed(1))
-    pool = PagePool(decoder.arch, 4, torch.float64)
+    pool = pool_of(decoder, 4)
     pages = torch.tensor([2, 0, 3])  # not in order: the table is what counts
     parts = []
     for start, end in itertools.pairwise([0, *sorted(cuts)]):
-        attend = Paged(pool, [Rows(start, pages, end - start)])
+        attend = Paged(pool, [Rows(start, tables(decoder.arch, pages, start), end - start)])
         parts.append(decoder.logits(decoder(ids[start:end], attend)))
     torch.testing.assert_close(torch.cat(parts), uncached(decoder, ids), **CLOSE)
 
@@ -51,14 +51,14 @@ def test_a_mixed_batch_equals_one_by_one(family: str, data: st.DataObject) -> No
     texts = [torch.randint(config["vocab_size"], (n,), generator=generator) for n in lengths]
     # One step in which some sequences decode one token and others prefill the whole.
     cached = [data.draw(st.sampled_from([0, n - 1, n // 2])) for n in lengths]
-    pool = PagePool(decoder.arch, 2 * len(texts), torch.float64)
-    tables = [torch.tensor([2 * i + 1, 2 * i]) for i in range(len(texts))]
-    for text, done, table in zip(texts, cached, tables, strict=True):
+    pool = pool_of(decoder, 2 * len(texts))
+    orders = [torch.tensor([2 * i + 1, 2 * i]) for i in range(len(texts))]
+    for text, done, table in zip(texts, cached, orders, strict=True):
         if done:
-            decoder(text[:done], Paged(pool, [Rows(0, table, done)]))
+            decoder(text[:done], Paged(pool, [Rows(0, tables(decoder.arch, table, 0), done)]))
     rows = [
-        Rows(done, table, len(text) - done)
-        for text, done, table in zip(texts, cached, tables, strict=True)
+        Rows(done, tables(decoder.arch, table, done), len(text) - done)
+        for text, done, table in zip(texts, cached, orders, strict=True)
     ]
     new = torch.cat([text[done:] for text, done in zip(texts, cached, strict=True)])
     together = decoder.logits(decoder(new, Paged(pool, rows)))
@@ -95,10 +95,12 @@ def test_a_prefix_shared_by_whole_pages_continues_as_its_own(
         torch.randint(config["vocab_size"], (n,), generator=generator)
         for n in (PAGE_TOKENS, 30, 50)
     )
-    pool = PagePool(decoder.arch, 3, torch.float64)
-    decoder(torch.cat((prefix, one)), Paged(pool, [Rows(0, torch.tensor([0, 1]), 94)]))
+    pool = pool_of(decoder, 3)
+    groups = len(decoder.arch.windows)
+    first, second = torch.tensor([0, 1]), torch.tensor([0, 2])
+    decoder(torch.cat((prefix, one)), Paged(pool, [Rows(0, [first] * groups, 94)]))
     # The second text takes page 0 as it is and writes to a page of its own.
-    attend = Paged(pool, [Rows(PAGE_TOKENS, torch.tensor([0, 2]), 50)])
+    attend = Paged(pool, [Rows(PAGE_TOKENS, [second] * groups, 50)])
     continued = decoder.logits(decoder(two, attend))
     whole = uncached(decoder, torch.cat((prefix, two)))[PAGE_TOKENS:]
     torch.testing.assert_close(continued, whole, **CLOSE)
@@ -122,9 +124,11 @@ def test_every_branch_of_a_draft_tree_equals_its_own_sequence(
     generator = torch.Generator().manual_seed(5)
     text = torch.randint(config["vocab_size"], (past,), generator=generator)
     tree = torch.randint(config["vocab_size"], (size,), generator=generator)
-    pool, pages = PagePool(decoder.arch, 2, torch.float64), torch.tensor([1, 0])
-    decoder(text, Paged(pool, [Rows(0, pages, past)]))
-    rows = Rows(past, pages, size, depths=tuple(depths), parents=parents)
+    pool, pages = pool_of(decoder, 2), torch.tensor([1, 0])
+    decoder(text, Paged(pool, [Rows(0, tables(decoder.arch, pages, 0), past)]))
+    rows = Rows(
+        past, tables(decoder.arch, pages, past), size, depths=tuple(depths), parents=parents
+    )
     drafted = decoder.logits(decoder(tree, Paged(pool, [rows])))
     for leaf in range(size):
         path = [leaf]
