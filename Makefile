@@ -36,8 +36,8 @@ clean:
 	@$(PYTHON) -m venv .venv
 
 .venv/use.stamp: pyproject.toml | .venv/bin/python
-	@echo "installing into .venv, once; with torch this may take some minutes" >&2
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train]'
+	@echo "installing into .venv, once" >&2
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/python

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from attending.errors import UsageError
-
 if TYPE_CHECKING:
     from attending.engine.local import Model
 
@@ -17,13 +15,11 @@ __version__ = "0.1.0"
 ENVIRONMENT = ("ConsultationEnv", "ConsultationTaskset", "TalkHarness")
 
 
-def load(source: str | PathLike[str], *, dtype: str | None = None, device: str = "cpu") -> "Model":
+def load(source: str | PathLike[str], **options: Any) -> "Model":
     """Load a model that is on this machine; see `attending.engine.local.load`."""
-    if find_spec("torch") is None:
-        raise UsageError("this needs torch, which is not installed: pip install 'attending[train]'")
     from attending.engine import local
 
-    return local.load(str(source), dtype=dtype, device=device)
+    return local.load(str(source), **options)
 
 
 def __getattr__(name: str) -> Any:

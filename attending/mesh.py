@@ -61,6 +61,12 @@ def hardware(root: Path = Path("/")) -> dict[str, object]:
     }
 
 
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that new work may take without swapping, caches of files included; where told."""
+    told = re.search(r"MemAvailable:\s+(\d+) kB", _read(root, "proc/meminfo"))
+    return int(min([int(told[1]) * 1024, *_limits(root, "memory")])) if told else None
+
+
 def _limits(root: Path, controller: str) -> Iterator[float]:
     files = [name for name in FILES if name.startswith(controller)]
     for names, group in re.findall(r"\d+:(.*?):/(.*)", _read(root, "proc/self/cgroup")):

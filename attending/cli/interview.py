@@ -1,6 +1,5 @@
 """`attending consult`: a doctor model interviews a simulated patient."""
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -97,6 +96,8 @@ def consult(
         said = trace.said[-1]
         if not as_json:
             out.print(f"[bold]{said.speaker}[/] {escape(UNPRINTABLE.sub('', said.text))}\n")
+
+    import asyncio
 
     trace = asyncio.run(_consult(found, models, own, how, max_turns, allow_self, heard))
     trace.write(folder)

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from attending.engine.local import Answer, Model, Stream
     from attending.model.architecture import Architecture
 
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(help="stored, w8, w4-32, w4-64 or w4-128: bits, weights to a scale."),
+]
+ActivationsOption = Annotated[str | None, typer.Option(help="int8 or float32.")]
+KvOption = Annotated[str | None, typer.Option("--kv", help="Of the cache: float16 or int8.")]
+DtypeOption = Annotated[str | None, typer.Option(help="By torch: float32, bfloat16 or float16.")]
 CAUTION = "Its answers may be wrong. It is not a medical device and must not guide care."
 
 
@@ -47,7 +54,10 @@ def chat(
         typer.Option(help="Most tokens of an answer: 1024, or all for one that reasons."),
     ] = None,
     context: Annotated[int | None, typer.Option(help="Room for fewer tokens in all.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    weights: WeightsOption = None,
+    activations: ActivationsOption = None,
+    kv: KvOption = None,
+    dtype: DtypeOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     as_json: JsonFlag = False,
 ) -> None:
@@ -76,7 +86,8 @@ def chat(
     from attending.engine.sampler import Sampling
 
     Sampling.build(sampling)  # a wrong option should not wait for the model to load
-    assistant = load(model, dtype=dtype, device=device)
+    native = {"weights": weights, "activations": activations, "kv": kv}
+    assistant = load(model, dtype=dtype, device=device, **native)
     if context is not None:
         assistant.limit_context(context)
     if not assistant.tokenizer.reasons:  # thoughts that are cut off leave no answer
@@ -116,7 +127,10 @@ def serve(
     cache_tokens: Annotated[int | None, typer.Option(help="Room for all answers' tokens.")] = None,
     max_running: Annotated[int | None, typer.Option(help="Answers written at once.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may queue.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    weights: WeightsOption = None,
+    activations: ActivationsOption = None,
+    kv: KvOption = None,
+    dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; all by default.")] = None,
     drain_seconds: Annotated[float, typer.Option(help="Wait for answers at the end.")] = 30.0,
@@ -140,6 +154,7 @@ def serve(
 
     engine: dict[str, Any] = {"context": context, "cache_tokens": cache_tokens}
     engine |= {"max_running": max_running, "max_waiting": max_waiting}
+    engine |= {"weights": weights, "activations": activations, "kv": kv}
     engine |= {"dtype": dtype, "device": device, "threads": threads}
     options = ServeOptions.build(
         {

@@ -19,21 +19,25 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 from attending import mesh
+from attending.engine.loading import TORCH_FACTOR
 from attending.engine.plan import gib, read_bytes, weight_bytes
 from attending.model.architecture import Architecture
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 BUFFER_BYTES = 512 * 2**20  # larger than the last cache of nearly every processor
 LOW_DISK_BYTES = 10 * 2**30
-# Bits of a weight: the layout in `plan`, and how often its bytes. A CPU loads 32 by default.
-LAYOUTS = {"32 bits": ("16-bit", 2), "16 bits": ("16-bit", 1), "4 bits": ("GPTQ", 1)}
+# Bits of a weight: the layout in `plan`, and how often its bytes.
+LAYOUTS = {
+    "32 bits": ("16-bit", 2.0),
+    "16 bits": ("16-bit", 1.0),
+    "8 bits": ("16-bit", 0.5),
+    "4 bits": ("GPTQ", 1.0),
+}
 Level = Literal["ok", "slow", "missing"]
-REMEDIES: tuple[tuple[Level, str], ...] = (  # by how many of LAYOUTS fit; the last, all
-    ("missing", "Free some, or take a smaller model."),
-    ("missing", "In 4 bits it fits, but this engine does not load those yet: free some."),
-    ("slow", "Give --dtype bfloat16, or free some."),
-    ("ok", ""),
-)
+# What is downloaded or computed, the usual one first, and the remedy where only the other fits.
+STORED = (("16 bits", "4 bits"), "Take a GGUF file of it in 4 bits, or free some.")
+NATIVE = (("8 bits", "4 bits"), "Give --weights w4-64, or free some.")
+TORCH = (("32 bits", "16 bits"), "Give --dtype bfloat16, or free some.")
 
 
 class Finding(NamedTuple):
@@ -50,6 +54,10 @@ class Report:
     versions: dict[str, str | None]
     """None: not installed."""
     hardware: dict[str, object]
+    native_path: str | None
+    """The native kernel's instructions: avx512-vnni, avx2 or portable; None: there is none."""
+    native_reason: str
+    """Why there is none."""
     thread_variables: dict[str, str]
     free_memory_bytes: int | None
     free_disk_bytes: int
@@ -69,13 +77,20 @@ class Report:
     def findings(self) -> Iterator[Finding]:
         """Plain sentences, from the fields alone."""
         for name in (name for name, version in self.versions.items() if version is None):
-            wanted = "'attending[train]', to train or use a GPU" if name == "torch" else name
-            yield Finding("missing", f"{name} is not installed. Remedy: pip install {wanted}.")
+            wanted = "'attending[train]', to train, score or use a GPU" if name == "torch" else name
+            level: Level = "ok" if name == "torch" and self.native_path else "missing"
+            yield Finding(level, f"{name} is not installed. Remedy: pip install {wanted}.")
         simd, cores = cast(list[str], self.hardware["simd"]), max(self.measured_read_gb_s)
         if "avx2" not in simd and "neon" not in simd:
             yield Finding("slow", "No AVX2 or NEON: expect slow arithmetic (not measured).")
-        if "neon" not in simd and "amx_bf16" not in simd:
-            yield Finding("slow", "No AMX: expect slow bfloat16 (not measured); use float32.")
+        if self.native_path:
+            level = "slow" if self.native_path == "portable" else "ok"
+            yield Finding(level, f"Native kernel: {self.native_path}.")
+        else:
+            slow = f"torch computes, about {TORCH_FACTOR} times slower"
+            yield Finding("slow", f"No native kernel, so {slow}: {self.native_reason}")
+            if "neon" not in simd and "amx_bf16" not in simd:
+                yield Finding("slow", "No AMX: expect slow bfloat16 (not measured); use float32.")
         # A thread a core is as good, where a core counts as two.
         physical = min(cores, cast(int | None, self.hardware["physical_cores"]) or cores)
         for name, value in self.thread_variables.items():
@@ -87,44 +102,50 @@ class Report:
             text = f"Free disk where models are kept: {gib(self.free_disk_bytes)}."
             yield Finding("ok" if self.free_disk_bytes >= LOW_DISK_BYTES else "slow", text)
             return
-        stored = {bits: size for bits, size in self.weight_bytes.items() if bits != "32 bits"}
-        frees = {"disk, to download": self.free_disk_bytes}
+        computed = NATIVE if self.native_path else TORCH
+        uses = [("disk, to download", self.free_disk_bytes, STORED)]
         if self.free_memory_bytes is not None:
-            frees["memory"] = self.free_memory_bytes
-        for use, free in frees.items():
-            layouts = self.weight_bytes if use == "memory" else stored
-            sizes = ", ".join(f"{gib(size)} in {bits}" for bits, size in layouts.items())
-            fits = sum(size < free for size in layouts.values())
-            level, remedy = REMEDIES[-1 if fits == len(layouts) else fits]
-            yield Finding(level, f"Free {use}: {gib(free)}; weights: {sizes}. {remedy}".strip())
+            uses.append(("memory", self.free_memory_bytes, computed))
+        for use, free, (layouts, remedy) in uses:
+            sizes = {bits: self.weight_bytes[bits] for bits in layouts}
+            fits = sum(size < free for size in sizes.values())
+            level, text = (
+                ("missing", "Free some, or take a smaller model."),
+                ("slow", remedy),
+                ("ok", ""),
+            )[fits]
+            told = ", ".join(f"{gib(size)} in {bits}" for bits, size in sizes.items())
+            yield Finding(level, f"Free {use}: {gib(free)}; weights: {told}. {text}".strip())
         best = max(self.measured_read_gb_s.values()) * 1e9
-        most = ", ".join(f"{best / size:,.1f} in {bits}" for bits, size in self.read_bytes.items())
+        most = ", ".join(f"{best / self.read_bytes[n]:,.1f} in {n}" for n in computed[0])
         yield Finding("ok", f"Tokens/s at most, by measured reads: {most}. A cache may do better.")
 
 
 def examine(model: Architecture | None, cache_dir: Path) -> Report:
     """Look at this machine, for a model if given; `cache_dir` holds models and may not exist."""
-    hardware = mesh.hardware()
+    from attending.engine.native.build import status
+
+    hardware, native = mesh.hardware(), status()
     memory, cores = cast(int, hardware["memory_bytes"]), cast(int, hardware["available_cores"])
-    meminfo = Path("/proc/meminfo")
-    told = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
-    available = min(memory, int(told[1]) * 1024) if told else None
+    available = mesh.free_memory()
     buffer = np.ones(min(BUFFER_BYTES, (available or memory) // 4) // 8, dtype=np.uint64)
     folder = next(path for path in (cache_dir, *cache_dir.absolute().parents) if path.exists())
     return Report(
         versions=_versions(),
         hardware=hardware,
+        native_path=native.path,
+        native_reason=native.reason,
         thread_variables={k: v for k, v in os.environ.items() if k in THREAD_VARIABLES},
         free_memory_bytes=available,
         free_disk_bytes=shutil.disk_usage(folder).free,
         measured_read_gb_s={count: measure_read(buffer, count) for count in sorted({1, cores})},
         weight_bytes={
-            bits: times * weight_bytes(model, layout).total()
+            bits: int(times * weight_bytes(model, layout).total())
             for bits, (layout, times) in LAYOUTS.items()
             if model
         },
         read_bytes={
-            bits: times * read_bytes(model, layout)
+            bits: int(times * read_bytes(model, layout))
             for bits, (layout, times) in LAYOUTS.items()
             if model
         },
@@ -134,7 +155,9 @@ def examine(model: Architecture | None, cache_dir: Path) -> Report:
 def table(report: Report) -> tuple[list[str], list[list[str]]]:
     """Headers, and the facts as text."""
     facts: dict[str, Any] = report.versions | report.hardware | report.thread_variables
-    facts |= {n: getattr(report, n) for n in ("free_memory_bytes", "free_disk_bytes")}
+    facts |= {
+        n: getattr(report, n) for n in ("native_path", "free_memory_bytes", "free_disk_bytes")
+    }
     rows = []
     for name, value in ((n, v) for n, v in facts.items() if v):
         text = ", ".join(value) if isinstance(value, list) else str(value)

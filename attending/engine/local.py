@@ -9,28 +9,32 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from attending import artifact
 from attending.chat import Message, Tokenizer
+from attending.engine import loading
 from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
+from attending.engine.loading import ComputeOptions
 from attending.engine.pages import pages_for
+from attending.engine.runner import Runner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Output, Request, Scheduler
-from attending.engine.torch_runner import TorchRunner
 from attending.errors import UsageError
-from attending.model.attend import Packed
-from attending.model.checkpoint import load_decoder, open_checkpoint, save_model
-from attending.model.files import read_json
+from attending.model.architecture import page_bytes
+from attending.model.checkpoint import open_checkpoint
+from attending.model.files import model_files, read_json
 from attending.sources import Resolved, resolve
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attending.model.decoder import Decoder
+
 SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +52,35 @@ class Answer:
     seed: int
 
 
-def load(source: str, *, dtype: str | None = None, device: str = "cpu") -> "Model":
+def load(source: str, **options: Any) -> "Model":
     """Load a model from a folder, a GGUF file, or a source that has been pulled.
+
+    On a CPU the native runner answers; a `dtype` or another `device` asks for torch's, which is
+    also what computes `logits`.
 
     Args:
         source: A path, `hf:org/name`, `pypi:...` or a catalogue name such as `default`.
-        dtype: `float32`, `bfloat16` or `float16`; None picks float32 on the CPU, else as stored.
-        device: As torch names it.
+        options: The fields of `ComputeOptions`.
 
     Raises:
         SourceError: Not found, or not pulled yet (this never downloads).
         CheckpointError: The files are incomplete, damaged or of an unknown kind.
+        UsageError: The options do not go together, or need what is not here.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"device {device!r} cannot be used: {reason}. Try cpu.") from None
-    return Model(resolve(source), DTYPES.get(dtype or ""), device)
+    chosen = ComputeOptions.build(options, where="the options of load")
+    chosen.check()
+    return Model(resolve(source), chosen)
 
 
 class Model:
-    """Weights, and a tokenizer that is read on first use."""
+    """Weights and a tokenizer, read on first use."""
 
-    def __init__(self, origin: Resolved, dtype: torch.dtype | None, device: str) -> None:
+    def __init__(self, origin: Resolved, options: ComputeOptions) -> None:
         """See `load`."""
         self.origin = origin
+        self._options = options
         self._checkpoint = open_checkpoint(origin.path)
-        self.decoder = load_decoder(self._checkpoint, dtype, device)
-        self.arch = self.decoder.arch
+        self.arch = self._checkpoint.arch
         self._context_tokens = self.arch.context
         self._cache_tokens, self._max_running, self._step_tokens = 0, 32, 512
         self._inbox: dict[int, deque[Output]] = {}
@@ -88,21 +90,68 @@ class Model:
         """The model's tokenizer and chat template."""
         return self._checkpoint.tokenizer()
 
+    @cached_property
+    def decoder(self) -> "Decoder":
+        """Torch's weights, for logits, saving and torch's runner.
+
+        Raises:
+            UsageError: Torch is not installed, or the memory does not suffice.
+        """
+        if find_spec("torch") is None:
+            raise UsageError(f"this needs {loading.TORCH_MISSING}")
+        import torch
+
+        from attending.model.weights import load_decoder
+
+        loading.require_memory(self._checkpoint, self._options, native=False)
+        if self._options.threads:
+            torch.set_num_threads(self._options.threads)
+        dtype = getattr(torch, loading.torch_dtype(self.arch, self._options))
+        return load_decoder(self._checkpoint, dtype, self._options.device)
+
+    @cached_property
+    def is_native(self) -> bool:
+        """Whether the native runner answers; if not, torch's does."""
+        return loading.is_native(self.arch, self._options)
+
+    @cached_property
+    def _runner(self) -> Runner:
+        """Room for one whole context, or for `make_room`."""
+        tokens = self._cache_tokens or self._context_tokens
+        pages = pages_for(self.arch, tokens, self._max_running, self._step_tokens)
+        if self.is_native:
+            files = model_files(self.origin.path)
+            return loading.open_native(self._checkpoint, files, self._options, pages)
+        from attending.engine.torch_runner import TorchRunner
+
+        return TorchRunner(self.decoder, pages)
+
     @property
     def path(self) -> dict[str, str]:
         """What computes an answer, for whoever quotes a number: weights, activations, cache."""
-        computed = str(next(self.decoder.parameters()).dtype).removeprefix("torch.")
+        if self.is_native:
+            return dict(self._runner.path)  # type: ignore[attr-defined]
+        computed = loading.torch_dtype(self.arch, self._options)
         weights = " computed as ".join(dict.fromkeys((self._checkpoint.stored, computed)))
         return {"weights": weights, "activations": computed, "kv": computed, "draft": "none"}
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that answer, see `loading.weight_bytes`."""
+        return loading.weight_bytes(self._checkpoint, self._options, native=self.is_native)
+
+    @property
+    def page_bytes(self) -> tuple[int, ...]:
+        """Memory of a page of the cache of each group, about."""
+        kv = self._options.kv or "float16"
+        kv = kv if self.is_native else loading.torch_dtype(self.arch, self._options)
+        return page_bytes(self.arch, loading.VALUE_BYTES[kv])
+
     @cached_property
     def scheduler(self) -> Scheduler:
-        """What runs the answers, with room for one whole context or for `make_room`."""
-        tokens = self._cache_tokens or self._context_tokens
-        pages = pages_for(self.arch, tokens, self._max_running, self._step_tokens)
-        runner = TorchRunner(self.decoder, pages)
+        """What runs the answers."""
         limits = {"context": self._context_tokens, "max_running": self._max_running}
-        return Scheduler(runner, **limits, step_tokens=self._step_tokens)
+        return Scheduler(self._runner, **limits, step_tokens=self._step_tokens)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -170,14 +219,18 @@ class Model:
             self.scheduler.cancel(handle)
             del self._inbox[handle]
 
-    @torch.inference_mode()
-    def logits(self, ids: Tensor | np.ndarray | Sequence[Sequence[int]]) -> Tensor:
-        """Token ids [batch, tokens] -> float32 logits [batch, tokens, vocab]."""
+    def logits(self, ids: "Tensor | np.ndarray | Sequence[Sequence[int]]") -> "Tensor":
+        """Token ids [batch, tokens] -> float32 logits [batch, tokens, vocab], by torch."""
+        decoder = self.decoder
+        import torch
+
+        from attending.model.attend import Packed
+
         try:
             batch = torch.as_tensor(ids, dtype=torch.int64)
         except (ValueError, TypeError):
             raise UsageError("ids must be [batch, tokens] of equal lengths, integers.") from None
-        batch = batch.to(self.decoder.model.norm.weight.device)
+        batch = batch.to(decoder.model.norm.weight.device)
         if batch.dim() != 2 or not batch.numel() > 0 or batch.shape[1] > self.arch.context:
             raise UsageError(
                 f"ids must be [batch, tokens] of at most {self.arch.context} tokens; "
@@ -186,8 +239,9 @@ class Model:
         if int(batch.min()) < 0 or int(batch.max()) >= self.arch.vocab_size:
             raise UsageError(f"ids must be 0 to {self.arch.vocab_size - 1}; got others.")
         count, length = batch.shape
-        hidden = self.decoder(batch.flatten(), Packed([length] * count, batch.device))
-        return self.decoder.logits(hidden).float().reshape(count, length, -1)
+        with torch.inference_mode():
+            hidden = decoder(batch.flatten(), Packed([length] * count, batch.device))
+            return decoder.logits(hidden).float().reshape(count, length, -1)
 
     def chat(
         self,
@@ -228,12 +282,15 @@ class Model:
 
     def save(self, folder: Path | str, max_shard_bytes: int = 5_000_000_000) -> Path:
         """Write a Hugging Face model folder with its `run.json`; refuses to overwrite."""
+        weights = self.decoder.state_dict()
+        from attending import artifact
+        from attending.model.weights import save_model
+
         target = Path(folder)
         parent = {"uri": self.origin.uri, "sha256": artifact.digest(self.origin.path)}
         record = artifact.Record("save", recipe={}, seed=None, parents=[parent])
         with artifact.publish(target) as draft:
             generation = {**self._settings, "eos_token_id": sorted(self.stop_ids)}
-            weights = self.decoder.state_dict()
             save_model(draft, self.arch, weights, self.tokenizer, generation, max_shard_bytes)
             artifact.finish(draft, record, title=target.name, note=self.origin.note)
         return target

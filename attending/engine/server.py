@@ -21,7 +21,6 @@ from collections.abc import AsyncIterator, Callable
 from operator import mul
 from typing import Annotated, Any, cast
 
-import torch
 import uvicorn
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -38,9 +37,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from attending import logs, mesh
-from attending.config import Config
 from attending.engine.api import ChatRequest, CompletionRequest, ModelCard, RequestError, parse
 from attending.engine.jobs import Job, Jobs
+from attending.engine.loading import ComputeOptions
 from attending.engine.local import Model, load
 from attending.engine.pages import pages_for
 from attending.engine.replying import Replying
@@ -49,18 +48,13 @@ from attending.engine.wire import GONE, ClientGone, error_response, unless_gone
 from attending.engine.worker import Ticket, Worker
 from attending.errors import AttendingError, ContextError, TokenizerError, UsageError
 from attending.model.architecture import PAGE_TOKENS
-from attending.model.attend import page_bytes
 
 log = logging.getLogger(__name__)
 
 
-class EngineOptions(Config):
-    """How much a server may take on."""
+class EngineOptions(ComputeOptions):
+    """How a server computes, and how much it may take on."""
 
-    dtype: str | None = None
-    """Of the weights: float32, bfloat16 or float16; None is float32 on a CPU, else as stored."""
-    device: str = "cpu"
-    """As torch names it."""
     context: Annotated[int, Field(ge=64)] | None = None
     """Most tokens of prompt and answer; None is the model's own limit."""
     cache_tokens: Annotated[int, Field(ge=64)] | None = None
@@ -69,8 +63,6 @@ class EngineOptions(Config):
     """Answers written at the same time."""
     max_waiting: NonNegativeInt = 128
     """Requests that may wait behind them; more are told to come again."""
-    threads: PositiveInt | None = None
-    """Of torch; None takes every core."""
 
 
 class Service:
@@ -245,9 +237,7 @@ async def _refuse(request: HttpRequest, error: Exception) -> Response:
 
 def prepare(source: str, options: EngineOptions) -> Model:
     """A model with room for its answers."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model = load(source, dtype=options.dtype, device=options.device)
+    model = load(source, **options.model_dump(include=set(ComputeOptions.model_fields)))
     if options.context:
         model.limit_context(options.context)
     cache_tokens = options.cache_tokens or _fitting_tokens(model, options)
@@ -259,13 +249,15 @@ def prepare(source: str, options: EngineOptions) -> Model:
 
 def _fitting_tokens(model: Model, options: EngineOptions) -> int:
     """Every answer whole, or what a quarter of the memory beside the weights holds."""
-    weight = next(model.decoder.parameters())
-    if weight.device.type == "cuda":
-        room = torch.cuda.mem_get_info(weight.device)[0] * 4 // 5
+    if options.device.startswith("cuda"):
+        import torch
+
+        device = model.decoder.model.norm.weight.device  # loaded: what it takes is gone
+        room = torch.cuda.mem_get_info(device)[0] * 4 // 5
     else:  # pages cost memory only once they are written
         memory = cast(int, mesh.hardware()["memory_bytes"])
-        room = (memory - model.arch.num_parameters() * weight.element_size()) // 4
-    sizes = page_bytes(model.arch, weight.element_size())
+        room = (memory - model.weight_bytes) // 4
+    sizes = model.page_bytes
 
     def size(pages: int) -> int:
         counts = pages_for(model.arch, pages * PAGE_TOKENS, options.max_running)
@@ -311,11 +303,10 @@ def main(socket: str, source: str, options: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which drains first
     try:
         chosen = EngineOptions.build(json.loads(options), where="the engine's options")
-        model = prepare(source, chosen)
+        service = Service(prepare(source, chosen), chosen)
     except AttendingError as error:
         _tell({"error": str(error), "kind": type(error).__name__})
         return error.exit_code
-    service = Service(model, chosen)
     threading.Thread(target=lambda: asyncio.run(_serve(socket, service)), daemon=True).start()
     service.worker.run()
     return 0

@@ -160,6 +160,15 @@ class Architecture:
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
+def page_bytes(arch: Architecture, value_bytes: int) -> tuple[int, ...]:
+    """Memory of one page of each group over the group's layers, raw rows included."""
+    rows = PAGE_TOKENS + arch.is_m1
+    values = {window: 0 for window in arch.windows}
+    for spec in arch.layers:
+        values[spec.window] += 2 * spec.num_kv_heads * spec.head_dim * rows
+    return tuple(count * value_bytes for count in values.values())
+
+
 def parse_config(config: Mapping[str, Any]) -> Architecture:
     """Read a Hugging Face `config.json`, of transformers 4 or 5.
 

@@ -134,15 +134,6 @@ class PagePool:
                 self.raw_values.append(torch.zeros(raw, dtype=dtype, device=device))
 
 
-def page_bytes(arch: Architecture, value_bytes: int) -> tuple[int, ...]:
-    """Memory of one page of each group over the group's layers, raw rows included."""
-    rows = PAGE_TOKENS + arch.is_m1
-    values = {window: 0 for window in arch.windows}
-    for spec in arch.layers:
-        values[spec.window] += 2 * spec.num_kv_heads * spec.head_dim * rows
-    return tuple(count * value_bytes for count in values.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The new tokens of one sequence in a step, appended to what is cached.

@@ -1,32 +1,36 @@
-"""Checkpoints in and out: safetensors (one file or sharded) and GGUF in, safetensors out.
+"""Checkpoints in, without torch: safetensors (one file or sharded) and GGUF, memory-mapped.
 
-Loading is strict: a tensor that is missing, left over or of another shape is an error that lists
+Opening is strict: a tensor that is missing, left over or of another shape is an error that lists
 them all. There is no partial load, and no format that can run code.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from numpy.typing import NDArray
 
-from attending.artifact import write_json
 from attending.chat import Tokenizer
 from attending.errors import CheckpointError
 from attending.model.architecture import Architecture, parse_config
-from attending.model.decoder import Decoder
-from attending.model.files import INDEX, SINGLE, first, gguf_in, read_config, weight_files
-from attending.model.gguf_file import open_gguf
+from attending.model.files import first, gguf_in, read_config, weight_files
+from attending.model.gguf_file import Blocks, open_gguf
 from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
 
 # Tables that old exports stored although they follow from the configuration.
 DERIVED = (".rotary_emb.inv_freq",)
+# numpy has no bfloat16, so these are its bits; no other tensor is of this type.
+BFLOAT16 = np.dtype("<u2")
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +39,22 @@ class Checkpoint:
 
     arch: Architecture
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], Tensor]
-    """Name -> tensor on the CPU, in the dtype stored (GGUF: dequantised to float32)."""
+    raw: Callable[[str], NDArray[Any]]
+    """Name -> values as stored and mapped from the file, bfloat16 as `BFLOAT16` bits; changing them
+    does not change the file. GGUF: dequantised to float32."""
     tokenizer: Callable[[], Tokenizer]
     """Reads the tokenizer; not before it is called, since weights do not need one."""
     stored: str
     """What most weights are stored as: a dtype, or a GGUF type such as Q4_1."""
+    blocks: Callable[[str], Blocks | None]
+    """Name -> a matrix of Q4_0, Q4_1 or Q8_0 as stored; None for any other."""
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor in float32, which holds float16 and bfloat16 exactly."""
+        values = self.raw(name)
+        if values.dtype == BFLOAT16:  # a float32's upper half
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -58,130 +72,56 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def load_decoder(
-    checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu"
-) -> Decoder:
-    """Build the decoder and fill it; peak memory is the model itself and one tensor.
-
-    Args:
-        checkpoint: From `open_checkpoint`.
-        dtype: None keeps what is stored, except on the CPU: float32, since half-precision products
-            are slower there.
-        device: Where the weights go.
-    """
-    kept = getattr(torch, checkpoint.arch.dtype)
-    dtype = dtype or (torch.float32 if device == "cpu" else kept)
-    with torch.device("meta"):
-        decoder = Decoder(checkpoint.arch)
-    names = list(checkpoint.arch.tensor_shapes())
-
-    def convert(name: str) -> Tensor:
-        return checkpoint.read(name).to(device=device, dtype=dtype)
-
-    # Dequantising releases the lock, so a second thread nearly halves the time of a GGUF.
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        weights = dict(zip(names, threads.map(convert, names), strict=True))
-    decoder.load_state_dict(weights, strict=True, assign=True)
-    return decoder.requires_grad_(False).eval()
-
-
-def save_model(
-    folder: Path,
-    arch: Architecture,
-    tensors: Mapping[str, Tensor],
-    tokenizer: Tokenizer,
-    generation: Mapping[str, Any],
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Write what makes a Hugging Face model folder: configurations, tokenizer, template, weights.
-
-    Args:
-        folder: An existing folder.
-        arch: Its dtype becomes that of the tensors.
-        tensors: Official name -> tensor.
-        tokenizer: With its chat template, if it has one.
-        generation: What `generation_config.json` holds.
-        max_shard_bytes: As in `save_weights`.
-    """
-    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_json(folder / "config.json", replace(arch, dtype=stored).to_config())
-    write_json(folder / "tokenizer.json", tokenizer.definition)
-    config = {k: v for k, v in tokenizer.config.items() if k != "chat_template"}
-    write_json(folder / "tokenizer_config.json", config)
-    if tokenizer.template:
-        (folder / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
-    write_json(folder / "generation_config.json", generation)
-    save_weights(tensors, folder, max_shard_bytes)
-
-
-def save_weights(
-    tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int = 5_000_000_000
-) -> None:
-    """Write `model.safetensors`, or shards with their index, in the order given.
-
-    Args:
-        tensors: Official name -> tensor.
-        folder: An existing folder.
-        max_shard_bytes: A shard ends before it would pass this; a larger tensor gets its own.
-    """
-    shards = list(_shards(tensors, max_shard_bytes))
-    total = len(shards)
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        part = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # the library's own choice is for its user alone
-        where |= dict.fromkeys(names, file)
-    if total > 1:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
 def _open_gguf(path: Path) -> Checkpoint:
     file = open_gguf(path)
-
-    def read(name: str) -> Tensor:
-        return torch.from_numpy(file.read(name))
 
     def tokenizer() -> Tokenizer:
         return Tokenizer(tokenizer_json(file.metadata), tokenizer_config(file.metadata))
 
-    return Checkpoint(parse_config(file.hf_config()), file.shapes, read, tokenizer, file.stored)
+    arch = parse_config(file.hf_config())
+    return Checkpoint(arch, file.shapes, file.read, tokenizer, file.stored, file.blocks)
 
 
 def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
-    where: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, NDArray[Any]] = {}
     for file in weight_files(folder):
-        try:
-            with safetensors.safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (a handle, not a mapping)
-                    where[name] = file
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file.name} is damaged or incomplete ({error}); get it again."
-            ) from None
-
-    def read(name: str) -> Tensor:
-        with safetensors.safe_open(where[name], framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
-            return tensor
-
-    derived = [name for name in shapes if name.endswith(DERIVED)]
-    kept = {name: shape for name, shape in shapes.items() if name not in derived}
+        found |= _map(file)
+    kept = {name: values.shape for name, values in found.items() if not name.endswith(DERIVED)}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     # Some exports store a tied head a second time; that is harmless only if it is the same.
-    if (
-        arch.tied
-        and head in kept
-        and embedding in kept
-        and torch.equal(read(head), read(embedding))
-    ):
+    is_twice = arch.tied and {head, embedding} <= kept.keys()
+    if is_twice and np.array_equal(found[head], found[embedding]):
         del kept[head]
-    return Checkpoint(arch, kept, read, lambda: Tokenizer.from_folder(folder), arch.dtype)
+
+    def tokenizer() -> Tokenizer:
+        return Tokenizer.from_folder(folder)
+
+    return Checkpoint(arch, kept, found.__getitem__, tokenizer, arch.dtype, lambda name: None)
+
+
+def _map(file: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a safetensors file; the library checks that the header tells the truth."""
+    try:
+        with safetensors.safe_open(file, framework="numpy"):
+            data = np.memmap(file, np.uint8, "c")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file.name} is damaged or incomplete ({error}); get it again."
+        ) from None
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{file.name}: {name} is stored as {entry['dtype']}; expected {', '.join(DTYPES)}. "
+                "Use the unquantised model."
+            )
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        values = data[begin:end].view(np.ndarray).view(DTYPES[entry["dtype"]])
+        tensors[name] = np.require(values.reshape(entry["shape"]), requirements="A")
+    return tensors
 
 
 def _require_exact(checkpoint: Checkpoint, name: str) -> None:
@@ -206,15 +146,3 @@ def _require_exact(checkpoint: Checkpoint, name: str) -> None:
             f"{name}: the tensors do not fit its configuration "
             f"({checkpoint.arch.family}, {len(expected)} tensors). {'; '.join(problems)}."
         )
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterable[list[str]]:
-    shard: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(name)
-        size += tensor.nbytes
-    yield shard

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 
 from attending.model.architecture import Architecture, LayerSpec, Rope
+from attending.model.rope import inverse_frequencies
 
 Result = TypeVar("Result")
 
@@ -137,7 +138,9 @@ class Backbone(nn.Module):
     def set_rope(self, rope: Rope) -> None:
         # Not buffers: casting the model must not round them, and checkpoints do not hold them.
         self.rope = rope
-        self.frequencies = {size: inverse_frequencies(rope, size) for size in self.sizes}
+        self.frequencies = {
+            size: torch.from_numpy(inverse_frequencies(rope, size)) for size in self.sizes
+        }
 
     def forward(self, ids: Tensor, attend: Attend) -> Tensor:
         rotations = {
@@ -310,44 +313,6 @@ def rotate(x: Tensor, angles: Rotation) -> Tensor:
     first, second = at_least_float32(x).chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """[H/2] float32 on the CPU. Float32 throughout, since that is what models were trained with."""
-    steps = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32)
-    plain = 1.0 / rope.theta ** (steps / head_dim)
-    if rope.kind == "linear":
-        return plain / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(plain, rope)
-    if rope.kind == "yarn":
-        return _yarn(plain, rope, head_dim)
-    return plain
-
-
-def _llama3(plain: Tensor, rope: Rope) -> Tensor:
-    """Llama 3.1: long waves slowed by `factor`, short ones kept, the middle blended."""
-    turns = rope.original_context * plain / (2 * math.pi)  # over the pretraining context
-    width = rope.high_freq_factor - rope.low_freq_factor
-    keep = ((turns - rope.low_freq_factor) / width).clamp(0, 1)
-    return (1 - keep) * plain / rope.factor + keep * plain
-
-
-def _yarn(plain: Tensor, rope: Rope, head_dim: int) -> Tensor:
-    """YaRN (Peng et al. 2023, section 3.2): interpolate by a ramp over the dimensions."""
-
-    def dimension(turns: float) -> float:
-        ratio = rope.original_context / (turns * 2 * math.pi)
-        return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    high = high + 0.001 if low == high else high
-    ramp = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
-    slow = ((ramp - low) / (high - low)).clamp(0, 1)
-    return plain / rope.factor * slow + plain * (1 - slow)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

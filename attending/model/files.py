@@ -7,7 +7,7 @@ from typing import Any
 from attending.chat import Tokenizer
 from attending.errors import CheckpointError, TokenizerError
 from attending.model.architecture import Architecture, parse_config
-from attending.model.gguf_file import open_gguf
+from attending.model.gguf_file import open_gguf, part_files
 from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
 
 INDEX = "model.safetensors.index.json"
@@ -63,6 +63,12 @@ def weight_files(folder: Path) -> list[Path]:
             "trained, run its recipe to the end first."
         )
     return files
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that weights and configuration are read from."""
+    gguf = gguf_in(path)
+    return part_files(gguf) if gguf else [path / "config.json", *weight_files(path)]
 
 
 def gguf_in(path: Path) -> Path | None:

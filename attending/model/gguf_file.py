@@ -6,11 +6,12 @@ vocabulary, and because no length in a damaged file may be believed before it ha
 
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -23,15 +24,36 @@ from attending.model import gguf_tokenizer
 from attending.model.architecture import parse_config
 from attending.model.gguf_tokenizer import TABLES, Json, Metadata, get
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 STRING, ARRAY = 8, 9
 CODES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+SIZE = struct.Struct("<Q").unpack_from
 NUMBERS = {kind: np.dtype(f"<{code}") for kind, code in CODES.items()}
 MAX_HEADER_BYTES, MAX_ITEMS = 1 << 26, 1 << 20  # several times the largest vocabulary's
 CHUNK_VALUES = 1 << 18  # dequantised at once: temporaries stay in the cache, twice as fast
 PART_NAME = re.compile(r"(.+-)\d{5}(-of-(\d{5})\.gguf)")
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 ROPE_FACTORS = "rope_freqs.weight"
+SCALE, MINIMUM = ("scale", "<f2"), ("minimum", "<f2")
+BLOCKS: dict[GGMLQuantizationType, tuple[int, list[Any]]] = {
+    GGMLQuantizationType.Q4_0: (4, [SCALE, ("values", "u1", 16)]),
+    GGMLQuantizationType.Q4_1: (4, [SCALE, MINIMUM, ("values", "u1", 16)]),
+    GGMLQuantizationType.Q8_0: (8, [SCALE, ("values", "u1", 32)]),
+}
 EXPECTED = "expected a whole GGUF of version 2 or 3, little-endian: download it again"
+
+
+class Blocks(NamedTuple):
+    """A quantised matrix exactly as stored: weight = scale * value + minimum, in blocks of 32."""
+
+    bits: int
+    """4 or 8."""
+    values: NDArray[np.uint8]
+    """[N, K]: 0 to 15, or 0 to 255 (Q8_0's signed values plus 128)."""
+    scale: NDArray[np.float16]
+    """[N, K / 32]."""
+    minimum: NDArray[np.float16] | None
+    """[N, K / 32]; None is symmetric: -8 scales in 4 bits, -128 in 8."""
 
 
 class Tensor(NamedTuple):
@@ -71,12 +93,29 @@ class GGUFFile:
         """
         if name not in self.tensors:
             raise CheckpointError(f"there is no tensor {name!r}.{suggest(name, self.tensors)}")
-        values = _dequantised(name, self.tensors[name])
+        return self._in_order(name, _dequantised(name, self.tensors[name]))
+
+    def blocks(self, name: str) -> Blocks | None:
+        """A matrix of Q4_0, Q4_1 or Q8_0 undisturbed, its rows in order; None for any other."""
+        kind, shape, data = self.tensors[name]
+        if kind not in BLOCKS or len(shape) != 2:
+            return None
+        bits, fields = BLOCKS[kind]
+        stored = data.view(np.dtype(fields)).reshape(shape[0], -1)
+        raw: NDArray[np.uint8] = stored["values"]
+        if bits == 4:  # a byte holds values i and i + 16
+            raw = np.concatenate((raw & np.uint8(15), raw >> np.uint8(4)), axis=-1)
+        values = (raw if bits == 4 else raw ^ np.uint8(128)).reshape(shape)
+        minimum = self._in_order(name, stored["minimum"]) if MINIMUM in fields else None
+        scale = self._in_order(name, stored["scale"])
+        return Blocks(bits, self._in_order(name, values), scale, minimum)
+
+    def _in_order(self, name: str, rows: NDArray[Scalar]) -> NDArray[Scalar]:
         permuted = TABLES["architectures"][self.config["model_type"]]["permuted"]
         if LAYER_NAME.sub("", name).rpartition(".")[0] not in permuted:
-            return values
-        pairs = values.reshape(-1, self.config["head_dim"] // 2, 2, *values.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(values.shape)
+            return np.ascontiguousarray(rows)
+        pairs = rows.reshape(-1, self.config["head_dim"] // 2, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def open_gguf(path: Path) -> GGUFFile:
@@ -98,6 +137,14 @@ def open_gguf(path: Path) -> GGUFFile:
         listed = "\n  ".join([f"{len(wrong)} tensors do not fit the configuration:", *lines[:20]])
         raise CheckpointError(f"{path.name}: {listed}\nConvert the model again.")
     return GGUFFile(metadata, config, shapes, {name: found[_gguf_name(name)] for name in shapes})
+
+
+def part_files(path: Path) -> list[Path]:
+    """All parts of a split file, by the name of one, whether they are there or not."""
+    match = PART_NAME.fullmatch(path.name)
+    count = int(match[3]) if match else 0
+    names = (f"{match[1]}{n:05d}{match[2]}" for n in range(1, count + 1)) if match else ()
+    return [path.with_name(name) for name in names] or [path]
 
 
 def _gguf_name(name: str) -> str:
@@ -177,9 +224,7 @@ def _rope(own: Metadata, head_dim: int, factors: Tensor | None) -> Json:
 
 def _read_parts(path: Path) -> tuple[Metadata, dict[str, Tensor]]:
     """The keys of the first part and the tensors of all; most files are a part alone."""
-    match, paths = PART_NAME.fullmatch(path.name), [path]
-    if match and (count := int(match[3])):
-        paths = [path.with_name(f"{match[1]}{n:05d}{match[2]}") for n in range(1, count + 1)]
+    paths = part_files(path)
     if missing := [part.name for part in paths if not part.is_file()]:
         raise CheckpointError(f"{len(missing)} of {len(paths)} files are missing: {missing[:9]}.")
     parts = []
@@ -248,12 +293,25 @@ class _Header:
         return int.from_bytes(self.take(size), "little")
 
     def string(self) -> str:
-        return str(self.take(self.number(8)), "utf-8")
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """A vocabulary and its merges are a hundred thousand: no call for each."""
+        view, at, found = self.view, self.at, []
+        try:
+            for _ in range(count):
+                (size,) = SIZE(view, at)
+                at += 8 + size
+                found.append(str(view[at - size : at], "utf-8"))
+        except (struct.error, OverflowError, IndexError):  # past the end
+            at += 8
+        self.take(at - self.at)
+        return found
 
     def values(self, kind: int, count: int) -> list[str] | tuple[Any, ...]:
         if count > MAX_ITEMS or kind not in (STRING, *NUMBERS):
             raise ValueError(f"a key has {count} values of type {kind}")
         if kind == STRING:
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         dtype = NUMBERS[kind]
         return tuple(np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist())

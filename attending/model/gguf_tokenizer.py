@@ -87,9 +87,9 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
             f"{count} tokens, {distinct} of them distinct, have {len(kinds)} types and named ids "
             f"{special}; expected equal counts and ids below. Convert the model again."
         )
-    tokens, known = enumerate(zip(pieces, kinds, strict=True)), TABLES["end_of_turn"]["tokens"]
+    known, control = TABLES["end_of_turn"]["tokens"], int(TokenType.CONTROL)
     ends = [special[name] for name in ("eos", "eot", "eom") if name in special]
-    ends += [i for i, (piece, kind) in tokens if kind == TokenType.CONTROL and piece in known]
+    ends += [i for i, kind in enumerate(kinds) if kind == control and pieces[i] in known]
     return Vocabulary(pieces, kinds, special, list(dict.fromkeys(ends)))
 
 
@@ -118,7 +118,7 @@ def _byte_level(metadata: Metadata, vocabulary: Vocabulary, family: Json) -> Jso
     """GPT-2's kind: regexes split the text, then the bytes of each part merge."""
     merges = [line.split(" ") for line in get(metadata, KEY + "merges", list)]
     known = set(vocabulary.pieces)
-    if lost := [m for m in merges if len(m) != 2 or not known >= {*m, "".join(m)}]:
+    if lost := [m for m in merges if len(m) != 2 or not {*m, m[0] + m[1]} <= known]:
         raise CheckpointError(f"{len(lost)} merges are not two tokens that make one: {lost[:3]}.")
     split, regex = TABLES["split"], TABLES["regex"]
     splits = [split | {"pattern": {"Regex": regex[name]}} for name in family["split"]]

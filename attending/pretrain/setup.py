@@ -14,9 +14,9 @@ from attending.chat import Tokenizer
 from attending.errors import CheckpointError, ConfigError
 from attending.mesh import World
 from attending.model.architecture import Architecture, parse_config
-from attending.model.checkpoint import save_model
 from attending.model.decoder import init_weight
 from attending.model.files import read_tokenizer
+from attending.model.weights import save_model
 from attending.pretrain.recipe import PretrainConfig
 from attending.shards import Shards
 from attending.sources import resolve

@@ -41,7 +41,7 @@ CLOSE_CALL = 1e-3
 
 def test_greedy_text_equals_transformers(default_cache: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = attending.load("default")
+    model = attending.load("default", dtype="float32")
     saved = model.save(tmp_path / "model")
     peer = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     reader = transformers.AutoTokenizer.from_pretrained(saved)

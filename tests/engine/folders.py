@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attending.model.checkpoint import save_weights
+from attending.model.weights import save_weights
 from tests.hallway.test_chat import CHATML, RAW
 from tests.model.tiny import build
 

@@ -27,6 +27,8 @@ GOOD = Report(
         "simd": ["amx_bf16", "avx2", "avx512_vnni"],
         "gpus": [],
     },
+    native_path="avx512-vnni",
+    native_reason="",
     thread_variables={},
     free_memory_bytes=30 * GIB,
     free_disk_bytes=100 * GIB,
@@ -67,12 +69,12 @@ def test_a_good_machine_has_no_trouble_and_its_measurement_is_named_so() -> None
 
 
 def test_a_missing_package_is_named_with_its_remedy() -> None:
-    found = trouble(with_facts(versions={"torch": None, "gguf": None, "numpy": "2"}))
-    assert [level for level, _ in found] == ["missing", "missing"]
-    assert (
-        "torch is not installed" in found[0][1] and "pip install 'attending[train]'" in found[0][1]
-    )
-    assert found[1][1] == "gguf is not installed. Remedy: pip install gguf."
+    report = with_facts(versions={"torch": None, "gguf": None, "numpy": "2"})
+    assert trouble(report) == [("missing", "gguf is not installed. Remedy: pip install gguf.")]
+    torch = "torch is not installed. Remedy: pip install 'attending[train]', to train, score"
+    assert next(report.findings).text.startswith(torch)  # what serves needs none
+    without = dataclasses.replace(report, native_path=None)
+    assert trouble(without)[0] == ("missing", next(report.findings).text)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +89,22 @@ def test_a_missing_package_is_named_with_its_remedy() -> None:
 def test_absent_instructions_are_slow_and_said_to_be_unmeasured(
     simd: list[str], words: list[str]
 ) -> None:
-    found = trouble(with_facts(simd=simd))
+    """AMX is torch's: it says nothing of the native kernel."""
+    found = trouble(with_facts(simd=simd, native_path=None, native_reason="no compiler."))
+    (native,) = [text for _, text in found if "native" in text]
+    assert re.fullmatch(r"No native kernel, so torch .* \d+ times slower: no compiler\.", native)
+    found = [(level, text) for level, text in found if text != native]
     assert [text.split(":")[0] for _, text in found] == words
     assert all(level == "slow" and "(not measured)" in text for level, text in found)
+    natively = trouble(with_facts(simd=simd))
+    assert [text.split(":")[0] for _, text in natively] == [w for w in words if w != "No AMX"]
+
+
+def test_the_path_of_the_native_kernel_is_named() -> None:
+    assert ("ok", "Native kernel: avx512-vnni.") in list(GOOD.findings)
+    report = with_facts(native_path="portable")
+    assert trouble(report) == [("slow", "Native kernel: portable.")]
+    assert ["native_path", "portable"] in table(report)[1]
 
 
 @pytest.mark.parametrize(
@@ -108,35 +123,43 @@ def test_a_full_disk_is_found() -> None:
     assert level == "slow" and "Free disk" in text
 
 
+WEIGHTS = {"32 bits": 54 * GIB, "16 bits": 27 * GIB, "8 bits": 14 * GIB, "4 bits": 9 * GIB}
+READS = {"32 bits": 10**10, "16 bits": 20 * 10**9, "8 bits": 10 * 10**9, "4 bits": 8 * 10**9}
+
+
 @pytest.mark.parametrize(
-    ("free", "level", "remedy"),
+    ("free", "path", "level", "remedy"),
     [
-        (60 * GIB, "ok", "9.0 GiB in 4 bits."),
-        (30 * GIB, "slow", "Give --dtype bfloat16"),
-        (20 * GIB, "missing", "does not load those yet"),
-        (5 * GIB, "missing", "take a smaller model"),
+        (60 * GIB, None, "ok", "27.0 GiB in 16 bits."),
+        (30 * GIB, None, "slow", "Give --dtype bfloat16"),
+        (20 * GIB, None, "missing", "take a smaller model"),
+        (20 * GIB, "avx2", "ok", "9.0 GiB in 4 bits."),
+        (10 * GIB, "avx2", "slow", "Give --weights w4-64"),
+        (5 * GIB, "avx2", "missing", "take a smaller model"),
     ],
 )
-def test_a_model_is_judged_by_what_of_it_fits(free: int, level: str, remedy: str) -> None:
+def test_a_model_is_judged_by_what_of_it_fits(
+    free: int, path: str | None, level: str, remedy: str
+) -> None:
     report = with_facts(
+        native_path=path,
         free_memory_bytes=free,
         free_disk_bytes=free,
-        weight_bytes={"32 bits": 54 * GIB, "16 bits": 27 * GIB, "4 bits": 9 * GIB},
-        read_bytes={"16 bits": 20 * 10**9, "4 bits": 8 * 10**9},
+        weight_bytes=WEIGHTS,
+        read_bytes=READS,
     )
     (memory,) = (item for item in report.findings if item.text.startswith("Free memory"))
-    assert memory.level == level and remedy in memory.text
-    assert "54.0 GiB in 32 bits, 27.0 GiB in 16 bits, 9.0 GiB in 4 bits" in memory.text
+    sizes = "14.0 GiB in 8 bits, 9.0" if path else "54.0 GiB in 32 bits, 27.0 GiB in 16 bits"
+    assert memory.level == level and remedy in memory.text and sizes in memory.text
     (disk,) = (item for item in report.findings if item.text.startswith("Free disk"))
-    assert (disk.level == "ok") == (free > 27 * GIB) and "32 bits" not in disk.text
-    last = list(report.findings)[-1]
-    assert "2.0 in 16 bits, 5.0 in 4 bits" in last.text  # 40 GB/s over the bytes of a token
+    assert (disk.level == "ok") == (free > 27 * GIB)
+    assert "weights: 27.0 GiB in 16 bits, 9.0 GiB in 4 bits." in disk.text
+    last = list(report.findings)[-1]  # 40 GB/s over the bytes of a token
+    assert ("4.0 in 8 bits, 5.0 in 4 bits" if path else "2.0 in 16 bits") in last.text
 
 
 def test_unknown_free_memory_makes_no_claim() -> None:
-    report = with_facts(
-        free_memory_bytes=None, weight_bytes={"4 bits": 1, "16 bits": 2}, read_bytes={"4 bits": 1}
-    )
+    report = with_facts(free_memory_bytes=None, weight_bytes=WEIGHTS, read_bytes=READS)
     assert not any("memory:" in item.text for item in report.findings)
     assert not any(name == "free_memory_bytes" for name, _ in table(report)[1])
 

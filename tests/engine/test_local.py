@@ -155,7 +155,8 @@ def test_room_in_the_cache_is_as_asked(model: "attending.Model", tmp_path: Path)
     assert not other._inbox
 
 
-def test_weights_that_overflow_end_the_answer_with_their_error(model: "attending.Model") -> None:
+def test_weights_that_overflow_end_the_answer_with_their_error(tmp_path: Path) -> None:
+    model = attending.load(str(write_model(tmp_path / "m")), dtype="float32")
     with torch.no_grad():
         model.decoder.model.norm.weight.fill_(torch.nan)
     with pytest.raises(CheckpointError, match="not numbers"):

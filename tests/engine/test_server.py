@@ -9,6 +9,7 @@ import jsonschema_rs
 import pytest
 
 from attending import endpoint
+from attending.engine.local import Model
 from attending.engine.server import Service
 from tests.engine.folders import write_model
 from tests.engine.served import ASK, WEATHER, client, serve
@@ -104,15 +105,18 @@ def test_log_probabilities_line_up_whole_and_streamed(served: tuple[str, Service
     assert [p.logprob for p in pieces] == pytest.approx([p.logprob for p in whole.content])
 
 
-def test_echo_scores_a_prompt_as_the_model_itself_does(served: tuple[str, Service]) -> None:
-    url, service = served
+def test_echo_scores_a_prompt_as_the_model_itself_does(folder: Path) -> None:
+    with serve(write_model(folder / "float"), dtype="float32") as (url, service):
+        echoes(url, service._model)
+
+
+def echoes(url: str, model: Model) -> None:
     prompt = "the patient has a fever " * 12
     answer = client(url).completions.create(
-        model="tiny", prompt=prompt, max_tokens=0, echo=True, logprobs=2
+        model="float", prompt=prompt, max_tokens=0, echo=True, logprobs=2
     )
     [choice] = answer.choices
     assert choice.text == prompt and choice.logprobs is not None
-    model = service._model
     ids = model.tokenizer.encode(prompt)
     log_probabilities = model.logits([ids])[0].double().log_softmax(-1)
     expected = [float(log_probabilities[i, token]) for i, token in enumerate(ids[1:])]
@@ -122,7 +126,7 @@ def test_echo_scores_a_prompt_as_the_model_itself_does(served: tuple[str, Servic
     assert "".join(choice.logprobs.tokens or []) == prompt
     assert choice.logprobs.text_offset is not None and choice.logprobs.text_offset[0] == 0
     by_ids = client(url).completions.create(
-        model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=0
+        model="float", prompt=ids, max_tokens=0, echo=True, logprobs=0
     )
     assert by_ids.choices[0].text == prompt
 

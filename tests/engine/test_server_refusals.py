@@ -60,7 +60,7 @@ def test_what_cannot_be_answered_is_refused_by_field(
 
 def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
     model = write_model(folder / "busy")
-    with serve(model, max_running=1, max_waiting=1) as (url, _):
+    with serve(model, dtype="float32", max_running=1, max_waiting=1) as (url, _):
         ask = client(url).completions
         ask.create(model="busy", prompt="a", max_tokens=1)  # the client imports at first use
         body = {"model": "busy", "prompt": "a", "n": 2, "max_tokens": 200, "stream": True}
@@ -77,7 +77,7 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_vanishes_frees_its_place(folder: Path, *, stream: bool) -> None:
-    with serve(write_model(folder / f"gone{stream}")) as (url, service):
+    with serve(write_model(folder / f"gone{stream}"), dtype="float32") as (url, service):
         scheduler = service._model.scheduler
         body = {"model": f"gone{stream}", "prompt": "a", "stream": stream, "logit_bias": ENDLESS}
         with pytest.raises(httpx.TimeoutException):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +15,7 @@ from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
 from attending.engine.server import EngineOptions, _fitting_tokens
 from attending.engine.torch_runner import TorchRunner
-from attending.model.architecture import PAGE_TOKENS, Architecture, parse_config
-from attending.model.attend import page_bytes
+from attending.model.architecture import PAGE_TOKENS, Architecture, page_bytes, parse_config
 from tests.engine.serving import (
     GREEDY,
     Notebook,
@@ -97,17 +95,15 @@ def test_a_server_fits_the_pages_of_all_groups_in_a_quarter_of_the_memory(
     make: Callable[[], Architecture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arch = make()
-    weight = SimpleNamespace(device=torch.device("cpu"), element_size=lambda: 4)
-    model: Any = SimpleNamespace(
-        arch=arch, decoder=SimpleNamespace(parameters=lambda: iter([weight]))
-    )
+    weights, pages = 4 * arch.num_parameters(), page_bytes(arch, 4)
+    model: Any = SimpleNamespace(arch=arch, weight_bytes=weights, page_bytes=pages)
 
     def size(tokens: int) -> int:
         return sum(map(mul, pages_for(arch, tokens, 4), page_bytes(arch, 4)))
 
     most = 4 * arch.context
     for room in (size(64), size(most) // 2, size(most) - 1, size(most), size(most) + 9**9):
-        memory = {"memory_bytes": 4 * room + arch.num_parameters() * 4}
+        memory = {"memory_bytes": 4 * room + weights}
         monkeypatch.setattr("attending.mesh.hardware", lambda memory=memory: memory)
         tokens = _fitting_tokens(model, EngineOptions(max_running=4))
         assert size(tokens) <= max(room, size(64))

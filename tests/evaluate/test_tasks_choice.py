@@ -261,7 +261,7 @@ async def test_both_ways_agree_with_the_models_logits(
     how = {"columns": {"answer": "answer"}, "prompt": "the patient {{ question }}"}
     one = task(tmp_path, "choice", *rows, fixed=fixed, **how)
     shown = list[int]()
-    with serve(folder) as (url, _):
+    with serve(folder, dtype="float32") as (url, _):
         async with Endpoint(url, "tiny") as endpoint:
             for example in one.examples:
                 before = endpoint.totals.requests

@@ -50,7 +50,7 @@ async def test_a_served_model_gives_the_bits_of_its_logits(tmp_path: Path) -> No
     ids = model.tokenizer.encode(text)
     logprobs = model.logits([ids])[0].double().log_softmax(-1)
     bits = -sum(float(logprobs[i, token]) for i, token in enumerate(ids[1:])) / log(2)
-    with serve(folder) as (url, _):
+    with serve(folder, dtype="float32") as (url, _):
         async with Endpoint(url, "tiny") as endpoint:
             answer = await one.ask(endpoint, one.examples[0], 0)
             with pytest.raises(ContextError):

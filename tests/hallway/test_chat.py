@@ -59,13 +59,20 @@ def says(*contents: str) -> list[dict[str, Any]]:
 
 # Surrogates cannot be encoded; everything else may come from a user.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def is_ordinary(text: str) -> bool:
+    """Theirs takes what spells a control string for one; hypothesis knows ours from the code."""
+    return not any(name in text for name in (*CONTROL, "<think>", "</think>"))
+
+
 nasty = st.lists(
     st.sampled_from([*CONTROL, "<think>", "</think>", "<|im_", "start|>", "a", "<", "\ue000"])
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(contents=st.lists(texts, min_size=1, max_size=4))
+@given(contents=st.lists(texts.filter(is_ordinary), min_size=1, max_size=4))
 def test_ids_equal_transformers_for_ordinary_text(contents: list[str]) -> None:
     transformers = pytest.importorskip("transformers")
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=RAW, chat_template=CHATML)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from attending.errors import UsageError
-from attending.mesh import World, hardware, world
+from attending.mesh import World, free_memory, hardware, world
 
 linux_only = pytest.mark.skipif(sys.platform == "darwin", reason="reads Linux's folders")
 
@@ -134,6 +134,16 @@ def test_simd_flags_are_whole_words_and_arm_is_neon(tmp_path: Path) -> None:
     assert facts["simd"] == ["amx_int8", "avx2", "avx512_vnni", "avx512f"]
     arm = hardware(system(tmp_path, proc__cpuinfo="Features\t: fp asimd asimdhp"))
     assert (arm["simd"], arm["cpu"]) == (["neon"], None)
+
+
+@linux_only
+def test_free_memory_is_what_the_system_has_left_within_the_groups_limit(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) is None
+    system(tmp_path, proc__meminfo="MemFree:   1 kB\nMemAvailable:    4096 kB")
+    assert free_memory(tmp_path) == 4 * 2**20
+    system(tmp_path, proc__self__cgroup="0::/job")
+    system(tmp_path / "sys/fs/cgroup/job", memory_max="8192")
+    assert free_memory(tmp_path) == 8192
 
 
 @linux_only

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from attending.errors import CheckpointError
 from attending.model.attend import Packed
-from attending.model.checkpoint import load_decoder, open_checkpoint, save_weights
+from attending.model.checkpoint import open_checkpoint
 from attending.model.decoder import Decoder
 from attending.model.files import INDEX, SINGLE, read_config
+from attending.model.weights import load_decoder, read_tensor, save_weights
 from tests.model.tiny import FAMILIES, ROPES, build
 
 BASE: dict[str, Any] = {
@@ -106,9 +107,31 @@ def test_stored_precision_is_kept_off_the_cpu_and_widened_on_it(tmp_path: Path) 
     file = tmp_path / "m" / SINGLE
     save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file)
     checkpoint = open_checkpoint(tmp_path / "m")
-    assert checkpoint.read("model.norm.weight").dtype == torch.bfloat16
+    stored = read_tensor(checkpoint, "lm_head.weight")
+    assert stored.dtype == torch.bfloat16 and checkpoint.blocks("lm_head.weight") is None
+    assert torch.equal(torch.from_numpy(checkpoint.read("lm_head.weight")), stored.float())
     assert load_decoder(checkpoint).model.norm.weight.dtype == torch.float32
     assert load_decoder(checkpoint, device="meta").model.norm.weight.dtype == torch.bfloat16
+
+
+def test_changing_what_was_read_does_not_change_the_file(tmp_path: Path) -> None:
+    written = write(tmp_path / "m", BASE)
+    before = (tmp_path / "m" / SINGLE).read_bytes()
+    decoder = load_decoder(open_checkpoint(tmp_path / "m"))
+    with torch.no_grad():
+        decoder.lm_head.weight.zero_()
+    again = load_decoder(open_checkpoint(tmp_path / "m"))
+    assert torch.equal(again.lm_head.weight, written.lm_head.weight)
+    assert (tmp_path / "m" / SINGLE).read_bytes() == before
+
+
+def test_a_dtype_that_is_no_float_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "m", BASE)
+    weights = load_file(tmp_path / "m" / SINGLE)
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int8)
+    save_file(weights, tmp_path / "m" / SINGLE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is stored as I8; expected F64"):
+        open_checkpoint(tmp_path / "m")
 
 
 def rename(weights: dict[str, Tensor]) -> None:

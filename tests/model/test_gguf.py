@@ -287,6 +287,29 @@ def test_rope_scaling_keys(tmp_path: Path) -> None:
         open_gguf(write(path, weights() | factors, linear))
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_are_the_stored_integers_and_give_exactly_what_read_gives(
+    tmp_path: Path, kind: str
+) -> None:
+    tensors, stored = weights(), GGMLQuantizationType[kind]
+    for name in ("blk.0.attn_q.weight", "blk.0.ffn_down.weight"):
+        tensors[name] = random_blocks(tensors[name].shape, stored), stored
+    file = open_gguf(write(tmp_path / "m.gguf", tensors))
+    for name in (f"{ATTENTION}.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        blocks = file.blocks(name)
+        assert blocks is not None and blocks.values.dtype == np.uint8
+        assert blocks.bits == int(kind[1]) and blocks.values.max() == 2**blocks.bits - 1
+        assert blocks.scale.dtype == np.float16 and (blocks.minimum is None) == (kind != "Q4_1")
+        scale = blocks.scale.astype(np.float32)
+        zero = -scale * 2 ** (blocks.bits - 1) if blocks.minimum is None else blocks.minimum
+        values = blocks.values.reshape(*scale.shape, 32)
+        assert np.array_equal(
+            (scale[..., None] * values + zero.astype(np.float32)[..., None]).reshape(-1),
+            file.read(name).reshape(-1),
+        )
+    assert file.blocks("model.norm.weight") is file.blocks("model.embed_tokens.weight") is None
+
+
 @pytest.mark.parametrize(
     "keys",
     [

@@ -1,0 +1,178 @@
+"""Which runner computes a model here, in what precision, and whether the memory suffices.
+
+On a CPU the native one; torch's where a dtype or another device is asked for, and, after one line
+that says why, where the native one cannot. Torch is imported only for torch's.
+"""
+
+import hashlib
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveInt
+
+from attending import mesh
+from attending.config import Config
+from attending.errors import UsageError
+from attending.model.architecture import Architecture
+from attending.model.checkpoint import Checkpoint
+from attending.sources import cache_dir
+
+if TYPE_CHECKING:
+    from attending.engine.native.runner import NativeOptions, NativeRunner
+
+log = logging.getLogger(__name__)
+
+TORCH_FACTOR = 4
+"""So many times slower is torch's runner: tokens/s of one user in float32, benchmarks/engine.md."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+TORCH_MISSING = "torch, which is not installed: pip install 'attending[train]'"
+
+
+class ComputeOptions(Config):
+    """How a model is computed: `dtype` and `device` are torch's, the next three the native's."""
+
+    dtype: str | None = None
+    """Of weights and cache in torch: float32, bfloat16 or float16. None on a CPU: the native
+    runner; elsewhere as stored."""
+    device: str = "cpu"
+    """As torch names it."""
+    weights: str | None = None
+    """`stored` (the default: a GGUF's own 4 or 8 bits, else 8), `w8`, `w4-32`, `w4-64`, `w4-128`:
+    bits, and how many weights share a scale."""
+    activations: str | None = None
+    """`int8` (the default) or `float32`."""
+    kv: str | None = None
+    """Of keys and values in the cache: `float16` (the default) or `int8`."""
+    threads: PositiveInt | None = None
+    """Of the CPU; None takes every core."""
+
+    @property
+    def native(self) -> dict[str, Any]:
+        """What only the native runner takes, as far as it was given."""
+        names = ("weights", "activations", "kv")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether torch's runner was asked for."""
+        return self.dtype is not None or self.device != "cpu"
+
+    def check(self) -> None:
+        """Raise a UsageError where two do not go together, or this machine lacks what is asked."""
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        if self.native:
+            self.native_options()
+        if not self.is_torch:
+            return
+        if self.native:
+            raise UsageError(
+                f"{self.native} are the native runner's, on a CPU; dtype and device are torch's: "
+                "give the ones or the others."
+            )
+        if find_spec("torch") is None:
+            raise UsageError(f"dtype and device need {TORCH_MISSING}")
+        import torch
+
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"device {self.device!r} cannot be used: {reason}. Try cpu.") from None
+
+    def native_options(self) -> "NativeOptions":
+        """For the native runner; a ConfigError where it has no such value."""
+        from attending.engine.native.runner import NativeOptions
+
+        return NativeOptions.build({**self.native, "threads": self.threads})
+
+
+def is_native(arch: Architecture, options: ComputeOptions) -> bool:
+    """Whether the native runner computes; a line in the log where it should and cannot.
+
+    Raises:
+        UsageError: It cannot, although its options were given or torch is not there either.
+    """
+    if options.is_torch:
+        return False
+    from attending.engine.native.runner import obstacle
+
+    reason = obstacle(arch)
+    if reason is None:
+        return True
+    if options.native:
+        raise UsageError(f"{', '.join(options.native)} cannot be had: {reason}")
+    if find_spec("torch") is None:
+        raise UsageError(f"{reason} Or use {TORCH_MISSING}")
+    log.warning("torch computes in float32, about %d times slower: %s", TORCH_FACTOR, reason)
+    return False
+
+
+def open_native(
+    checkpoint: Checkpoint, files: Iterable[Path], options: ComputeOptions, pages: Sequence[int]
+) -> "NativeRunner":
+    """The native runner; its weights are packed at the first time and mapped after that."""
+    from attending.engine.native.pack import open_packed
+    from attending.engine.native.runner import NativeRunner
+
+    require_memory(checkpoint, options, native=True)
+    chosen = options.native_options()
+    folder = packed_folder(files)
+    packed = open_packed(checkpoint, folder / chosen.weights, chosen.weights)
+    for old in folder.parent.iterdir():  # of the same model, before its files changed
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return NativeRunner(packed, pages, chosen)
+
+
+def packed_folder(files: Iterable[Path]) -> Path:
+    """Where packed weights of these files lie; another one as soon as a file has changed."""
+    paths = sorted(file.resolve() for file in files)
+    stats = [(file.stat().st_size, file.stat().st_mtime_ns) for file in paths]
+    place, state = (hashlib.sha256(repr(fact).encode()).hexdigest() for fact in (paths, stats))
+    return cache_dir() / "packed" / place[:16] / state[:16]
+
+
+def weight_bytes(checkpoint: Checkpoint, options: ComputeOptions, *, native: bool) -> int:
+    """Memory of the weights as they are computed; of the native runner's about."""
+    arch = checkpoint.arch
+    if not native:
+        return arch.num_parameters() * VALUE_BYTES[torch_dtype(arch, options)]
+    layout = checkpoint.stored if options.weights in (None, "stored") else options.weights
+    bits = 4 if str(layout).lower().startswith(("q4_0", "q4_1", "w4")) else 8
+    total = 0
+    for name, shape in arch.tensor_shapes().items():
+        is_narrow = name.startswith("model.layers.") and len(shape) == 2
+        width = 32 if len(shape) != 2 else (bits if is_narrow else 8) + 1  # with its scales
+        total += math.prod(shape) * width // 8
+    return total
+
+
+def torch_dtype(arch: Architecture, options: ComputeOptions) -> str:
+    """The name of the dtype that torch computes in."""
+    return options.dtype or ("float32" if options.device == "cpu" else arch.dtype)
+
+
+def require_memory(checkpoint: Checkpoint, options: ComputeOptions, *, native: bool) -> None:
+    """Raise a UsageError that says how much memory is missing, as far as the system tells."""
+    needed = weight_bytes(checkpoint, options, native=native)
+    free = mesh.free_memory()
+    if options.device.startswith("cuda"):
+        import torch
+
+        free = torch.cuda.mem_get_info(options.device)[0]
+    if free is not None and needed > free:
+        from attending.engine.plan import gib
+
+        fewer = "weights in w4-128" if native else "the dtype bfloat16"
+        raise UsageError(
+            f"the weights need about {gib(needed)} of memory and {gib(free)} are free: "
+            f"{gib(needed - free)} are missing. Free some, take {fewer} or a smaller model."
+        )
