@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from attending.cli.terminal import JsonFlag, out, print_json, print_table, progress_bar
+from attending.cli.use import ActivationsOption, KvOption, WeightsOption
 from attending.errors import UsageError
 
 
@@ -16,6 +17,9 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Of every measurement, taking turns.")] = 5,
     draft: Annotated[str | None, typer.Option(help="Reserved: there are none yet.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of the CPU; all by default.")] = None,
+    weights: WeightsOption = None,
+    activations: ActivationsOption = None,
+    kv: KvOption = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.")] = None,
     as_json: JsonFlag = False,
@@ -31,7 +35,8 @@ def bench(
     from attending.engine import bench as benching
 
     work = benching.Work(sizes, prompt, tokens, repeats)
-    given: dict[str, Any] = {"threads": threads, "dtype": dtype, "device": device}
+    given: dict[str, Any] = {"weights": weights, "activations": activations, "kv": kv}
+    given |= {"dtype": dtype, "device": device, "threads": threads}
     options = {name: value for name, value in given.items() if value is not None}
     with progress_bar(of_bytes=False) as progress:
         report = benching.bench(model, work, options=options, draft=draft, progress=progress)

@@ -7,7 +7,6 @@ a fresh interpreter, with its files in the system's cache. Imports no torch.
 
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -36,7 +35,6 @@ COLD_PROMPT = 16
 STEP_TOKENS = 512  # as for one user alone
 MATMUL_SIZE = 512  # 1 MiB a matrix: in a core's own cache
 MATMUL_SECONDS = 0.5  # of passes, the best of which counts
-VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NO_STOP = frozenset[int]()
 Clock = Callable[[], float]
 
@@ -161,7 +159,7 @@ def bench(
     Args:
         source: As for `attending.engine.local.load`.
         work: Lengths, batches and repeats.
-        options: Of `load`, and `threads`.
+        options: Of `load`.
         draft: Reserved.
         progress: Told of each finished measurement.
 
@@ -307,7 +305,7 @@ def measure_ceilings(weight_bytes: int, threads: int) -> dict[str, float]:
 
     sizes = {"read_gb_s": doctor.BUFFER_BYTES, "read_weights_gb_s": weight_bytes}
     found = {}
-    for name, size in ((name, size) for name, size in sizes.items() if size):
+    for name, size in sizes.items():
         found[name] = doctor.measure_read(np.ones(size // 8, dtype=np.uint64), threads)
     found["float32_gflop_s"] = _matmul_gflop_s()
     with suppress(ModuleNotFoundError):
@@ -336,15 +334,10 @@ def prefill_gop_s(arch: Architecture, tokens: int, rate: Spread) -> float:
 
 
 def bytes_read(model: "Model") -> int:
-    """Bytes of weights that a step reads: the blocks and the head; 0 where that is not known.
-
-    The model's own word, where it packs its weights; else all in the type that computes.
-    """
-    told: int | None = getattr(model, "read_bytes", None)
-    if told is not None:
-        return told
-    weights = _block_weights(model.arch) + model.arch.vocab_size * model.arch.hidden_size
-    return weights * VALUE_BYTES.get(model.path["activations"], 0)
+    """Bytes of weights that a step reads: all but an embedding that is not the head too."""
+    arch = model.arch
+    looked_up = 0 if arch.tied else arch.vocab_size * arch.hidden_size
+    return round(model.weight_bytes * (1 - looked_up / arch.num_parameters()))
 
 
 def _block_weights(arch: Architecture) -> int:
@@ -363,12 +356,9 @@ def _matmul_gflop_s() -> float:
 
 
 def _load(source: str, options: Mapping[str, Any], work: Work) -> "Model":
-    given = {name: value for name, value in options.items() if name != "threads"}
-    if options.get("threads"):  # OpenMP reads it once, when torch or the kernels are loaded
-        os.environ["OMP_NUM_THREADS"] = str(options["threads"])
     from attending.engine import local
 
-    model = local.load(source, **given)
+    model = local.load(source, **options)
     work.fit(model.arch.context)
     model.make_room(work.cache_tokens(), max(work.batch), STEP_TOKENS)
     return model
