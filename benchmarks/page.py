@@ -52,10 +52,11 @@ def write(
     if rows_are_subjects:
         head = ["", *quantities]
         for subject in subjects:
-            pairs = [(found.get((q, subjects[0])), found.get((q, subject))) for q in quantities]
-            cells = [
-                f"{theirs.text}; {_ratio(*pair)}" if (theirs := pair[1]) else "" for pair in pairs
-            ]
+            cells = []
+            for quantity in quantities:
+                first, mine = found.get((quantity, subjects[0])), found.get((quantity, subject))
+                ratio = f"; {_ratio(first, mine)}" if subject != subjects[0] else ""
+                cells.append(mine.text + ratio if mine else "")
             rows.append([subject, *cells])
     else:
         head = ["", *subjects, *(f"{subjects[0]} / {other}" for other in subjects[1:])]
@@ -104,10 +105,11 @@ def _draw(
     subjects: Sequence[str],
     found: dict[tuple[str, str], Measure],
 ) -> None:
-    columns = min(5, len(quantities))
+    width = max(3.2, 0.45 * len(subjects))
+    columns = min(5 if width == 3.2 else 3, len(quantities))
     rows = -(-len(quantities) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.2 * columns, 3 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(width * columns, 3 * rows), layout="constrained", squeeze=False
     )
     panels = list(axes.flat)
     for panel in panels[len(quantities) :]:
