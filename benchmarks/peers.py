@@ -1,7 +1,7 @@
 """The default model here and in its peers: prefill, decode, cold start and memory, in turns.
 
     python benchmarks/peers.py FOLDER [--repeats 3] [--only WORD ...] [--llama-server PROGRAM]
-        [--vllm PYTHON] [--ours 'NAME=MODEL OPTIONS' ...] [--trial]
+        [--vllm PYTHON] [--ours 'NAME=MODEL OPTIONS' ...] [--perplexity TEXT] [--trial]
 
 FOLDER keeps the peers' environments and converted models; what is there is used again (the first
 time: ten minutes and 3 GB). `--ours` names our rows and what follows `attending bench` in each;
@@ -70,7 +70,7 @@ What computes a row, with its version:
 
 {paths}
 
-Perplexity of the paths: not measured here.
+Perplexity of the paths: {perplexity}
 """
 
 
@@ -127,7 +127,8 @@ def main() -> None:
     rows = [Measure(q, name, v) for (q, name), v in values.items() if name not in missing]
     paths = [f"- {name}: {one['path']} ({one['version']})" for name, one in told.items()]
     paths += [f"- {name}: {reason}" for name, reason in missing.items()]
-    notes = NOTES.format(threads=given.threads, first=next(iter(ours)), paths="\n".join(paths))
+    words = {"threads": given.threads, "perplexity": given.perplexity, "first": next(iter(ours))}
+    notes = NOTES.format(**words, paths="\n".join(paths))
     title = "The default model beside its peers"
     print(write("peers", title, notes, rows, rows_are_subjects=True).read_text("utf-8"))
 
@@ -141,6 +142,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ours", nargs="*", default=["attending=default"])
     parser.add_argument("--llama-server", default="llama-server")
     parser.add_argument("--vllm", default="", help="the python of an environment with vLLM")
+    parser.add_argument(
+        "--perplexity", default="not measured here.", help="a sentence for the page"
+    )
     parser.add_argument("--trial", action="store_true")
     return parser.parse_args()
 
