@@ -5,9 +5,10 @@ seed. The order is the one vLLM and transformers share: bias, repetition, presen
 penalties, temperature, top-k, top-p, min-p.
 
 A vocabulary is passed over in float32 and never sorted: what may be drawn is found by a threshold,
-and only that is ranked, in float64.
+and only that is ranked. What grows long is summed in float64.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from attending.config import Config
 from attending.errors import CheckpointError, UsageError
 
 Logits = NDArray[np.float32]
-Values = NDArray[np.float32] | NDArray[np.float64]
+Masses = NDArray[np.float32]
 Indices = NDArray[np.intp]
 
 BLOCK = 256  # values in a partial sum: float32 is exact enough for so few
+HUGE = 1e38  # a bias within float32 that no logit outdoes
 LAST = 1 - 2.0**-53  # the largest number below 1
 
 
@@ -101,9 +103,9 @@ def candidates(
     history: Sequence[int] | NDArray[np.int64],
     num_prompt: int = 0,
     allowed: NDArray[np.bool_] | None = None,
-) -> tuple[Sequence[int] | Indices, Values]:
+) -> tuple[Sequence[int] | Indices, Masses]:
     """What `choose` draws from: ids in ascending order, and their probabilities up to a factor."""
-    scores: Values = logits
+    scores = logits
     likeliest = _likeliest(logits)
     if _has_edits(sampling) or allowed is not None:
         scores = _edited(logits, sampling, history, num_prompt, allowed)
@@ -112,7 +114,7 @@ def candidates(
     if allowed is not None and peak == -np.inf:
         raise UsageError("no token may follow here: the grammar and the model have none alike.")
     if sampling.temperature == 0:
-        return (likeliest,), np.ones(1)
+        return (likeliest,), np.ones(1, np.float32)
     if not np.isfinite(peak):
         raise UsageError("these sampling options leave no token that can be chosen.")
     # Below the floor nothing but ties is left either, and above it the quotients stay finite.
@@ -122,18 +124,22 @@ def candidates(
         ids = np.sort(_ranked(scores, sampling.top_k))
     elif sampling.top_p == 1 and sampling.min_p > 0:
         # Spares the exponentials of the rest; a few too many, which the masses decide.
-        ids = np.flatnonzero(scores >= peak + temperature * (np.log(sampling.min_p) - 1e-3))
-    mass = _exponentials(scores if ids is None else scores[ids], peak, temperature)
+        ids = np.flatnonzero(scores >= peak + temperature * (math.log(sampling.min_p) - 1e-3))
+    # A second copy of a vocabulary costs more than all else where its memory comes from the system.
+    spare = None if scores is logits else scores
+    if ids is not None:
+        scores = spare = scores[ids]
+    mass = _exponentials(scores, peak, temperature, spare)
     if sampling.top_p < 1:
         kept = _nucleus(mass, sampling.top_p)
         ids, mass = kept if ids is None else ids[kept], mass[kept]
     if sampling.min_p > 0 and ids is not None:
         kept = np.flatnonzero(mass >= sampling.min_p)  # the likeliest has 1
         ids, mass = ids[kept], mass[kept]
-    return range(scores.size) if ids is None else ids, mass
+    return range(logits.size) if ids is None else ids, mass
 
 
-def draw(mass: Values, uniform: float) -> int:
+def draw(mass: Masses, uniform: float) -> int:
     """The index where the cumulative sum of `mass` passes a share in [0, 1) of the whole.
 
     First the block, then the place in it: a running sum over a vocabulary costs more than all else.
@@ -178,10 +184,11 @@ def _edited(
     history: Sequence[int] | NDArray[np.int64],
     num_prompt: int,
     allowed: NDArray[np.bool_] | None,
-) -> Values:
-    scores = logits.astype(np.float64)
-    for token, bias in sampling.logit_bias:
-        scores[token] += bias
+) -> Logits:
+    scores = logits.copy()
+    with np.errstate(over="ignore"):  # to minus infinity
+        for token, bias in sampling.logit_bias:
+            scores[token] += min(bias, HUGE)
     # A token seen twice is read before any is written: each writing is the same.
     if sampling.repetition_penalty != 1.0:
         seen, penalty = np.asarray(history, dtype=np.int64), sampling.repetition_penalty
@@ -196,25 +203,27 @@ def _edited(
     return scores
 
 
-def _exponentials(scores: Values, peak: float, temperature: float = 1.0) -> NDArray[np.float32]:
+def _exponentials(
+    scores: Logits, peak: float, temperature: float = 1.0, out: Masses | None = None
+) -> Masses:
     """exp((score - peak) / temperature), the largest 1."""
-    below = np.empty(scores.size, np.float32)
     with np.errstate(over="ignore"):  # far below the peak is minus infinity
-        np.subtract(scores, peak, out=below, casting="same_kind")
+        below: Masses = np.subtract(scores, np.float32(peak), out=out)
         below *= np.float32(1 / temperature)
-    return np.exp(below, out=below)
+    np.exp(below, out=below)
+    return below
 
 
-def _sums(mass: Values) -> Values:
+def _sums(mass: Masses) -> Masses:
     """Of each block."""
     return np.add.reduceat(mass, np.arange(0, mass.size, BLOCK))
 
 
-def _total(mass: Values) -> float:
+def _total(mass: Masses) -> float:
     return float(_sums(mass).sum(dtype=np.float64))
 
 
-def _pick(mass: Values, uniform: float) -> tuple[int, float]:
+def _pick(mass: Masses, uniform: float) -> tuple[int, float]:
     """The index where a share of the whole falls, and how far it lies in that one's mass."""
     edges = np.cumsum(mass, dtype=np.float64)
     at = uniform * edges[-1]
@@ -223,7 +232,7 @@ def _pick(mass: Values, uniform: float) -> tuple[int, float]:
     return index, min(max(rest, 0.0), LAST)
 
 
-def _nucleus(mass: Values, top_p: float) -> Indices:
+def _nucleus(mass: Masses, top_p: float) -> Indices:
     """The fewest likeliest tokens with at least `top_p` in sum; equal ones in order of index."""
     total = _total(mass)
     # All that are less likely than (1 - top_p) / V have less than 1 - top_p together; sums round.
@@ -239,7 +248,7 @@ def _nucleus(mass: Values, top_p: float) -> Indices:
     return np.delete(kept, ties[ties.size - (kept.size - count) :])
 
 
-def _ranked(values: Values, count: int) -> Indices:
+def _ranked(values: Logits, count: int) -> Indices:
     """The `count` largest values' indices, largest first; equal ones in order of index."""
     # The count-th largest of the maxima of so many columns is not above that of all values.
     width = max(4 * count, 1024)

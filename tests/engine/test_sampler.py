@@ -191,7 +191,8 @@ def oracle(
         before += weights[i] / total
     mass = np.zeros(len(scores))
     mass[kept] = [weights[i] for i in kept]
-    return mass / mass.sum()
+    mass /= mass.sum()
+    return mass
 
 
 @settings(max_examples=300, deadline=None)
@@ -251,6 +252,10 @@ def test_the_same_number_draws_the_token_of_an_oracle(
     below = edges[token - 1] if token else 0.0
     assert below - 1e-6 <= uniform <= edges[token] + 1e-6
     assert edges[token] > below
+    unseen = sampling.replace(logit_bias=((0, 0.0),))  # the way of edited logits
+    kept = row.copy()
+    assert choose(row, unseen, (), uniform) == token
+    np.testing.assert_array_equal(row, kept)  # not written to
     cold = sampling.replace(temperature=0.0)
     assert choose(row, cold, (), uniform) == row.tolist().index(max(row.tolist()))
 

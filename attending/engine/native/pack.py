@@ -1,0 +1,318 @@
+"""Weights as the kernel reads them: packed once into a file, memory-mapped ever after.
+
+The stored integers of a GGUF file in Q4_0, Q4_1 or Q8_0 are kept exactly; everything else becomes
+8 bits in groups of 32, or what is asked for, by plain rounding. Query, key and value lie in one
+matrix, gate and up in another; this exists here only. `kernel.cpp` describes the layout.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attending.artifact import write_json
+from attending.errors import CheckpointError
+from attending.model.architecture import Architecture
+
+Floats = NDArray[np.float32]
+VERSION = 1
+TILE, GROUP, ALIGN = 16, 32, 64
+FILE, INDEX = "weights.bin", "index.json"
+FORMATS = {"w8": (8, 32), "w4-32": (4, 32), "w4-64": (4, 64), "w4-128": (4, 128)}
+
+
+class Integers(NamedTuple):
+    """weight[n, k] = scale[n, k // group] * values[n, k] + minimum[n, k // group]."""
+
+    bits: int
+    values: NDArray[np.uint8]
+    """[N, K], below 2**bits."""
+    scale: NDArray[np.float16]
+    """[N, ceil(K / group)]."""
+    minimum: NDArray[np.float16] | None
+    """None: -scale * 2**(bits - 1)."""
+
+
+class Weights(Protocol):
+    """Where weights come from: a checkpoint, or a model that is being trained."""
+
+    @property
+    def arch(self) -> Architecture:
+        """Of the tensors."""
+
+    @property
+    def read(self) -> Callable[[str], Floats]:
+        """One tensor in float32."""
+
+    @property
+    def blocks(self) -> Callable[[str], Integers | None]:
+        """Its integers and scales, if it is stored in groups of 32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A packed model, mapped: matrices and vectors by name."""
+
+    arch: Architecture
+    path: Mapping[str, str]
+    """What is computed with, in words: `weights`, ..."""
+    matrices: Mapping[str, "Matrix"]
+    vectors: Mapping[str, Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One packed matrix and where its bytes lie."""
+
+    outputs: int
+    inputs: int
+    bits: int
+    group: int
+    has_minimum: bool
+    data: NDArray[np.uint8]
+    bias: Floats | None
+
+
+def quantise(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Integers:
+    """Plain rounding of [N, K] by groups of inputs.
+
+    Symmetric: the value of largest magnitude in a group decides the scale. In 4 bits it takes -8
+    itself, so a scale may be negative; in 8 bits it takes 127. Asymmetric: from the smallest to
+    the largest value.
+    """
+    outputs, inputs = weight.shape
+    groups = -(-inputs // group)
+    cut = np.zeros((outputs, groups * group), np.float32)
+    cut[:, :inputs] = weight
+    cut = cut.reshape(outputs, groups, group)
+    middle, minimum = 1 << bits - 1, None
+    if symmetric:
+        at = np.abs(cut).argmax(-1)[..., None]
+        peak = np.take_along_axis(cut, at, -1)[..., 0]
+        scale = _half(peak / -8 if bits == 4 else np.abs(peak) / 127)
+        shifted = cut
+    else:
+        minimum = _half(np.minimum(cut.min(-1), 0))
+        scale = _half((np.maximum(cut.max(-1), 0) - minimum) / ((1 << bits) - 1))
+        shifted, middle = cut - minimum[..., None].astype(np.float32), 0
+    wide = scale.astype(np.float32)[..., None]
+    steps = np.divide(shifted, wide, out=np.zeros_like(cut), where=wide != 0)
+    values = np.clip(np.rint(steps) + middle, 0, (1 << bits) - 1).astype(np.uint8)
+    values = values.reshape(outputs, -1)[:, :inputs]
+    return Integers(bits, values, scale, minimum)
+
+
+def dequantise(integers: Integers) -> Floats:
+    """[N, K], exactly what the kernel computes with."""
+    bits, values, scale, minimum = integers
+    group = group_of(integers)
+    wide = np.repeat(scale.astype(np.float32), group, 1)[:, : values.shape[1]]
+    if minimum is None:
+        return wide * (values.astype(np.float32) - (1 << bits - 1))
+    low = np.repeat(minimum.astype(np.float32), group, 1)[:, : values.shape[1]]
+    return wide * values.astype(np.float32) + low
+
+
+def group_of(integers: Integers) -> int:
+    """Inputs that share a scale: 32, 64 or 128."""
+    inputs, groups = integers.values.shape[1], integers.scale.shape[1]
+    return next(group for group in (32, 64, 128) if groups == -(-inputs // group))
+
+
+def tiles(integers: Integers) -> NDArray[np.uint8]:
+    """The kernel's layout: [tiles, blocks, bytes of a block]."""
+    bits, values, scale, minimum = integers
+    group = group_of(integers)
+    outputs, inputs = values.shape
+    count, blocks = -(-outputs // TILE), -(-inputs // group)
+    whole = np.zeros((count * TILE, blocks * group), np.uint8)
+    whole[:outputs, :inputs] = values
+    cut = whole.reshape(count, TILE, blocks, group // GROUP, 8, 4).transpose(0, 2, 3, 4, 1, 5)
+    if bits == 4:
+        cut = cut[:, :, :, :4] | cut[:, :, :, 4:] << 4
+    halves = [scale] if minimum is None else [scale, minimum]
+    heads = np.zeros((len(halves), count * TILE, blocks), np.float16)
+    heads[:, :outputs] = halves
+    heads = heads.reshape(-1, count, TILE, blocks).transpose(1, 3, 0, 2)
+    head = np.ascontiguousarray(heads).view(np.uint8).reshape(count, blocks, -1)
+    body = np.ascontiguousarray(cut).reshape(count, blocks, -1)
+    return np.concatenate([head, body], axis=2)
+
+
+def open_packed(weights: Weights, folder: Path, form: str = "stored") -> Packed:
+    """Map the packed weights in a folder; pack them first if they are not there, or outdated.
+
+    Args:
+        weights: Of the model.
+        folder: For these weights and this `form` alone; made if need be.
+        form: `stored` or one of `FORMATS`.
+    """
+    packed = _mapped(weights.arch, folder)
+    if packed is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            try:
+                index = _write(file, weights, form)
+                os.replace(file.name, folder / FILE)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        write_json(folder / INDEX, index)
+        packed = _mapped(weights.arch, folder)
+    if packed is None:
+        raise CheckpointError(f"{folder.name}: the packed weights cannot be read back; disk full?")
+    return packed
+
+
+def _mapped(arch: Architecture, folder: Path) -> Packed | None:
+    """None if there is nothing whole of this version."""
+    try:
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        data = np.asarray(np.memmap(folder / FILE, np.uint8, "r"))
+        if index["version"] != VERSION or index["bytes"] != len(data):
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+
+    def floats(place: list[int] | None) -> Floats | None:
+        return None if place is None else data[place[0] : place[0] + 4 * place[1]].view(np.float32)
+
+    matrices = {
+        name: Matrix(*values, data[at : at + size], floats(bias))
+        for name, (*values, at, size, bias) in index["matrices"].items()
+    }
+    vectors = {name: cast(Floats, floats(place)) for name, place in index["vectors"].items()}
+    return Packed(arch, {"weights": index["weights"]}, matrices, vectors)
+
+
+def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
+    """The bytes of all matrices and vectors, one tensor in memory at a time; the index of them."""
+    at, kinds = 0, set()
+
+    def put(array: NDArray[Any]) -> list[int]:
+        nonlocal at
+        start = -(-at // ALIGN) * ALIGN
+        file.write(bytes(start - at))
+        file.write(np.ascontiguousarray(array).data)
+        at = start + array.nbytes
+        return [start, array.nbytes]
+
+    def vector(values: Floats) -> list[int]:
+        start, size = put(_padded(values.astype(np.float32)))
+        return [start, size // 4]
+
+    vectors = {name: vector(weights.read(name)) for name in _vectors(weights.arch)}
+    matrices: dict[str, list[Any]] = {}
+    for name, parts in _matrices(weights.arch).items():
+        found = [_integers(weights, part, form) for part in parts]
+        if name.endswith("gate_up"):
+            pair = _alike(found)
+            body = np.stack([tiles(part) for part in pair], axis=1)
+            body = body.reshape(-1, *body.shape[2:])
+            outputs, one = 2 * -(-pair[0].values.shape[0] // TILE) * TILE, pair[0]
+        else:
+            one = _joined(_alike(found))
+            body, outputs = tiles(one), one.values.shape[0]
+        kinds.add(f"int{one.bits} in groups of {group_of(one)}")
+        has_minimum = one.minimum is not None
+        facts = [outputs, one.values.shape[1], one.bits, group_of(one), has_minimum]
+        bias = _bias(weights, name, parts)
+        matrices[name] = [*facts, *put(body), None if bias is None else vector(bias)]
+    words = " and ".join(sorted(kinds))
+    return {
+        "version": VERSION,
+        "weights": words,
+        "vectors": vectors,
+        "matrices": matrices,
+        "bytes": at,
+    }
+
+
+def _vectors(arch: Architecture) -> list[str]:
+    """Tensors that stay float32: norms and convolutions."""
+    shapes = arch.tensor_shapes()
+    return [
+        name
+        for name, shape in shapes.items()
+        if len(shape) != 2 and not name.endswith("bias")
+    ]
+
+
+def _matrices(arch: Architecture) -> dict[str, list[str]]:
+    """The kernel's matrices, each with the tensors that it is made of."""
+    matrices = {"embedding": ["model.embed_tokens.weight"]}
+    for spec in arch.layers:
+        at = f"model.layers.{spec.index}"
+        qkv = ["W_pack"] if arch.is_m1 else ["q_proj", "k_proj", "v_proj"]
+        matrices[f"{spec.index}.qkv"] = [f"{at}.self_attn.{name}.weight" for name in qkv]
+        matrices[f"{spec.index}.out"] = [f"{at}.self_attn.o_proj.weight"]
+        matrices[f"{spec.index}.gate_up"] = [f"{at}.mlp.{n}_proj.weight" for n in ("gate", "up")]
+        matrices[f"{spec.index}.down"] = [f"{at}.mlp.down_proj.weight"]
+    if not arch.tied:
+        matrices["head"] = ["lm_head.weight"]
+    return matrices
+
+
+def _integers(weights: Weights, name: str, form: str) -> Integers:
+    outside = name in ("model.embed_tokens.weight", "lm_head.weight")
+    is_norm_head = name == "lm_head.weight" and weights.arch.is_m1
+    stored = weights.blocks(name) if form == "stored" and not is_norm_head else None
+    if stored is not None:
+        return stored
+    values = weights.read(name)
+    if is_norm_head:  # rows of unit length, as the decoder's NormHead has them
+        values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    bits, group = FORMATS["w8" if outside or form == "stored" else form]
+    return quantise(values, bits, group, symmetric=bits == 8)
+
+
+def _alike(parts: Sequence[Integers]) -> list[Integers]:
+    """The same bits and kind in all parts of a matrix, without changing any weight."""
+    same = {(part.bits, part.minimum is None, group_of(part)) for part in parts}
+    if len(same) == 1:
+        return list(parts)
+    return [
+        part._replace(bits=8, minimum=_half(part.scale.astype(np.float32) * -(1 << part.bits - 1)))
+        if part.minimum is None
+        else part._replace(bits=8)
+        for part in parts
+    ]
+
+
+def _joined(parts: Sequence[Integers]) -> Integers:
+    """Outputs one below the other."""
+    first, minima = parts[0], [part.minimum for part in parts if part.minimum is not None]
+    return Integers(
+        first.bits,
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.scale for part in parts]),
+        np.concatenate(minima) if minima else None,
+    )
+
+
+def _bias(weights: Weights, name: str, parts: Sequence[str]) -> Floats | None:
+    """[outputs], in the order of the matrix' rows."""
+    names = [part.removesuffix("weight") + "bias" for part in parts]
+    if names[0] not in weights.arch.tensor_shapes():
+        return None
+    values = [weights.read(each) for each in names]
+    if not name.endswith("gate_up"):
+        return np.concatenate(values)
+    return np.stack([_padded(each, TILE).reshape(-1, TILE) for each in values], axis=1).reshape(-1)
+
+
+def _padded(values: Floats, multiple: int = 128) -> Floats:
+    """Flat, with zeros to a multiple, as the kernel reads it."""
+    flat = values.reshape(-1)
+    return np.pad(flat, (0, -len(flat) % multiple))
+
+
+def _half(values: NDArray[Any]) -> NDArray[np.float16]:
+    limit = np.finfo(np.float16).max
+    return np.clip(values, -limit, limit).astype(np.float16)

@@ -1,0 +1,190 @@
+"""The kernel's products and the packing, on every instruction path of this machine."""
+
+import ctypes
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attending.engine.native import build, compiler, pack
+from attending.engine.native.runner import NativeOptions, NativeRunner, argument, obstacle
+from attending.errors import UsageError
+from tests.engine.native_models import PATHS, Trained, random_model
+
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 30))
+forms = st.tuples(st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.booleans())
+
+
+def random_matrix(outputs: int, inputs: int, form: tuple[int, int, bool]) -> pack.Integers:
+    rng = np.random.default_rng(outputs * 1000 + inputs)
+    weight = rng.standard_normal((outputs, inputs), dtype=np.float32)
+    return pack.quantise(weight + 0.3, form[0], form[1], symmetric=form[2])
+
+
+def kernel_matrix(integers: pack.Integers) -> pack.Matrix:
+    outputs, inputs = integers.values.shape
+    group, data = pack.group_of(integers), pack.tiles(integers)
+    has_minimum = integers.minimum is not None
+    return pack.Matrix(outputs, inputs, integers.bits, group, has_minimum, data, None)
+
+
+def product(path: str, integers: pack.Integers, x: Any, *, int8: bool) -> Any:
+    outputs = integers.values.shape[0]
+    out = np.empty((len(x), -(-outputs // 16) * 16), np.float32)
+    given = argument(kernel_matrix(integers))
+    x = np.ascontiguousarray(x, np.float32)
+    kernel = build.library(path)
+    kernel.attending_product(
+        ctypes.byref(given), ctypes.c_void_p(x.ctypes.data), len(x), int8, ctypes.c_void_p(out.ctypes.data)
+    )
+    assert (out[:, outputs:] == 0).all()
+    return out[:, :outputs]
+
+
+def rounded(x: Any) -> Any:
+    """Activations as the kernel rounds them: int8 with a scale for each 32."""
+    cut = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    peak = np.abs(cut).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    values = np.rint(cut * inverse).astype(np.float64) * (peak / np.float32(127))
+    return values.reshape(len(x), -1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(shape=shapes, form=forms)
+@settings(max_examples=60, deadline=None)
+def test_a_product_is_that_of_the_dequantised_weights(
+    path: str, shape: tuple[int, int, int], form: tuple[int, int, bool]
+) -> None:
+    outputs, inputs, rows = shape
+    integers = random_matrix(outputs, inputs, form)
+    weight = pack.dequantise(integers).astype(np.float64)
+    x = np.random.default_rng(rows).standard_normal((rows, inputs), dtype=np.float32)
+    for int8, seen in ((False, x.astype(np.float64)), (True, rounded(x))):
+        found = product(path, integers, x, int8=int8)
+        bound = 3e-6 * (np.abs(seen) @ np.abs(weight).T + 1)
+        assert (np.abs(found - seen @ weight.T) <= bound).all(), (int8, form)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(shape=shapes, form=forms, int8=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_row_has_the_same_bits_in_any_company(
+    path: str, shape: tuple[int, int, int], form: tuple[int, int, bool], int8: bool
+) -> None:
+    integers = random_matrix(shape[0], shape[1], form)
+    x = np.random.default_rng(1).standard_normal((shape[2], shape[1]), dtype=np.float32)
+    together = product(path, integers, x, int8=int8)
+    alone = np.concatenate([product(path, integers, row[None], int8=int8) for row in x])
+    assert (together == alone).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("form", [(4, 32, True), (8, 128, False)])
+def test_extreme_integers_do_not_overflow(path: str, form: tuple[int, int, bool]) -> None:
+    bits, group, symmetric = form
+    values = np.full((16, 256), (1 << bits) - 1, np.uint8)
+    scale = np.ones((16, 256 // group), np.float16)
+    integers = pack.Integers(bits, values, scale, None if symmetric else scale * 0)
+    x = np.full((5, 256), -1.0, np.float32)
+    one = (1 << bits) - 1 - (1 << bits - 1 if symmetric else 0)
+    assert (product(path, integers, x, int8=True) == -256 * one).all()
+
+
+@given(shape=shapes, form=forms)
+@settings(max_examples=40, deadline=None)
+def test_rounding_is_within_half_a_step(
+    shape: tuple[int, int, int], form: tuple[int, int, bool]
+) -> None:
+    bits, group, symmetric = form
+    rng = np.random.default_rng(shape[0])
+    weight = rng.standard_normal((shape[0], shape[1]), dtype=np.float32)
+    weight[:, ::7] = 0
+    integers = pack.quantise(weight, bits, group, symmetric=symmetric)
+    step = np.repeat(np.abs(integers.scale.astype(np.float32)), group, 1)[:, : shape[1]]
+    error = np.abs(pack.dequantise(integers) - weight)
+    # In 4 bits symmetric a value opposite to the largest may be a step too far out.
+    share = 1.01 if symmetric and bits == 4 else 0.51
+    assert (error <= share * step + 1e-7).all()
+    peak = np.abs(weight).max()
+    again = pack.quantise(pack.dequantise(integers), bits, group, symmetric=symmetric)
+    assert np.abs(pack.dequantise(again) - pack.dequantise(integers)).max() <= 0.02 * peak
+
+
+@given(shape=shapes, form=forms)
+@settings(max_examples=20, deadline=None)
+def test_an_output_is_read_back_exactly(
+    shape: tuple[int, int, int], form: tuple[int, int, bool]
+) -> None:
+    integers = random_matrix(shape[0], shape[1], form)
+    given, row = argument(kernel_matrix(integers)), np.empty(shape[1], np.float32)
+    for output in {0, shape[0] - 1}:
+        build.library().attending_read_row(
+            ctypes.byref(given), output, ctypes.c_void_p(row.ctypes.data)
+        )
+        np.testing.assert_allclose(row, pack.dequantise(integers)[output], rtol=1e-6, atol=1e-7)
+
+
+def test_parts_of_different_kinds_become_one_matrix_without_a_change() -> None:
+    parts = [random_matrix(16, 64, form) for form in ((4, 32, True), (4, 32, False), (8, 32, True))]
+    alike = pack._alike(parts)
+    assert {(part.bits, part.minimum is None) for part in alike} == {(8, False)}
+    for before, after in zip(parts, alike, strict=True):
+        np.testing.assert_allclose(pack.dequantise(after), pack.dequantise(before), atol=1e-6)
+
+
+def test_packed_weights_are_written_once_and_again_when_they_are_not_whole(tmp_path: Path) -> None:
+    weights = Trained(random_model("qwen3"))
+    first = pack.open_packed(weights, tmp_path / "packed")
+    written = (tmp_path / "packed" / pack.FILE).stat().st_mtime_ns
+    second = pack.open_packed(weights, tmp_path / "packed")
+    assert (tmp_path / "packed" / pack.FILE).stat().st_mtime_ns == written
+    for name, matrix in first.matrices.items():
+        assert (second.matrices[name].data == matrix.data).all()
+    index = tmp_path / "packed" / pack.INDEX
+    for damage in (
+        lambda: index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 0})),
+        lambda: index.write_text("{"),
+        lambda: (tmp_path / "packed" / pack.FILE).write_bytes(b"short"),
+    ):
+        damage()
+        again = pack.open_packed(weights, tmp_path / "packed")
+        assert (again.matrices["0.qkv"].data == first.matrices["0.qkv"].data).all()
+    assert {p.name for p in (tmp_path / "packed").iterdir()} == {pack.FILE, pack.INDEX}
+
+
+def test_without_a_compiler_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(compiler.NotCompiled, match="pip install ziglang"):
+        compiler.compile_path("portable", tmp_path)
+    with pytest.raises(UsageError, match="there is no native engine: no C\\+\\+ compiler"):
+        build.library.__wrapped__("portable", ("-DOTHER",))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(compiler.NotCompiled, match="set CXX"):
+        compiler.compile_path("portable", tmp_path)
+    assert not list(tmp_path.glob("*.so"))
+
+
+def test_a_failing_compiler_says_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(compiler.NotCompiled, match="needs C\\+\\+20"):
+        compiler.compile_path("portable", tmp_path, ["-Dfloat=unknown_type"])
+
+
+def test_a_head_that_is_too_large_is_an_obstacle() -> None:
+    assert obstacle(random_model("llama").arch) is None
+    assert "size 520" in str(obstacle(random_model("llama", head_dim=520).arch))
+
+
+def test_memory_that_is_not_there_is_said(tmp_path: Path) -> None:
+    packed = pack.open_packed(Trained(random_model("llama")), tmp_path)
+    with pytest.raises(UsageError, match="no memory for 1,099,511,627,7"):
+        NativeRunner(packed, [2**40], NativeOptions(threads=1))
