@@ -33,18 +33,39 @@ class Measure(NamedTuple):
         return f"{statistics.median(self.values):,.2f} ({low:,.2f} to {high:,.2f})"
 
 
-def write(name: str, title: str, notes: str, measures: Sequence[Measure]) -> Path:
-    """Write `NAME.md` and `NAME.svg` beside this file; the first subject is the one compared."""
+def write(
+    name: str,
+    title: str,
+    notes: str,
+    measures: Sequence[Measure],
+    *,
+    rows_are_subjects: bool = False,
+) -> Path:
+    """Write `NAME.md` and `NAME.svg` beside this file; the first subject is the one compared.
+
+    Where many are compared they are the rows, each cell with its ratio.
+    """
     quantities = list(dict.fromkeys(m.quantity for m in measures))
     subjects = list(dict.fromkeys(m.subject for m in measures))
     found = {(m.quantity, m.subject): m for m in measures}
-    head = ["", *subjects, *(f"{subjects[0]} / {other}" for other in subjects[1:])]
+    rows = []
+    if rows_are_subjects:
+        head = ["", *quantities]
+        for subject in subjects:
+            cells = []
+            for quantity in quantities:
+                first, mine = found.get((quantity, subjects[0])), found.get((quantity, subject))
+                ratio = f"; {_ratio(first, mine)}" if subject != subjects[0] else ""
+                cells.append(mine.text + ratio if mine else "")
+            rows.append([subject, *cells])
+    else:
+        head = ["", *subjects, *(f"{subjects[0]} / {other}" for other in subjects[1:])]
+        for quantity in quantities:
+            row = [found.get((quantity, subject)) for subject in subjects]
+            cells = [measure.text if measure else "" for measure in row]
+            rows.append([quantity, *cells, *(_ratio(row[0], other) for other in row[1:])])
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for quantity in quantities:
-        row = [found.get((quantity, subject)) for subject in subjects]
-        cells = [measure.text if measure else "" for measure in row]
-        cells += [_ratio(row[0], other) for other in row[1:]]
-        lines.append(f"| {' | '.join([quantity, *cells])} |")
+    lines += [f"| {' | '.join(row)} |" for row in rows]
     repeats = len(measures[0].values)
     how = f"Medians of {repeats} repeats, with the spread." if repeats > 1 else "One run."
     text = [f"# {title}", "", notes.strip(), "", how, ""]
@@ -84,10 +105,11 @@ def _draw(
     subjects: Sequence[str],
     found: dict[tuple[str, str], Measure],
 ) -> None:
-    columns = min(5, len(quantities))
+    width = max(3.2, 0.45 * len(subjects))
+    columns = min(5 if width == 3.2 else 3, len(quantities))
     rows = -(-len(quantities) // columns)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.2 * columns, 3 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(width * columns, 3 * rows), layout="constrained", squeeze=False
     )
     panels = list(axes.flat)
     for panel in panels[len(quantities) :]:

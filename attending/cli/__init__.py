@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from attending import __version__, logs
-from attending.cli import build, evaluating, interview, judging, privacy, train, use
+from attending.cli import build, evaluating, interview, judging, measure, privacy, train, use
 from attending.cli.terminal import err, escape, out
 from attending.errors import AttendingError
 from attending.mesh import SHORT_SPIN
@@ -28,6 +28,7 @@ for verb in (
     use.pull,
     use.plan,
     use.doctor,
+    measure.bench,
     use.report,
     interview.consult,
     build.corpus,
