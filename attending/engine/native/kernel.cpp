@@ -218,8 +218,7 @@ namespace {
 
 // ---------------------------------------------------------------- threads
 
-// Every thread runs the whole step; they meet at barriers. A wait spins for some microseconds,
-// then gives its core away: other programs may need it.
+// Every thread runs the whole step; they meet at barriers.
 class Crew {
    public:
     explicit Crew(int count) : count_(count) {
@@ -261,12 +260,18 @@ class Crew {
     }
 
    private:
+    // Spins for some microseconds. Then the one that is waited for may have no core, or this very
+    // one: it is offered, again and again, and after a while left.
     static void await(std::atomic<uint32_t>& what, uint32_t old) {
-        for (int spin = 0; spin < 20000; ++spin) {
+        for (int spin = 0; spin < 100; ++spin) {
             if (what.load(std::memory_order_acquire) != old) return;
 #if WIDTH > 4
             _mm_pause();
 #endif
+        }
+        for (int offer = 0; offer < 500; ++offer) {
+            if (what.load(std::memory_order_acquire) != old) return;
+            std::this_thread::yield();
         }
         while (what.load(std::memory_order_acquire) == old) what.wait(old);
     }
