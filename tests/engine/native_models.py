@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from attending.engine.native import build, compiler, pack
 from attending.model.decoder import Decoder
+from attending.model.gguf_file import Blocks
 from tests.engine.serving import CONFIG
 from tests.model.tiny import build as build_model
 
@@ -19,7 +18,7 @@ class Trained:
     def __init__(self, decoder: Decoder) -> None:
         self.arch = decoder.arch
         self._state = decoder.state_dict()
-        self.blocks: Callable[[str], pack.Integers | None] = lambda name: None
+        self.blocks: Callable[[str], Blocks | None] = lambda name: None
 
     def read(self, name: str) -> pack.Floats:
         values: pack.Floats = self._state[name].float().numpy()
@@ -30,12 +29,12 @@ def random_model(family: str, seed: int = 0, **config: Any) -> Decoder:
     return build_model({**CONFIG, "model_type": family, **config}, seed=seed)
 
 
-def dequantised(packed: pack.Packed, decoder: Decoder, form: str) -> None:
+def dequantised(decoder: Decoder, form: str) -> None:
     """Give a decoder the weights that the kernel computes with."""
     import torch
 
     weights = Trained(decoder)
-    for parts in pack._matrices(packed.arch).values():
+    for parts in pack._matrices(decoder.arch).values():
         for name in parts:
-            values = torch.from_numpy(np.ascontiguousarray(pack.dequantise(pack._integers(weights, name, form))))
-            decoder.get_parameter(name).data.copy_(values)
+            values = pack.dequantise(pack._stored_or_rounded(weights, name, form))
+            decoder.get_parameter(name).data.copy_(torch.from_numpy(values))

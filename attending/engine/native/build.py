@@ -4,8 +4,14 @@ import ctypes
 import functools
 from typing import NamedTuple
 
-from attending.engine.native.compiler import IS_X86, PATHS, SOURCE, NotCompiled
-from attending.engine.native.compiler import compile_path, file_name
+from attending.engine.native.compiler import (
+    IS_X86,
+    PATHS,
+    SOURCE,
+    NotCompiled,
+    compile_path,
+    file_name,
+)
 from attending.errors import UsageError
 from attending.sources import cache_dir
 

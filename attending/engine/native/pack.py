@@ -6,12 +6,11 @@ matrix, gate and up in another; this exists here only. `kernel.cpp` describes th
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,24 +18,17 @@ from numpy.typing import NDArray
 from attending.artifact import write_json
 from attending.errors import CheckpointError
 from attending.model.architecture import Architecture
+from attending.model.gguf_file import Blocks
 
 Floats = NDArray[np.float32]
-VERSION = 1
+VERSION = 2
 TILE, GROUP, ALIGN = 16, 32, 64
 FILE, INDEX = "weights.bin", "index.json"
-FORMATS = {"w8": (8, 32), "w4-32": (4, 32), "w4-64": (4, 64), "w4-128": (4, 128)}
-
-
-class Integers(NamedTuple):
-    """weight[n, k] = scale[n, k // group] * values[n, k] + minimum[n, k // group]."""
-
-    bits: int
-    values: NDArray[np.uint8]
-    """[N, K], below 2**bits."""
-    scale: NDArray[np.float16]
-    """[N, ceil(K / group)]."""
-    minimum: NDArray[np.float16] | None
-    """None: -scale * 2**(bits - 1)."""
+# Bits, inputs that share a scale, and whether zero is in the middle. A grid from the smallest to
+# the largest weight is finer, so it is what floats are rounded to unless asked otherwise.
+FORMATS = {"w8": (8, 32, False), "w8s": (8, 32, True)}
+FORMATS |= {f"w4-{group}": (4, group, False) for group in (32, 64, 128)}
+FORMATS |= {f"w4s-{group}": (4, group, True) for group in (32, 64, 128)}
 
 
 class Weights(Protocol):
@@ -46,12 +38,11 @@ class Weights(Protocol):
     def arch(self) -> Architecture:
         """Of the tensors."""
 
-    @property
-    def read(self) -> Callable[[str], Floats]:
+    def read(self, name: str, /) -> Floats:
         """One tensor in float32."""
 
     @property
-    def blocks(self) -> Callable[[str], Integers | None]:
+    def blocks(self) -> Callable[[str], Blocks | None]:
         """Its integers and scales, if it is stored in groups of 32."""
 
 
@@ -79,7 +70,7 @@ class Matrix:
     bias: Floats | None
 
 
-def quantise(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Integers:
+def quantise(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Blocks:
     """Plain rounding of [N, K] by groups of inputs.
 
     Symmetric: the value of largest magnitude in a group decides the scale. In 4 bits it takes -8
@@ -105,13 +96,13 @@ def quantise(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Integ
     steps = np.divide(shifted, wide, out=np.zeros_like(cut), where=wide != 0)
     values = np.clip(np.rint(steps) + middle, 0, (1 << bits) - 1).astype(np.uint8)
     values = values.reshape(outputs, -1)[:, :inputs]
-    return Integers(bits, values, scale, minimum)
+    return Blocks(bits, values, scale, minimum)
 
 
-def dequantise(integers: Integers) -> Floats:
+def dequantise(matrix: Blocks) -> Floats:
     """[N, K], exactly what the kernel computes with."""
-    bits, values, scale, minimum = integers
-    group = group_of(integers)
+    bits, values, scale, minimum = matrix
+    group = group_of(matrix)
     wide = np.repeat(scale.astype(np.float32), group, 1)[:, : values.shape[1]]
     if minimum is None:
         return wide * (values.astype(np.float32) - (1 << bits - 1))
@@ -119,16 +110,16 @@ def dequantise(integers: Integers) -> Floats:
     return wide * values.astype(np.float32) + low
 
 
-def group_of(integers: Integers) -> int:
+def group_of(matrix: Blocks) -> int:
     """Inputs that share a scale: 32, 64 or 128."""
-    inputs, groups = integers.values.shape[1], integers.scale.shape[1]
+    inputs, groups = matrix.values.shape[1], matrix.scale.shape[1]
     return next(group for group in (32, 64, 128) if groups == -(-inputs // group))
 
 
-def tiles(integers: Integers) -> NDArray[np.uint8]:
+def tiles(matrix: Blocks) -> NDArray[np.uint8]:
     """The kernel's layout: [tiles, blocks, bytes of a block]."""
-    bits, values, scale, minimum = integers
-    group = group_of(integers)
+    bits, values, scale, minimum = matrix
+    group = group_of(matrix)
     outputs, inputs = values.shape
     count, blocks = -(-outputs // TILE), -(-inputs // group)
     whole = np.zeros((count * TILE, blocks * group), np.uint8)
@@ -159,7 +150,7 @@ def open_packed(weights: Weights, folder: Path, form: str = "stored") -> Packed:
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             try:
                 index = _write(file, weights, form)
-                os.replace(file.name, folder / FILE)
+                Path(file.name).replace(folder / FILE)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
@@ -177,18 +168,18 @@ def _mapped(arch: Architecture, folder: Path) -> Packed | None:
         data = np.asarray(np.memmap(folder / FILE, np.uint8, "r"))
         if index["version"] != VERSION or index["bytes"] != len(data):
             return None
-    except (OSError, ValueError, KeyError):
+
+        def floats(place: list[int] | None) -> Floats | None:
+            return None if place is None else data[place[0] :][: 4 * place[1]].view(np.float32)
+
+        matrices = {
+            name: Matrix(**facts, data=data[at : at + size], bias=floats(bias))
+            for name, (facts, (at, size), bias) in index["matrices"].items()
+        }
+        vectors = {name: cast(Floats, floats(place)) for name, place in index["vectors"].items()}
+        return Packed(arch, {"weights": index["weights"]}, matrices, vectors)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-
-    def floats(place: list[int] | None) -> Floats | None:
-        return None if place is None else data[place[0] : place[0] + 4 * place[1]].view(np.float32)
-
-    matrices = {
-        name: Matrix(*values, data[at : at + size], floats(bias))
-        for name, (*values, at, size, bias) in index["matrices"].items()
-    }
-    vectors = {name: cast(Floats, floats(place)) for name, place in index["vectors"].items()}
-    return Packed(arch, {"weights": index["weights"]}, matrices, vectors)
 
 
 def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
@@ -210,7 +201,7 @@ def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
     vectors = {name: vector(weights.read(name)) for name in _vectors(weights.arch)}
     matrices: dict[str, list[Any]] = {}
     for name, parts in _matrices(weights.arch).items():
-        found = [_integers(weights, part, form) for part in parts]
+        found = [_stored_or_rounded(weights, part, form) for part in parts]
         if name.endswith("gate_up"):
             pair = _alike(found)
             body = np.stack([tiles(part) for part in pair], axis=1)
@@ -220,10 +211,15 @@ def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
             one = _joined(_alike(found))
             body, outputs = tiles(one), one.values.shape[0]
         kinds.add(f"int{one.bits} in groups of {group_of(one)}")
-        has_minimum = one.minimum is not None
-        facts = [outputs, one.values.shape[1], one.bits, group_of(one), has_minimum]
+        facts = {
+            "outputs": outputs,
+            "inputs": one.values.shape[1],
+            "bits": one.bits,
+            "group": group_of(one),
+            "has_minimum": one.minimum is not None,
+        }
         bias = _bias(weights, name, parts)
-        matrices[name] = [*facts, *put(body), None if bias is None else vector(bias)]
+        matrices[name] = [facts, put(body), None if bias is None else vector(bias)]
     words = " and ".join(sorted(kinds))
     return {
         "version": VERSION,
@@ -237,11 +233,7 @@ def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
 def _vectors(arch: Architecture) -> list[str]:
     """Tensors that stay float32: norms and convolutions."""
     shapes = arch.tensor_shapes()
-    return [
-        name
-        for name, shape in shapes.items()
-        if len(shape) != 2 and not name.endswith("bias")
-    ]
+    return [name for name, shape in shapes.items() if len(shape) != 2 and not name.endswith("bias")]
 
 
 def _matrices(arch: Architecture) -> dict[str, list[str]]:
@@ -259,7 +251,7 @@ def _matrices(arch: Architecture) -> dict[str, list[str]]:
     return matrices
 
 
-def _integers(weights: Weights, name: str, form: str) -> Integers:
+def _stored_or_rounded(weights: Weights, name: str, form: str) -> Blocks:
     outside = name in ("model.embed_tokens.weight", "lm_head.weight")
     is_norm_head = name == "lm_head.weight" and weights.arch.is_m1
     stored = weights.blocks(name) if form == "stored" and not is_norm_head else None
@@ -268,11 +260,11 @@ def _integers(weights: Weights, name: str, form: str) -> Integers:
     values = weights.read(name)
     if is_norm_head:  # rows of unit length, as the decoder's NormHead has them
         values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-    bits, group = FORMATS["w8" if outside or form == "stored" else form]
-    return quantise(values, bits, group, symmetric=bits == 8)
+    bits, group, symmetric = FORMATS["w8" if outside or form == "stored" else form]
+    return quantise(values, bits, group, symmetric=symmetric)
 
 
-def _alike(parts: Sequence[Integers]) -> list[Integers]:
+def _alike(parts: Sequence[Blocks]) -> list[Blocks]:
     """The same bits and kind in all parts of a matrix, without changing any weight."""
     same = {(part.bits, part.minimum is None, group_of(part)) for part in parts}
     if len(same) == 1:
@@ -285,10 +277,10 @@ def _alike(parts: Sequence[Integers]) -> list[Integers]:
     ]
 
 
-def _joined(parts: Sequence[Integers]) -> Integers:
+def _joined(parts: Sequence[Blocks]) -> Blocks:
     """Outputs one below the other."""
     first, minima = parts[0], [part.minimum for part in parts if part.minimum is not None]
-    return Integers(
+    return Blocks(
         first.bits,
         np.concatenate([part.values for part in parts]),
         np.concatenate([part.scale for part in parts]),
@@ -315,4 +307,5 @@ def _padded(values: Floats, multiple: int = 128) -> Floats:
 
 def _half(values: NDArray[Any]) -> NDArray[np.float16]:
     limit = np.finfo(np.float16).max
-    return np.clip(values, -limit, limit).astype(np.float16)
+    halves: NDArray[np.float16] = np.clip(values, -limit, limit).astype(np.float16)
+    return halves

@@ -55,10 +55,7 @@ class ModelArgument(C.Structure):
             (name, C.c_int32)
             for name in ("layers", "hidden", "inner", "vocab", "threads", "rope_sizes")
         ),
-        *(
-            (name, C.c_int32)
-            for name in ("page_groups", "int8_activations", "int8_kv", "is_m1")
-        ),
+        *((name, C.c_int32) for name in ("page_groups", "int8_activations", "int8_kv", "is_m1")),
         ("norm_eps", C.c_float),
         ("rope_factor", C.c_float),
         *((name, Address) for name in ("num_pages", "rope_dims", "frequencies", "layer", "norm")),
@@ -81,9 +78,12 @@ class BatchArgument(C.Structure):
 class NativeOptions(Config):
     """What the native engine computes with."""
 
-    weights: Literal["stored", "w8", "w4-32", "w4-64", "w4-128"] = "stored"
-    """`stored`: a GGUF file's own 4 or 8 bits, exactly; 8 bits in groups of 32 for all others.
-    The rest round to 8 bits, or to 4 in groups of 32, 64 or 128; head and embedding to 8."""
+    weights: Literal[
+        "stored", "w8", "w8s", "w4-32", "w4-64", "w4-128", "w4s-32", "w4s-64", "w4s-128"
+    ] = "stored"
+    """`stored`: a GGUF file's own 4 or 8 bits, exactly; `w8` for all others. The rest round to 8
+    bits in groups of 32, or to 4 in groups of 32, 64 or 128, `s` for symmetric; head and
+    embedding to 8."""
     activations: Literal["int8", "float32"] = "int8"
     """`int8`: each row of activations in groups of 32, rounded anew for every product."""
     kv: Literal["float16", "int8"] = "float16"
