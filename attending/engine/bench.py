@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -302,15 +301,15 @@ def measure_ceilings(weight_bytes: int, threads: int) -> dict[str, float]:
     library's if that is faster; `int8_gop_s`: the kernel library's, where there is one.
     """
     from attending.engine import doctor
+    from attending.engine.native import build
 
     sizes = {"read_gb_s": doctor.BUFFER_BYTES, "read_weights_gb_s": weight_bytes}
     found = {}
     for name, size in sizes.items():
         found[name] = doctor.measure_read(np.ones(size // 8, dtype=np.uint64), threads)
     found["float32_gflop_s"] = _matmul_gflop_s()
-    with suppress(ModuleNotFoundError):
-        native: Any = import_module("attending.engine.native.build")
-        found |= {n: round(max(v, found.get(n, 0.0)), 1) for n, v in native.ceilings().items()}
+    for name, value in build.ceilings(threads).items():
+        found[name] = max(value, found.get(name, 0.0))
     return found
 
 
