@@ -296,18 +296,28 @@ class Crew {
 
 // ---------------------------------------------------------------- activations
 
+constexpr int MOST_ROWS = W == 16 ? 12 : 4;  // that a product takes at once: all accumulators fit
+
+// Rows of a panel: what lies side by side is read with one pointer.
+inline int64_t panel_of(int64_t rows) {
+    for (int64_t size : {12, 8, 4, 2})
+        if (size <= MOST_ROWS && size <= rows) return size;
+    return 1;
+}
+
 // Rows ready for a product: int8 with a scale for each 32, or float32; both with their sums.
+// Rows lie in panels: [panels][inputs / 4][rows of a panel][4] bytes, [panels][inputs][rows] floats,
+// [panels][groups][rows] of the rest.
 struct Activations {
-    std::vector<int8_t> bytes;    // [rows][stride]
-    std::vector<float> floats;    // [rows][stride]
-    std::vector<float> scales;    // [rows][stride / 32]
-    std::vector<float> sums;      // [rows][stride / 32], of what the integers stand for
-    std::vector<int32_t> offsets;  // [rows][stride / 32], -8 times the sum of the integers
+    std::vector<int8_t> bytes;
+    std::vector<float> floats, scales, sums;  // sums: of what the integers stand for
+    std::vector<int32_t> offsets;             // -8 times the sum of the integers
     int64_t stride = 0, groups = 0;
 
     void reserve(int64_t rows, int64_t widest, bool int8) {
         stride = padded(widest, PAD);
         groups = stride / GROUP;
+        rows = padded(rows, MOST_ROWS);
         if (int8)
             bytes.resize(rows * stride), scales.resize(rows * groups), offsets.resize(rows * groups);
         else
@@ -315,39 +325,42 @@ struct Activations {
         sums.resize(rows * groups);
     }
 
-    // x [inputs] padded with zeros to PAD.
-    void set(int64_t row, const float* x, int64_t inputs, bool int8) {
+    // Row `row` of `rows`: x [inputs] padded with zeros to PAD.
+    void set(int64_t row, int64_t rows, const float* x, int64_t inputs, bool int8) {
+        int64_t panel = panel_of(rows), first = row / panel * panel, at = row % panel;
         int64_t count = padded(inputs, PAD) / GROUP;
-        float* total = &sums[row * groups];
+        float* total = &sums[first * groups + at];
         if (!int8) {
-            float* to = &floats[row * stride];
-            std::memcpy(to, x, count * GROUP * sizeof(float));
-            for (int64_t g = 0; g < count; ++g) {
+            float* to = &floats[first * stride + at];
+            for (int64_t g = 0; g < count; ++g, x += GROUP, to += GROUP * panel) {
                 F all{};
-                for (int i = 0; i < GROUP; i += W) all += load(x + g * GROUP + i);
-                total[g] = sum(all);
+                for (int i = 0; i < GROUP; i += W) all += load(x + i);
+                total[g * panel] = sum(all);
+                for (int i = 0; i < GROUP; ++i) to[i * panel] = x[i];
             }
             return;
         }
-        int8_t* to = &bytes[row * stride];
-        float* scale = &scales[row * groups];
-        int32_t* offset = &offsets[row * groups];
-        for (int64_t g = 0; g < count; ++g, x += GROUP, to += GROUP) {
+        int8_t* to = &bytes[first * stride + 4 * at];
+        float* scale = &scales[first * groups + at];
+        int32_t* offset = &offsets[first * groups + at];
+        for (int64_t g = 0; g < count; ++g, x += GROUP, to += GROUP * panel) {
             F most{};
             for (int i = 0; i < GROUP; i += W) most = larger(most, larger(load(x + i), -load(x + i)));
             float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+            int8_t values[GROUP];
             I all{};
             for (int i = 0; i < GROUP; i += W) {
                 I q = rounded(load(x + i) * inverse);
                 all += q;
-                *reinterpret_cast<LooseBytes*>(to + i) = __builtin_convertvector(q, Bytes);
+                *reinterpret_cast<LooseBytes*>(values + i) = __builtin_convertvector(q, Bytes);
             }
+            for (int i = 0; i < GROUP; i += 4) std::memcpy(to + i * panel, values + i, 4);
             int32_t lanes[W], whole = 0;
             *reinterpret_cast<LooseI*>(lanes) = all;
             for (int i = 0; i < W; ++i) whole += lanes[i];
-            scale[g] = peak / 127.0f;
-            total[g] = scale[g] * static_cast<float>(whole);
-            offset[g] = -8 * whole;
+            scale[g * panel] = peak / 127.0f;
+            total[g * panel] = peak / 127.0f * static_cast<float>(whole);
+            offset[g * panel] = -8 * whole;
         }
     }
 };
@@ -365,69 +378,60 @@ struct Tiles {  // what follows from a Matrix
           bytes(blocks * block_bytes) {}
 };
 
-// R rows by W outputs of a tile; `lane` is the first of the W among the 16.
+// R rows of a panel by W outputs of a tile; `lane` is the first of the W among the 16.
 template <int R, int BITS, bool MINIMUM, bool INT8>
-inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const Activations& x, int64_t row, F* result) {
-    const int8_t* bytes[R];
-    const float *floats[R], *scales[R], *sums[R];
-    const int32_t* offsets[R];
-    F total[R];
-    for (int r = 0; r < R; ++r) {
-        if constexpr (INT8) {
-            bytes[r] = &x.bytes[(row + r) * x.stride];
-            scales[r] = &x.scales[(row + r) * x.groups];
-            offsets[r] = &x.offsets[(row + r) * x.groups];
-        } else {
-            floats[r] = &x.floats[(row + r) * x.stride];
-        }
-        sums[r] = &x.sums[(row + r) * x.groups];
-        total[r] = F{};
-    }
-    int64_t g = 0;
+inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const Activations& x, int64_t row, int64_t panel, F* result) {
+    int64_t first = row / panel * panel, at = row % panel;
+    const int8_t* bytes = x.bytes.data() + first * x.stride + 4 * at;
+    const float* floats = x.floats.data() + first * x.stride + at;
+    const float* scales = x.scales.data() + first * x.groups + at;
+    const float* sums = x.sums.data() + first * x.groups + at;
+    const int32_t* offsets = x.offsets.data() + first * x.groups + at;
+    F total[R] = {};
     for (int64_t b = 0; b < tiles.blocks; ++b, block += tiles.block_bytes) {
         F scale = widen(reinterpret_cast<const half*>(block) + lane), minimum{};
         if constexpr (MINIMUM) minimum = widen(reinterpret_cast<const half*>(block) + TILE + lane);
         const uint8_t* q = block + (MINIMUM ? 4 : 2) * TILE + 4 * lane;
-        for (int64_t s = 0; s < tiles.per_block; ++s, ++g, q += BITS * 64) {
+        for (int64_t s = 0; s < tiles.per_block; ++s, q += BITS * 64) {
             if constexpr (INT8) {
                 I dot[R];
                 for (int r = 0; r < R; ++r) {
-                    dot[r] = MINIMUM ? I{} : splat(offsets[r][g]);
+                    dot[r] = MINIMUM ? I{} : splat(offsets[r]);
                     if (!MINIMUM && BITS == 8) dot[r] <<= 4;
                 }
-                for (int i = 0; i < BITS; ++i) {
+                for (int i = 0; i < BITS; ++i, bytes += 4 * panel) {
                     I w = load_bytes(q + 64 * i);
-                    int64_t at = g * GROUP + 4 * i;
                     if constexpr (BITS == 4) {
                         I low = w & 0x0f0f0f0f, high = (w >> 4) & 0x0f0f0f0f;
-                        for (int r = 0; r < R; ++r) dot[r] = dot4<4>(dot[r], low, bytes[r] + at);
-                        for (int r = 0; r < R; ++r) dot[r] = dot4<4>(dot[r], high, bytes[r] + at + 16);
+                        for (int r = 0; r < R; ++r) dot[r] = dot4<4>(dot[r], low, bytes + 4 * r);
+                        for (int r = 0; r < R; ++r) dot[r] = dot4<4>(dot[r], high, bytes + 16 * panel + 4 * r);
                     } else {
-                        for (int r = 0; r < R; ++r) dot[r] = dot4<8>(dot[r], w, bytes[r] + at);
+                        for (int r = 0; r < R; ++r) dot[r] = dot4<8>(dot[r], w, bytes + 4 * r);
                     }
                 }
+                if constexpr (BITS == 4) bytes += 16 * panel;
                 for (int r = 0; r < R; ++r) {
-                    total[r] = fma(to_float(dot[r]) * scales[r][g], scale, total[r]);
-                    if constexpr (MINIMUM) total[r] = fma(minimum, splat(sums[r][g]), total[r]);
+                    total[r] = fma(to_float(dot[r]) * scales[r], scale, total[r]);
+                    if constexpr (MINIMUM) total[r] = fma(minimum, splat(sums[r]), total[r]);
                 }
+                scales += panel, offsets += panel;
             } else {
                 constexpr float zero = MINIMUM ? 0 : 1 << (BITS - 1);
-                F part[R];
-                for (int r = 0; r < R; ++r) part[r] = F{};
+                F part[R] = {};
                 for (int i = 0; i < 8; ++i) {
                     I w = load_bytes(q + 64 * (BITS == 4 ? i & 3 : i));
                     if constexpr (BITS == 4) w = (i < 4 ? w : w >> 4) & 0x0f0f0f0f;
-                    for (int j = 0; j < 4; ++j) {
+                    for (int j = 0; j < 4; ++j, floats += panel) {
                         F value = to_float((w >> (8 * j)) & 255) - zero;
-                        for (int r = 0; r < R; ++r)
-                            part[r] = fma(value, splat(floats[r][g * GROUP + 4 * i + j]), part[r]);
+                        for (int r = 0; r < R; ++r) part[r] = fma(value, splat(floats[r]), part[r]);
                     }
                 }
                 for (int r = 0; r < R; ++r) {
                     total[r] = fma(part[r], scale, total[r]);
-                    if constexpr (MINIMUM) total[r] = fma(minimum, splat(sums[r][g]), total[r]);
+                    if constexpr (MINIMUM) total[r] = fma(minimum, splat(sums[r]), total[r]);
                 }
             }
+            sums += panel;
         }
     }
     for (int r = 0; r < R; ++r) result[r] = total[r];
@@ -435,10 +439,11 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
 
 template <int R, int BITS, bool MINIMUM, bool INT8, class Sink>
 inline int64_t stripes(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t row, int64_t rows, Sink& sink) {
+    int64_t panel = panel_of(rows);
     for (; row + R <= rows; row += R)
         for (int lane = 0; lane < TILE; lane += W) {
             F result[R];
-            multiply<R, BITS, MINIMUM, INT8>(tiles, data, lane, x, row, result);
+            multiply<R, BITS, MINIMUM, INT8>(tiles, data, lane, x, row, panel, result);
             for (int r = 0; r < R; ++r) sink(row + r, lane, result[r]);
         }
     return row;
@@ -664,6 +669,12 @@ class Engine {
 
         int64_t grain(int64_t count) const { return std::max<int64_t>(1, count / (8 * e.crew_.count())); }
 
+        // Rows of a panel share cache lines: one thread writes them all.
+        template <class Work>
+        void each_row(int64_t rows, Work&& work) {
+            each(rows, padded(grain(rows), panel_of(rows)), work);
+        }
+
         template <class Sink>
         void products(const Matrix& m, int64_t rows, Sink&& sink) {
             Tiles tiles(m);
@@ -684,7 +695,7 @@ class Engine {
             });
             for (int i = 0; i < m.layers; ++i) {
                 const Layer& layer = m.layer[i];
-                each(rows, grain(rows), [&](int64_t row) { e.normalise(id, row, row, layer.input_norm); });
+                each_row(rows, [&](int64_t row) { e.normalise(id, row, row, rows, layer.input_norm); });
                 products(layer.qkv, rows, [&](int64_t row, int64_t column, F v) {
                     store(&e.qkv_[row * e.qkv_stride_ + column], v);
                 });
@@ -695,18 +706,18 @@ class Engine {
                 });
                 int64_t width = layer.heads * layer.head_dim;
                 if (layer.conv_k && id == 0) e.keep_raw(i);
-                each(rows, grain(rows), [&](int64_t row) { e.quantise(row, width); });
+                each_row(rows, [&](int64_t row) { e.quantise(row, rows, width); });
                 auto add = [&](int64_t row, int64_t column, F v) {
                     float* x = &e.hidden_[row * e.hidden_stride_ + column];
                     store(x, load(x) + v);
                 };
                 products(layer.out, rows, add);
-                each(rows, grain(rows), [&](int64_t row) { e.normalise(id, row, row, layer.post_norm); });
+                each_row(rows, [&](int64_t row) { e.normalise(id, row, row, rows, layer.post_norm); });
                 gate_up(layer.gate_up, rows);
-                each(rows, grain(rows), [&](int64_t row) { e.quantise(row, m.inner); });
+                each_row(rows, [&](int64_t row) { e.quantise(row, rows, m.inner); });
                 products(layer.down, rows, add);
             }
-            each(b.wanted, 1, [&](int64_t i) { e.normalise(id, b.wanted_rows[i], i, m.norm); });
+            each_row(b.wanted, [&](int64_t i) { e.normalise(id, b.wanted_rows[i], i, b.wanted, m.norm); });
             products(m.head, b.wanted, [&](int64_t row, int64_t column, F v) {
                 float* to = e.logits_ + row * m.vocab + column;
                 if (column + W <= m.vocab)
@@ -745,11 +756,11 @@ class Engine {
     }
 
     // RMSNorm (Zhang and Sennrich 2019) of hidden row `from`, ready for a product as row `to`.
-    void normalise(int id, int64_t from, int64_t to, const float* weight) {
+    void normalise(int id, int64_t from, int64_t to, int64_t rows, const float* weight) {
         const float* x = &hidden_[from * hidden_stride_];
         float* out = scratch_[id].row.data();
         norm(x, weight, out, m_.hidden, hidden_stride_);
-        acts_.set(to, out, m_.hidden, m_.int8_activations);
+        acts_.set(to, rows, out, m_.hidden, m_.int8_activations);
     }
 
     void norm(const float* x, const float* weight, float* out, int64_t size, int64_t stride) const {
@@ -760,10 +771,10 @@ class Engine {
     }
 
     // `wide_` [width] as the next product's input; what an earlier, wider use left behind is cleared.
-    void quantise(int64_t row, int64_t width) {
+    void quantise(int64_t row, int64_t rows, int64_t width) {
         float* x = &wide_[row * wide_stride_];
         std::fill(x + width, x + padded(width, PAD), 0.0f);
-        acts_.set(row, x, width, m_.int8_activations);
+        acts_.set(row, rows, x, width, m_.int8_activations);
     }
 
     // Norm, convolution and rotation of a row's heads; keys and values go to their page.
@@ -1056,7 +1067,7 @@ void attending_product(const Matrix* matrix, const float* x, int32_t rows, int32
     std::vector<float> row(padded(matrix->inputs, PAD));
     for (int64_t i = 0; i < rows; ++i) {
         std::copy(x + i * matrix->inputs, x + (i + 1) * matrix->inputs, row.begin());
-        acts.set(i, row.data(), matrix->inputs, int8);
+        acts.set(i, rows, row.data(), matrix->inputs, int8);
     }
     Tiles tiles(*matrix);
     for (int64_t tile = 0; tile < tiles.count; ++tile)
