@@ -379,8 +379,9 @@ struct Tiles {  // what follows from a Matrix
 };
 
 // R rows of a panel by W outputs of a tile; `lane` is the first of the W among the 16.
-template <int R, int BITS, bool MINIMUM, bool INT8>
-inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const Activations& x, int64_t row, int64_t panel, F* result) {
+template <int R, bool WHOLE, int BITS, bool MINIMUM, bool INT8>
+inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const Activations& x, int64_t row, int64_t rows, F* result) {
+    const int64_t panel = WHOLE ? R : panel_of(rows);
     int64_t first = row / panel * panel, at = row % panel;
     const int8_t* bytes = x.bytes.data() + first * x.stride + 4 * at;
     const float* floats = x.floats.data() + first * x.stride + at;
@@ -437,29 +438,31 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
     for (int r = 0; r < R; ++r) result[r] = total[r];
 }
 
-template <int R, int BITS, bool MINIMUM, bool INT8, class Sink>
+template <int R, bool WHOLE, int BITS, bool MINIMUM, bool INT8, class Sink>
 inline int64_t stripes(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t row, int64_t rows, Sink& sink) {
-    int64_t panel = panel_of(rows);
+    if (WHOLE && panel_of(rows) != R) return row;
     for (; row + R <= rows; row += R)
         for (int lane = 0; lane < TILE; lane += W) {
             F result[R];
-            multiply<R, BITS, MINIMUM, INT8>(tiles, data, lane, x, row, panel, result);
+            multiply<R, WHOLE, BITS, MINIMUM, INT8>(tiles, data, lane, x, row, rows, result);
             for (int r = 0; r < R; ++r) sink(row + r, lane, result[r]);
         }
     return row;
 }
 
-// All rows by one tile; `sink(row, lane, values)` gets W outputs of a row.
+// All rows by one tile, whole panels first; `sink(row, lane, values)` gets W outputs of a row.
 template <int BITS, bool MINIMUM, bool INT8, class Sink>
 void tile_product(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t rows, Sink&& sink) {
     int64_t row = 0;
 #if WIDTH == 16
-    row = stripes<12, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
-    row = stripes<8, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<12, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<8, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
 #endif
-    row = stripes<4, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
-    row = stripes<2, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
-    stripes<1, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<4, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<2, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<1, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<4, false, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    stripes<1, false, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
 }
 
 template <class Sink>
@@ -688,14 +691,14 @@ class Engine {
         void run() {
             const Model& m = e.m_;
             const Batch& b = *e.b_;
-            int64_t rows = b.rows;
+            int64_t rows = b.rows;  // later: those whose logits are asked for
             each(rows, grain(rows), [&](int64_t row) {
                 read_row(m.embedding, b.ids[row], &e.hidden_[row * e.hidden_stride_]);
                 e.turn_angles(row);
             });
             for (int i = 0; i < m.layers; ++i) {
                 const Layer& layer = m.layer[i];
-                each_row(rows, [&](int64_t row) { e.normalise(id, row, row, rows, layer.input_norm); });
+                each_row(rows, [&](int64_t row) { e.normalise(id, row, rows, layer.input_norm); });
                 products(layer.qkv, rows, [&](int64_t row, int64_t column, F v) {
                     store(&e.qkv_[row * e.qkv_stride_ + column], v);
                 });
@@ -706,18 +709,19 @@ class Engine {
                 });
                 int64_t width = layer.heads * layer.head_dim;
                 if (layer.conv_k && id == 0) e.keep_raw(i);
+                if (i == m.layers - 1 && b.wanted < rows) rows = keep_wanted();
                 each_row(rows, [&](int64_t row) { e.quantise(row, rows, width); });
                 auto add = [&](int64_t row, int64_t column, F v) {
                     float* x = &e.hidden_[row * e.hidden_stride_ + column];
                     store(x, load(x) + v);
                 };
                 products(layer.out, rows, add);
-                each_row(rows, [&](int64_t row) { e.normalise(id, row, row, rows, layer.post_norm); });
+                each_row(rows, [&](int64_t row) { e.normalise(id, row, rows, layer.post_norm); });
                 gate_up(layer.gate_up, rows);
                 each_row(rows, [&](int64_t row) { e.quantise(row, rows, m.inner); });
                 products(layer.down, rows, add);
             }
-            each_row(b.wanted, [&](int64_t i) { e.normalise(id, b.wanted_rows[i], i, b.wanted, m.norm); });
+            each_row(b.wanted, [&](int64_t i) { e.normalise(id, i, b.wanted, m.norm); });
             products(m.head, b.wanted, [&](int64_t row, int64_t column, F v) {
                 float* to = e.logits_ + row * m.vocab + column;
                 if (column + W <= m.vocab)
@@ -725,6 +729,18 @@ class Engine {
                 else
                     for (int64_t j = 0; column + j < m.vocab; ++j) to[j] = v[j];
             });
+        }
+
+        // After the last attention only rows whose logits are asked for go on.
+        int64_t keep_wanted() {
+            each(1, 1, [&](int64_t) {
+                for (int64_t i = 0; i < e.b_->wanted; ++i) {
+                    int64_t from = e.b_->wanted_rows[i];
+                    std::copy_n(&e.hidden_[from * e.hidden_stride_], e.hidden_stride_, &e.hidden_[i * e.hidden_stride_]);
+                    std::copy_n(&e.wide_[from * e.wide_stride_], e.wide_stride_, &e.wide_[i * e.wide_stride_]);
+                }
+            });
+            return e.b_->wanted;
         }
 
         // silu(gate) * up, both tiles of a place one after the other.
@@ -755,12 +771,12 @@ class Engine {
         }
     }
 
-    // RMSNorm (Zhang and Sennrich 2019) of hidden row `from`, ready for a product as row `to`.
-    void normalise(int id, int64_t from, int64_t to, int64_t rows, const float* weight) {
-        const float* x = &hidden_[from * hidden_stride_];
+    // RMSNorm (Zhang and Sennrich 2019) of a hidden row, ready for a product.
+    void normalise(int id, int64_t row, int64_t rows, const float* weight) {
+        const float* x = &hidden_[row * hidden_stride_];
         float* out = scratch_[id].row.data();
         norm(x, weight, out, m_.hidden, hidden_stride_);
-        acts_.set(to, rows, out, m_.hidden, m_.int8_activations);
+        acts_.set(row, rows, out, m_.hidden, m_.int8_activations);
     }
 
     void norm(const float* x, const float* weight, float* out, int64_t size, int64_t stride) const {
