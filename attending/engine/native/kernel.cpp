@@ -118,20 +118,30 @@ inline void narrow(half* p, F v) {
 // To the nearest integer, ties to even; |v| < 2^22.
 inline I rounded(F v) { return reinterpret_cast<I>(v + 12582912.0f) - 0x4b400000; }
 
-inline float sum(F v) {
+// Over the lanes, always in the same order: pairwise, halves first.
+template <class Join>
+inline float over_lanes(F v, Join&& join) {
     float lanes[W];
     store(lanes, v);
     for (int width = W / 2; width; width /= 2)
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+        for (int i = 0; i < width; ++i) lanes[i] = join(lanes[i], lanes[i + width]);
     return lanes[0];
 }
 
+inline float sum(F v) {
+#if WIDTH == 16
+    return _mm512_reduce_add_ps(v);
+#else
+    return over_lanes(v, [](float a, float b) { return a + b; });
+#endif
+}
+
 inline float largest(F v) {
-    float lanes[W], most;
-    store(lanes, v);
-    most = lanes[0];
-    for (int i = 1; i < W; ++i) most = std::max(most, lanes[i]);
-    return most;
+#if WIDTH == 16
+    return _mm512_reduce_max_ps(v);
+#else
+    return over_lanes(v, [](float a, float b) { return std::max(a, b); });
+#endif
 }
 
 // e^v within 2 units in the last place; exactly 1 at 0, exactly 0 below -87.
@@ -547,7 +557,7 @@ struct Pool {
 };
 
 struct Scratch {  // of a thread
-    std::vector<float> queries, scores, mixed, peaks, sums, gate, row;
+    std::vector<float> queries, scores, mixed, peaks, sums, fades, gate, row;
 };
 
 struct Place {  // of a row
@@ -586,6 +596,7 @@ class Engine {
             s.scores.resize(queries * PAGE);
             s.peaks.resize(queries);
             s.sums.resize(queries);
+            s.fades.resize(queries + W);  // read by whole vectors
             s.row.resize(padded(std::max<int64_t>(m_.hidden, largest_head_), PAD));
             scratch_.push_back(std::move(s));
         }
@@ -968,6 +979,7 @@ class Engine {
             mix_all(x, size, size, static_cast<const int8_t*>(pool.keys) + block * size * PAGE, PAGE, PAGE, scores, PAGE, queries, false);
         else
             mix_all(x, size, size, static_cast<const half*>(pool.keys) + block * size * PAGE, PAGE, PAGE, scores, PAGE, queries, false);
+        float *peaks = &s.peaks[first], *sums = &s.sums[first], *fades = &s.fades[first];
         for (int64_t i = 0; i < queries; ++i) {
             float* row = scores + i * PAGE;
             int64_t low, high;
@@ -977,18 +989,23 @@ class Engine {
                 for (int j = 0; j < PAGE; j += W) store(row + j, load(row + j) * load(pool.key_scales + block * PAGE + j));
             std::fill(row, row + low, -INFINITY);
             std::fill(row + high, row + PAGE, -INFINITY);
-            F top = splat(s.peaks[first + i]), total{};
+            F top = splat(peaks[i]);
             for (int j = 0; j < PAGE; j += W) top = larger(top, load(row + j));
-            float peak = largest(top), before = exponential(splat(s.peaks[first + i] - peak))[0];
+            float peak = largest(top);
+            fades[i] = peaks[i] - peak;
+            peaks[i] = peak;
+        }
+        for (int64_t i = 0; i < queries; i += W) store(fades + i, exponential(load(fades + i)));
+        for (int64_t i = 0; i < queries; ++i) {
+            float *row = scores + i * PAGE, *mixed = &s.mixed[(first + i) * width];
+            F total{};
             for (int j = 0; j < PAGE; j += W) {
-                F p = exponential(load(row + j) - peak);
+                F p = exponential(load(row + j) - peaks[i]);
                 total += p;
                 store(row + j, m_.int8_kv ? p * load(pool.value_scales + block * PAGE + j) : p);
             }
-            s.peaks[first + i] = peak;
-            s.sums[first + i] = s.sums[first + i] * before + sum(total);
-            float* mixed = &s.mixed[(first + i) * width];
-            for (int64_t d = 0; d < width; d += W) store(mixed + d, load(mixed + d) * before);
+            sums[i] = sums[i] * fades[i] + sum(total);
+            for (int64_t d = 0; d < width; d += W) store(mixed + d, load(mixed + d) * fades[i]);
         }
         float* mixed = &s.mixed[first * width];
         if (m_.int8_kv)
