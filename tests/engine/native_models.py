@@ -1,5 +1,7 @@
 """What tests of the native engine share: its paths here, and weights of small random models."""
 
+import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,19 @@ from attending.model.gguf_file import Blocks
 from tests.engine.serving import CONFIG
 from tests.model.tiny import build as build_model
 
+FLAGS = tuple(os.environ.get("KERNEL_TEST_FLAGS", "").split())  # sanitizers, see test_sanitized
 PATHS = list(compiler.PATHS)[: list(compiler.PATHS).index(build.best_path()) + 1]
+PATHS = PATHS[-1:] if FLAGS else PATHS
+
+
+def examples(count: int) -> int:
+    """How many a property takes; under the sanitizers, which are slow, a sixth."""
+    return count // 6 if FLAGS else count
+
+
+def kernel(path: str | None = None) -> ctypes.CDLL:
+    """The library for a path, by default the best one."""
+    return build.library(path or build.best_path(), FLAGS)
 
 
 class Trained:

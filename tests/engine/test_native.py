@@ -15,7 +15,7 @@ from attending.engine.native import build, compiler, pack
 from attending.engine.native.runner import NativeOptions, NativeRunner, argument, obstacle
 from attending.errors import UsageError
 from attending.model.gguf_file import Blocks
-from tests.engine.native_models import PATHS, Trained, random_model
+from tests.engine.native_models import PATHS, Trained, examples, kernel, random_model
 
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 30))
 forms = st.tuples(st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.booleans())
@@ -40,8 +40,7 @@ def product(path: str, integers: Blocks, x: Any, *, int8: bool) -> Any:
     matrix = kernel_matrix(integers)  # kept: the argument has addresses only
     given = argument(matrix)
     x = np.ascontiguousarray(x, np.float32)
-    kernel = build.library(path)
-    kernel.attending_product(
+    kernel(path).attending_product(
         ctypes.byref(given),
         ctypes.c_void_p(x.ctypes.data),
         len(x),
@@ -63,7 +62,7 @@ def rounded(x: Any) -> Any:
 
 @pytest.mark.parametrize("path", PATHS)
 @given(shape=shapes, form=forms)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_a_product_is_that_of_the_dequantised_weights(
     path: str, shape: tuple[int, int, int], form: tuple[int, int, bool]
 ) -> None:
@@ -79,7 +78,7 @@ def test_a_product_is_that_of_the_dequantised_weights(
 
 @pytest.mark.parametrize("path", PATHS)
 @given(shape=shapes, form=forms, int8=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_row_has_the_same_bits_in_any_company(
     path: str, shape: tuple[int, int, int], form: tuple[int, int, bool], int8: bool
 ) -> None:
@@ -103,7 +102,7 @@ def test_extreme_integers_do_not_overflow(path: str, form: tuple[int, int, bool]
 
 
 @given(shape=shapes, form=forms)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_rounding_is_within_half_a_step(
     shape: tuple[int, int, int], form: tuple[int, int, bool]
 ) -> None:
@@ -123,7 +122,7 @@ def test_rounding_is_within_half_a_step(
 
 
 @given(shape=shapes, form=forms)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_an_output_is_read_back_exactly(
     shape: tuple[int, int, int], form: tuple[int, int, bool]
 ) -> None:
@@ -131,9 +130,7 @@ def test_an_output_is_read_back_exactly(
     matrix, row = kernel_matrix(integers), np.empty(shape[1], np.float32)
     given = argument(matrix)
     for output in {0, shape[0] - 1}:
-        build.library().attending_read_row(
-            ctypes.byref(given), output, ctypes.c_void_p(row.ctypes.data)
-        )
+        kernel().attending_read_row(ctypes.byref(given), output, ctypes.c_void_p(row.ctypes.data))
         np.testing.assert_allclose(row, pack.dequantise(integers)[output], rtol=1e-6, atol=1e-7)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attending.engine.native import build, pack
+from attending.engine.native import pack
 from attending.engine.native.runner import NativeOptions, NativeRunner
 from attending.engine.runner import Span
 from attending.engine.sampler import Sampling
@@ -20,7 +20,7 @@ from attending.engine.scheduler import Request, Scheduler
 from attending.engine.torch_runner import TorchRunner
 from attending.model.architecture import PAGE_TOKENS
 from attending.model.decoder import Decoder
-from tests.engine.native_models import PATHS, Trained, dequantised, random_model
+from tests.engine.native_models import PATHS, Trained, dequantised, examples, kernel, random_model
 from tests.engine.serving import serve, text
 from tests.model.tiny import FAMILIES, configs
 from tests.model.tiny import build as build_model
@@ -42,7 +42,7 @@ def native(
         packed = pack.open_packed(Trained(decoder), Path(folder), form)
     counts = [PAGES] * len(decoder.arch.windows)
     chosen = NativeOptions(**{"threads": 2, **options})
-    return NativeRunner(packed, counts, chosen, kernel=build.library(path))
+    return NativeRunner(packed, counts, chosen, kernel=kernel(path))
 
 
 def spans_of(
@@ -61,7 +61,7 @@ def spans_of(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_native_equals_torch_on_the_weights_that_it_packed(
     family: str, data: st.DataObject
 ) -> None:
@@ -81,7 +81,7 @@ def test_native_equals_torch_on_the_weights_that_it_packed(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 def test_chunks_batches_and_single_tokens_give_the_same_bits(
     family: str, data: st.DataObject
 ) -> None:

@@ -17,7 +17,16 @@ from importlib import util
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
-FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-s",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wno-psabi",
+)
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))
 # Worst first: `attending_best_path` counts them so.

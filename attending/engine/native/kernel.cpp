@@ -56,7 +56,9 @@ typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
 typedef uint16_t LooseHalves __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 typedef uint16_t half;
 
-constexpr int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t padded(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
 
 // ---------------------------------------------------------------- vectors
 
@@ -102,7 +104,8 @@ inline void narrow(half* p, F v) {
     v = v > 65504.0f ? splat(65504.0f) : v;
     v = v < -65504.0f ? splat(-65504.0f) : v;
 #if WIDTH == 16
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #elif WIDTH == 8
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -168,16 +171,19 @@ inline I dot4(I acc, I w, const int8_t* a) {
     int32_t four;
     std::memcpy(&four, a, 4);
 #if WIDTH == 16
-    return reinterpret_cast<I>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(w), _mm512_set1_epi32(four)));
+    return reinterpret_cast<I>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(w), _mm512_set1_epi32(four)));
 #elif WIDTH == 8
-    __m256i u = reinterpret_cast<__m256i>(w), s = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+    __m256i u = reinterpret_cast<__m256i>(w), s = _mm256_set1_epi32(four),
+            one = _mm256_set1_epi16(1);
     if (BITS == 4)
         return acc + reinterpret_cast<I>(_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), one));
     // Two products of 8 by 8 bits can pass 16 bits: the last bit goes on its own.
     __m256i high = _mm256_and_si256(_mm256_srli_epi16(u, 1), _mm256_set1_epi8(127));
     __m256i last = _mm256_and_si256(u, _mm256_set1_epi8(1));
     __m256i twice = _mm256_madd_epi16(_mm256_maddubs_epi16(high, s), _mm256_set1_epi16(2));
-    return acc + reinterpret_cast<I>(twice) + reinterpret_cast<I>(_mm256_madd_epi16(_mm256_maddubs_epi16(last, s), one));
+    return acc + reinterpret_cast<I>(twice) +
+           reinterpret_cast<I>(_mm256_madd_epi16(_mm256_maddubs_epi16(last, s), one));
 #else
     for (int j = 0; j < 4; ++j) acc += ((w >> (8 * j)) & 255) * a[j];
     return acc;
@@ -206,9 +212,9 @@ struct Model {
     int32_t layers, hidden, inner, vocab, threads, rope_sizes, page_groups;
     int32_t int8_activations, int8_kv, is_m1;
     float norm_eps, rope_factor;
-    const int32_t* num_pages;           // [page_groups]
-    const int32_t* rope_dims;           // [rope_sizes] head sizes
-    const float* const* frequencies;    // [rope_sizes] -> [head size / 2]
+    const int32_t* num_pages;         // [page_groups]
+    const int32_t* rope_dims;         // [rope_sizes] head sizes
+    const float* const* frequencies;  // [rope_sizes] -> [head size / 2]
     const Layer* layer;
     const float* norm;
     Matrix embedding, head;
@@ -216,11 +222,11 @@ struct Model {
 
 struct Batch {
     int32_t rows, spans, wanted;
-    const int32_t *ids, *positions;     // [rows]
-    const int32_t *starts, *cached;     // [spans + 1], [spans]
-    const int32_t* const* pages;        // [page_groups] -> [spans][table], -1: given back
+    const int32_t *ids, *positions;  // [rows]
+    const int32_t *starts, *cached;  // [spans + 1], [spans]
+    const int32_t* const* pages;     // [page_groups] -> [spans][table], -1: given back
     int32_t table;
-    const int32_t* wanted_rows;         // [wanted]
+    const int32_t* wanted_rows;  // [wanted]
 };
 }
 
@@ -230,7 +236,7 @@ namespace {
 
 // Every thread runs the whole step; they meet at barriers.
 class Crew {
-   public:
+ public:
     explicit Crew(int count) : count_(count) {
         for (int id = 1; id < count; ++id) threads_.emplace_back([this, id] { follow(id); });
     }
@@ -269,7 +275,7 @@ class Crew {
         }
     }
 
-   private:
+ private:
     // Spins for some microseconds. Then the one that is waited for may have no core, or this very
     // one: it is offered, again and again, and after a while left.
     static void await(std::atomic<uint32_t>& what, uint32_t old) {
@@ -316,8 +322,8 @@ inline int64_t panel_of(int64_t rows) {
 }
 
 // Rows ready for a product: int8 with a scale for each 32, or float32; both with their sums.
-// Rows lie in panels: [panels][inputs / 4][rows of a panel][4] bytes, [panels][inputs][rows] floats,
-// [panels][groups][rows] of the rest.
+// Rows lie in panels: [panels][inputs / 4][rows of a panel][4] bytes, [panels][inputs][rows]
+// floats, [panels][groups][rows] of the rest.
 struct Activations {
     std::vector<int8_t> bytes;
     std::vector<float> floats, scales, sums;  // sums: of what the integers stand for
@@ -327,9 +333,10 @@ struct Activations {
     void reserve(int64_t rows, int64_t widest, bool int8) {
         stride = padded(widest, PAD);
         groups = stride / GROUP;
-        rows = padded(rows, MOST_ROWS);
+        rows += MOST_ROWS;  // the last panel may be whole
         if (int8)
-            bytes.resize(rows * stride), scales.resize(rows * groups), offsets.resize(rows * groups);
+            bytes.resize(rows * stride), scales.resize(rows * groups),
+                offsets.resize(rows * groups);
         else
             floats.resize(rows * stride);
         sums.resize(rows * groups);
@@ -355,7 +362,8 @@ struct Activations {
         int32_t* offset = &offsets[first * groups + at];
         for (int64_t g = 0; g < count; ++g, x += GROUP, to += GROUP * panel) {
             F most{};
-            for (int i = 0; i < GROUP; i += W) most = larger(most, larger(load(x + i), -load(x + i)));
+            for (int i = 0; i < GROUP; i += W)
+                most = larger(most, larger(load(x + i), -load(x + i)));
             float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0.0f;
             int8_t values[GROUP];
             I all{};
@@ -390,7 +398,8 @@ struct Tiles {  // what follows from a Matrix
 
 // R rows of a panel by W outputs of a tile; `lane` is the first of the W among the 16.
 template <int R, bool WHOLE, int BITS, bool MINIMUM, bool INT8>
-inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const Activations& x, int64_t row, int64_t rows, F* result) {
+inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const Activations& x,
+                     int64_t row, int64_t rows, F* result) {
     const int64_t panel = WHOLE ? R : panel_of(rows);
     int64_t first = row / panel * panel, at = row % panel;
     const int8_t* bytes = x.bytes.data() + first * x.stride + 4 * at;
@@ -415,7 +424,8 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
                     if constexpr (BITS == 4) {
                         I low = w & 0x0f0f0f0f, high = (w >> 4) & 0x0f0f0f0f;
                         for (int r = 0; r < R; ++r) dot[r] = dot4<4>(dot[r], low, bytes + 4 * r);
-                        for (int r = 0; r < R; ++r) dot[r] = dot4<4>(dot[r], high, bytes + 16 * panel + 4 * r);
+                        for (int r = 0; r < R; ++r)
+                            dot[r] = dot4<4>(dot[r], high, bytes + 16 * panel + 4 * r);
                     } else {
                         for (int r = 0; r < R; ++r) dot[r] = dot4<8>(dot[r], w, bytes + 4 * r);
                     }
@@ -449,7 +459,8 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
 }
 
 template <int R, bool WHOLE, int BITS, bool MINIMUM, bool INT8, class Sink>
-inline int64_t stripes(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t row, int64_t rows, Sink& sink) {
+inline int64_t stripes(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t row,
+                       int64_t rows, Sink& sink) {
     if (WHOLE && panel_of(rows) != R) return row;
     for (; row + R <= rows; row += R)
         for (int lane = 0; lane < TILE; lane += W) {
@@ -462,7 +473,8 @@ inline int64_t stripes(const Tiles& tiles, const uint8_t* data, const Activation
 
 // All rows by one tile, whole panels first; `sink(row, lane, values)` gets W outputs of a row.
 template <int BITS, bool MINIMUM, bool INT8, class Sink>
-void tile_product(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t rows, Sink&& sink) {
+void tile_product(const Tiles& tiles, const uint8_t* data, const Activations& x, int64_t rows,
+                  Sink&& sink) {
     int64_t row = 0;
 #if WIDTH == 16
     row = stripes<12, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
@@ -476,10 +488,13 @@ void tile_product(const Tiles& tiles, const uint8_t* data, const Activations& x,
 }
 
 template <class Sink>
-void product(const Matrix& m, const Tiles& tiles, int64_t tile, const Activations& x, int64_t rows, bool int8, Sink&& sink) {
+void product(const Matrix& m, const Tiles& tiles, int64_t tile, const Activations& x, int64_t rows,
+             bool int8, Sink&& sink) {
     const uint8_t* data = m.data + tile * tiles.bytes;
     const float* bias = m.bias ? m.bias + tile * TILE : nullptr;
-    auto biased = [&](int64_t row, int lane, F v) { sink(row, lane, bias ? v + load(bias + lane) : v); };
+    auto biased = [&](int64_t row, int lane, F v) {
+        sink(row, lane, bias ? v + load(bias + lane) : v);
+    };
     auto choose = [&](auto bits, auto minimum) {
         if (int8)
             tile_product<bits, minimum, true>(tiles, data, x, rows, biased);
@@ -517,7 +532,8 @@ void read_row(const Matrix& m, int64_t output, float* to) {
 
 // out [q][columns] (+)= x [q][n] times m [n][columns], Q rows of x at a time.
 template <int Q, int C, class T>
-inline void mix(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, float* out, int64_t os, bool add) {
+inline void mix(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, float* out,
+                int64_t os, bool add) {
     F acc[Q][C];
     for (int q = 0; q < Q; ++q)
         for (int c = 0; c < C; ++c) acc[q][c] = add ? load(out + q * os + c * W) : F{};
@@ -531,7 +547,8 @@ inline void mix(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, f
 }
 
 template <int Q, class T>
-inline void mix_rows(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, int64_t columns, float* out, int64_t os, bool add) {
+inline void mix_rows(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, int64_t columns,
+                     float* out, int64_t os, bool add) {
     constexpr int C = W == 16 ? 4 : 2;
     int64_t c = 0;
     for (; c + C * W <= columns; c += C * W) mix<Q, C>(x, xs, n, m + c, ms, out + c, os, add);
@@ -539,11 +556,14 @@ inline void mix_rows(const float* x, int64_t xs, int64_t n, const T* m, int64_t 
 }
 
 template <class T>
-void mix_all(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, int64_t columns, float* out, int64_t os, int64_t queries, bool add) {
+void mix_all(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, int64_t columns,
+             float* out, int64_t os, int64_t queries, bool add) {
     int64_t q = 0;
     if (W == 16)
-        for (; q + 6 <= queries; q += 6) mix_rows<6>(x + q * xs, xs, n, m, ms, columns, out + q * os, os, add);
-    for (; q + 3 <= queries; q += 3) mix_rows<3>(x + q * xs, xs, n, m, ms, columns, out + q * os, os, add);
+        for (; q + 6 <= queries; q += 6)
+            mix_rows<6>(x + q * xs, xs, n, m, ms, columns, out + q * os, os, add);
+    for (; q + 3 <= queries; q += 3)
+        mix_rows<3>(x + q * xs, xs, n, m, ms, columns, out + q * os, os, add);
     for (; q < queries; ++q) mix_rows<1>(x + q * xs, xs, n, m, ms, columns, out + q * os, os, add);
 }
 
@@ -565,11 +585,13 @@ struct Place {  // of a row
 };
 
 class Engine {
-   public:
-    explicit Engine(const Model& model) : m_(model), crew_(model.threads), counters_(16 * (model.layers * 10 + 8)) {
+ public:
+    explicit Engine(const Model& model)
+        : m_(model), crew_(model.threads), counters_(16 * (model.layers * 10 + 8)) {
         for (int i = 0; i < m_.layers; ++i) {
             const Layer& layer = m_.layer[i];
-            size_t pages = m_.num_pages[layer.page_group], heads = layer.kv_heads, width = layer.head_dim;
+            size_t pages = m_.num_pages[layer.page_group], heads = layer.kv_heads,
+                   width = layer.head_dim;
             size_t each = m_.int8_kv ? 1 : 2;
             Pool pool;
             pool.keys = take(pages * heads * width * PAGE * each);
@@ -584,7 +606,8 @@ class Engine {
             }
             pools_.push_back(pool);
             widest_qkv_ = std::max<int64_t>(widest_qkv_, layer.qkv.outputs);
-            widest_ = std::max<int64_t>({widest_, layer.heads * layer.head_dim, m_.inner, m_.hidden});
+            widest_ =
+                std::max<int64_t>({widest_, layer.heads * layer.head_dim, m_.inner, m_.hidden});
             largest_head_ = std::max<int64_t>(largest_head_, padded(layer.head_dim, TILE));
             most_groups_ = std::max<int64_t>(most_groups_, layer.heads / layer.kv_heads);
         }
@@ -617,7 +640,7 @@ class Engine {
         crew_.run([this](int id) { Turn{*this, id, 0}.run(); });
     }
 
-   private:
+ private:
     void* take(size_t bytes) {  // zeroed, and not there before it is touched
         void* block = std::calloc(std::max<size_t>(bytes, 64), 1);
         if (block) blocks_.push_back(block);
@@ -681,7 +704,9 @@ class Engine {
             e.crew_.barrier();
         }
 
-        int64_t grain(int64_t count) const { return std::max<int64_t>(1, count / (8 * e.crew_.count())); }
+        int64_t grain(int64_t count) const {
+            return std::max<int64_t>(1, count / (8 * e.crew_.count()));
+        }
 
         // Rows of a panel share cache lines: one thread writes them all.
         template <class Work>
@@ -693,9 +718,8 @@ class Engine {
         void products(const Matrix& m, int64_t rows, Sink&& sink) {
             Tiles tiles(m);
             each(tiles.count, grain(tiles.count), [&](int64_t tile) {
-                product(m, tiles, tile, e.acts_, rows, e.m_.int8_activations, [&](int64_t row, int lane, F v) {
-                    sink(row, tile * TILE + lane, v);
-                });
+                product(m, tiles, tile, e.acts_, rows, e.m_.int8_activations,
+                        [&](int64_t row, int lane, F v) { sink(row, tile * TILE + lane, v); });
             });
         }
 
@@ -747,8 +771,10 @@ class Engine {
             each(1, 1, [&](int64_t) {
                 for (int64_t i = 0; i < e.b_->wanted; ++i) {
                     int64_t from = e.b_->wanted_rows[i];
-                    std::copy_n(&e.hidden_[from * e.hidden_stride_], e.hidden_stride_, &e.hidden_[i * e.hidden_stride_]);
-                    std::copy_n(&e.wide_[from * e.wide_stride_], e.wide_stride_, &e.wide_[i * e.wide_stride_]);
+                    std::copy_n(&e.hidden_[from * e.hidden_stride_], e.hidden_stride_,
+                                &e.hidden_[i * e.hidden_stride_]);
+                    std::copy_n(&e.wide_[from * e.wide_stride_], e.wide_stride_,
+                                &e.wide_[i * e.wide_stride_]);
                 }
             });
             return e.b_->wanted;
@@ -760,12 +786,15 @@ class Engine {
             float* gate = e.scratch_[id].gate.data();
             int64_t pairs = tiles.count / 2;
             each(pairs, grain(pairs), [&](int64_t pair) {
-                product(m, tiles, 2 * pair, e.acts_, rows, e.m_.int8_activations, [&](int64_t row, int lane, F v) {
-                    store(gate + row * TILE + lane, v / (1.0f + exponential(-v)));
-                });
-                product(m, tiles, 2 * pair + 1, e.acts_, rows, e.m_.int8_activations, [&](int64_t row, int lane, F v) {
-                    store(&e.wide_[row * e.wide_stride_ + pair * TILE + lane], load(gate + row * TILE + lane) * v);
-                });
+                product(m, tiles, 2 * pair, e.acts_, rows, e.m_.int8_activations,
+                        [&](int64_t row, int lane, F v) {
+                            store(gate + row * TILE + lane, v / (1.0f + exponential(-v)));
+                        });
+                product(m, tiles, 2 * pair + 1, e.acts_, rows, e.m_.int8_activations,
+                        [&](int64_t row, int lane, F v) {
+                            store(&e.wide_[row * e.wide_stride_ + pair * TILE + lane],
+                                  load(gate + row * TILE + lane) * v);
+                        });
             });
         }
     };
@@ -794,10 +823,12 @@ class Engine {
         F squares{};
         for (int64_t i = 0; i < stride; i += W) squares = fma(load(x + i), load(x + i), squares);
         float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + m_.norm_eps);
-        for (int64_t i = 0; i < stride; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+        for (int64_t i = 0; i < stride; i += W)
+            store(out + i, load(x + i) * scale * load(weight + i));
     }
 
-    // `wide_` [width] as the next product's input; what an earlier, wider use left behind is cleared.
+    // `wide_` [width] as the next product's input; what an earlier, wider use left behind is
+    // cleared.
     void quantise(int64_t row, int64_t rows, int64_t width) {
         float* x = &wide_[row * wide_stride_];
         std::fill(x + width, x + padded(width, PAD), 0.0f);
@@ -853,13 +884,15 @@ class Engine {
     }
 
     // Baichuan-M1: tap 0 weighs the token before, tap 1 this one (arXiv 2411.19574, eq. 5).
-    static void two_taps(const float* before, const float* now, const float* taps, int head, int64_t size, float* out) {
+    static void two_taps(const float* before, const float* now, const float* taps, int head,
+                         int64_t size, float* out) {
         now += head * size;
         for (int64_t i = 0; i < size; ++i) {
             if (!taps)
                 out[i] = now[i];
             else
-                out[i] = (before ? taps[2 * head] * before[head * size + i] : 0.0f) + taps[2 * head + 1] * now[i];
+                out[i] = (before ? taps[2 * head] * before[head * size + i] : 0.0f) +
+                         taps[2 * head + 1] * now[i];
         }
     }
 
@@ -873,7 +906,8 @@ class Engine {
         }
     }
 
-    void write(Pool& pool, int64_t block, int64_t offset, const float* key, const float* value, int64_t size) const {
+    void write(Pool& pool, int64_t block, int64_t offset, const float* key, const float* value,
+               int64_t size) const {
         int64_t width = padded(size, TILE);
         if (!m_.int8_kv) {
             half* keys = static_cast<half*>(pool.keys) + block * size * PAGE + offset;
@@ -899,7 +933,8 @@ class Engine {
             return most;
         };
         float key_peak = peak(key), value_peak = peak(value);
-        float key_inverse = key_peak > 0 ? 127.0f / key_peak : 0, value_inverse = value_peak > 0 ? 127.0f / value_peak : 0;
+        float key_inverse = key_peak > 0 ? 127.0f / key_peak : 0,
+              value_inverse = value_peak > 0 ? 127.0f / value_peak : 0;
         for (int64_t i = 0; i < size; ++i) {
             keys[i * PAGE] = static_cast<int8_t>(std::nearbyint(key[i] * key_inverse));
             values[i] = static_cast<int8_t>(std::nearbyint(value[i] * value_inverse));
@@ -927,7 +962,8 @@ class Engine {
     void attend(int id, int index, int64_t kv_head, int64_t from) {
         const Layer& layer = m_.layer[index];
         Scratch& s = scratch_[id];
-        int64_t size = layer.head_dim, width = padded(size, TILE), per = layer.heads / layer.kv_heads;
+        int64_t size = layer.head_dim, width = padded(size, TILE),
+                per = layer.heads / layer.kv_heads;
         int64_t count = std::min<int64_t>(BLOCK_ROWS, b_->rows - from);
         float temper = 1.0f / std::sqrt(static_cast<float>(size));
         int64_t firsts[BLOCK_ROWS], lasts[BLOCK_ROWS], lows[BLOCK_ROWS];
@@ -954,12 +990,15 @@ class Engine {
                 while (next < count && firsts[next] <= p && p <= lasts[next] &&
                        page(layer.page_group, places_[order_[from + next]].span, p) == shared)
                     ++next;
-                int64_t block = int64_t(shared) * layer.kv_heads + kv_head, queries = (next - i) * per;
-                read_page(s, pools_[index], block, size, i * per, queries, [&](int64_t query, int64_t& low, int64_t& high) {
-                    int64_t r = query / per;
-                    low = std::max<int64_t>(0, lows[r] - p * PAGE);
-                    high = std::min<int64_t>(PAGE, places_[order_[from + r]].slot + 1 - p * PAGE);
-                });
+                int64_t block = int64_t(shared) * layer.kv_heads + kv_head,
+                        queries = (next - i) * per;
+                read_page(s, pools_[index], block, size, i * per, queries,
+                          [&](int64_t query, int64_t& low, int64_t& high) {
+                              int64_t r = query / per;
+                              low = std::max<int64_t>(0, lows[r] - p * PAGE);
+                              high = std::min<int64_t>(
+                                  PAGE, places_[order_[from + r]].slot + 1 - p * PAGE);
+                          });
             }
         for (int64_t i = 0; i < count; ++i)
             for (int64_t j = 0; j < per; ++j) {
@@ -971,14 +1010,17 @@ class Engine {
     }
 
     template <class Visible>
-    void read_page(Scratch& s, const Pool& pool, int64_t block, int64_t size, int64_t first, int64_t queries, Visible&& visible) {
+    void read_page(Scratch& s, const Pool& pool, int64_t block, int64_t size, int64_t first,
+                   int64_t queries, Visible&& visible) {
         int64_t width = padded(size, TILE), most = 0;
         float* scores = &s.scores[first * PAGE];
         const float* x = &s.queries[first * size];
         if (m_.int8_kv)
-            mix_all(x, size, size, static_cast<const int8_t*>(pool.keys) + block * size * PAGE, PAGE, PAGE, scores, PAGE, queries, false);
+            mix_all(x, size, size, static_cast<const int8_t*>(pool.keys) + block * size * PAGE,
+                    PAGE, PAGE, scores, PAGE, queries, false);
         else
-            mix_all(x, size, size, static_cast<const half*>(pool.keys) + block * size * PAGE, PAGE, PAGE, scores, PAGE, queries, false);
+            mix_all(x, size, size, static_cast<const half*>(pool.keys) + block * size * PAGE, PAGE,
+                    PAGE, scores, PAGE, queries, false);
         float *peaks = &s.peaks[first], *sums = &s.sums[first], *fades = &s.fades[first];
         for (int64_t i = 0; i < queries; ++i) {
             float* row = scores + i * PAGE;
@@ -986,7 +1028,8 @@ class Engine {
             visible(first + i, low, high);
             most = std::max(most, high);
             if (m_.int8_kv)
-                for (int j = 0; j < PAGE; j += W) store(row + j, load(row + j) * load(pool.key_scales + block * PAGE + j));
+                for (int j = 0; j < PAGE; j += W)
+                    store(row + j, load(row + j) * load(pool.key_scales + block * PAGE + j));
             std::fill(row, row + low, -INFINITY);
             std::fill(row + high, row + PAGE, -INFINITY);
             F top = splat(peaks[i]);
@@ -1009,9 +1052,13 @@ class Engine {
         }
         float* mixed = &s.mixed[first * width];
         if (m_.int8_kv)
-            mix_all(scores, PAGE, most, static_cast<const int8_t*>(pool.values) + block * PAGE * width, width, width, mixed, width, queries, true);
+            mix_all(scores, PAGE, most,
+                    static_cast<const int8_t*>(pool.values) + block * PAGE * width, width, width,
+                    mixed, width, queries, true);
         else
-            mix_all(scores, PAGE, most, static_cast<const half*>(pool.values) + block * PAGE * width, width, width, mixed, width, queries, true);
+            mix_all(scores, PAGE, most,
+                    static_cast<const half*>(pool.values) + block * PAGE * width, width, width,
+                    mixed, width, queries, true);
     }
 
     Model m_;
@@ -1042,10 +1089,13 @@ extern "C" {
 int attending_best_path() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni"))
         return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        return 1;
 #endif
     return 0;
 }
@@ -1091,10 +1141,13 @@ void* attending_open(const Model* model) {
 void attending_close(void* engine) { delete static_cast<Engine*>(engine); }
 
 // logits [wanted][vocab]
-void attending_step(void* engine, const Batch* batch, float* logits) { static_cast<Engine*>(engine)->step(*batch, logits); }
+void attending_step(void* engine, const Batch* batch, float* logits) {
+    static_cast<Engine*>(engine)->step(*batch, logits);
+}
 
 // out [rows][outputs padded to 16] = x [rows][inputs] times the matrix, as a step does it.
-void attending_product(const Matrix* matrix, const float* x, int32_t rows, int32_t int8, float* out) {
+void attending_product(const Matrix* matrix, const float* x, int32_t rows, int32_t int8,
+                       float* out) {
     Activations acts;
     acts.reserve(rows, matrix->inputs, int8);
     std::vector<float> row(padded(matrix->inputs, PAD));
@@ -1110,5 +1163,7 @@ void attending_product(const Matrix* matrix, const float* x, int32_t rows, int32
 }
 
 // to [inputs]: the weights of one output.
-void attending_read_row(const Matrix* matrix, int32_t output, float* to) { read_row(*matrix, output, to); }
+void attending_read_row(const Matrix* matrix, int32_t output, float* to) {
+    read_row(*matrix, output, to);
+}
 }
