@@ -1,5 +1,6 @@
 """Every test: a home of its own, no network but loopback, reproducible examples in CI."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -11,7 +12,11 @@ import pytest
 from hypothesis import settings
 
 from attending import sources
+from attending.engine.native import compiler
 from attending.mesh import SHORT_SPIN
+
+with contextlib.suppress(compiler.NotCompiled, OSError):  # once, and not in every test's own cache
+    compiler.compile_all(compiler.SOURCE.parent)
 
 os.environ.update(SHORT_SPIN | dict(os.environ))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES = 500, 80, 120
-PYTHON_LINES, NATIVE_LINES = 25_200, 1_500
+PYTHON_LINES, NATIVE_LINES = 27_200, 1_500
 HALLWAY = ""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -23,14 +23,14 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    HALLWAY: Room(0, 2_410),
+    HALLWAY: Room(0, 2_420),
     "phi": Room(1, 2_110),
     "tokenizer": Room(2, 250),
-    "model": Room(1, 1_890),
+    "model": Room(1, 2_060),
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_230),
     "train": Room(2, 1_470),
-    "engine": Room(2, 3_080),
+    "engine": Room(2, 4_800),
     "evaluate": Room(3, 3_500),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 320),
