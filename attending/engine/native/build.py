@@ -38,7 +38,11 @@ def library(path: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL
             file = compile_path(path or best_path(), cache_dir() / "kernel", flags)
         except NotCompiled as error:
             raise UsageError(f"there is no native engine: {error}.") from None
-    kernel = ctypes.CDLL(str(file))
+    return declared(ctypes.CDLL(str(file)))
+
+
+def declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
     kernel.attending_open.restype = ctypes.c_void_p
     kernel.attending_step.argtypes = [ctypes.c_void_p] * 3
     kernel.attending_close.argtypes = [ctypes.c_void_p]
