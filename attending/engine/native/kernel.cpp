@@ -39,12 +39,13 @@
 
 namespace {
 
-constexpr int W = WIDTH;       // float32 lanes of a vector
-constexpr int TILE = 16;       // outputs of a tile
-constexpr int GROUP = 32;      // activations that share a scale
-constexpr int PAGE = 64;       // tokens of a cache page
-constexpr int PAD = 128;       // rows of activations end at a multiple, in zeros
-constexpr int BLOCK_ROWS = 8;  // rows that one attention task takes
+constexpr int W = WIDTH;        // float32 lanes of a vector
+constexpr int TILE = 16;        // outputs of a tile
+constexpr int GROUP = 32;       // activations that share a scale
+constexpr int PAGE = 64;        // tokens of a cache page
+constexpr int PAD = 128;        // rows of activations end at a multiple, in zeros
+constexpr int BLOCK_ROWS = 8;   // rows that one attention task takes
+constexpr int MOST_HEAD = 512;  // values of a head
 
 typedef float F __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t I __attribute__((vector_size(4 * WIDTH)));
@@ -96,6 +97,10 @@ inline F widen(const half* p) {
 }
 
 inline F widen(const int8_t* p) {
+#if WIDTH == 16
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
     return __builtin_convertvector(*reinterpret_cast<const LooseBytes*>(p), F);
 }
 
@@ -342,33 +347,35 @@ struct Activations {
         sums.resize(rows * groups);
     }
 
-    // Row `row` of `rows`: x [inputs] padded with zeros to PAD.
+    // Row `row` of `rows`: x [inputs], and zeros after them to PAD.
     void set(int64_t row, int64_t rows, const float* x, int64_t inputs, bool int8) {
         int64_t panel = panel_of(rows), first = row / panel * panel, at = row % panel;
         int64_t count = padded(inputs, PAD) / GROUP;
-        float* total = &sums[first * groups + at];
+        float edge[GROUP], *total = &sums[first * groups + at];
         if (!int8) {
             float* to = &floats[first * stride + at];
-            for (int64_t g = 0; g < count; ++g, x += GROUP, to += GROUP * panel) {
+            for (int64_t g = 0; g < count; ++g, to += GROUP * panel) {
+                const float* from = group(x, g, inputs, edge);
                 F all{};
-                for (int i = 0; i < GROUP; i += W) all += load(x + i);
+                for (int i = 0; i < GROUP; i += W) all += load(from + i);
                 total[g * panel] = sum(all);
-                for (int i = 0; i < GROUP; ++i) to[i * panel] = x[i];
+                for (int i = 0; i < GROUP; ++i) to[i * panel] = from[i];
             }
             return;
         }
         int8_t* to = &bytes[first * stride + 4 * at];
         float* scale = &scales[first * groups + at];
         int32_t* offset = &offsets[first * groups + at];
-        for (int64_t g = 0; g < count; ++g, x += GROUP, to += GROUP * panel) {
+        for (int64_t g = 0; g < count; ++g, to += GROUP * panel) {
+            const float* from = group(x, g, inputs, edge);
             F most{};
             for (int i = 0; i < GROUP; i += W)
-                most = larger(most, larger(load(x + i), -load(x + i)));
+                most = larger(most, larger(load(from + i), -load(from + i)));
             float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0.0f;
             int8_t values[GROUP];
             I all{};
             for (int i = 0; i < GROUP; i += W) {
-                I q = rounded(load(x + i) * inverse);
+                I q = rounded(load(from + i) * inverse);
                 all += q;
                 *reinterpret_cast<LooseBytes*>(values + i) = __builtin_convertvector(q, Bytes);
             }
@@ -380,6 +387,15 @@ struct Activations {
             total[g * panel] = peak / 127.0f * static_cast<float>(whole);
             offset[g * panel] = -8 * whole;
         }
+    }
+
+    // The inputs of a group, or a copy with zeros after the last.
+    static const float* group(const float* x, int64_t g, int64_t inputs, float* edge) {
+        int64_t left = inputs - g * GROUP;
+        if (left >= GROUP) return x + g * GROUP;
+        std::fill_n(edge, GROUP, 0.0f);
+        std::copy_n(x + g * GROUP, std::max<int64_t>(left, 0), edge);
+        return edge;
     }
 };
 
@@ -578,6 +594,7 @@ struct Pool {
 
 struct Scratch {  // of a thread
     std::vector<float> queries, scores, mixed, peaks, sums, fades, gate, row;
+    Activations few;  // rows of a small step, which every thread makes ready for itself
 };
 
 struct Place {  // of a row
@@ -658,6 +675,7 @@ class Engine {
         qkv_.assign(rows * qkv_stride_, 0.0f);
         wide_.assign(rows * wide_stride_, 0.0f);
         acts_.reserve(rows, widest_, m_.int8_activations);
+        for (auto& s : scratch_) s.few.reserve(MOST_ROWS, widest_, m_.int8_activations);
         places_.resize(rows);
         order_.resize(rows);
         angles_.resize(m_.rope_sizes);
@@ -714,11 +732,23 @@ class Engine {
             each(rows, padded(grain(rows), panel_of(rows)), work);
         }
 
+        // Makes rows ready for a product. Few are done by every thread for itself: sooner than a
+        // barrier.
+        template <class Work>
+        void ready(int64_t rows, Work&& work) {
+            if (rows > MOST_ROWS) return each_row(rows, [&](int64_t row) { work(row, e.acts_); });
+            for (int64_t row = 0; row < rows; ++row) work(row, e.scratch_[id].few);
+        }
+
+        const Activations& acts(int64_t rows) const {
+            return rows > MOST_ROWS ? e.acts_ : e.scratch_[id].few;
+        }
+
         template <class Sink>
         void products(const Matrix& m, int64_t rows, Sink&& sink) {
             Tiles tiles(m);
             each(tiles.count, grain(tiles.count), [&](int64_t tile) {
-                product(m, tiles, tile, e.acts_, rows, e.m_.int8_activations,
+                product(m, tiles, tile, acts(rows), rows, e.m_.int8_activations,
                         [&](int64_t row, int lane, F v) { sink(row, tile * TILE + lane, v); });
             });
         }
@@ -733,30 +763,42 @@ class Engine {
             });
             for (int i = 0; i < m.layers; ++i) {
                 const Layer& layer = m.layer[i];
-                each_row(rows, [&](int64_t row) { e.normalise(id, row, rows, layer.input_norm); });
+                ready(rows, [&](int64_t row, Activations& to) {
+                    e.normalise(id, row, rows, layer.input_norm, to);
+                });
                 products(layer.qkv, rows, [&](int64_t row, int64_t column, F v) {
                     store(&e.qkv_[row * e.qkv_stride_ + column], v);
                 });
-                each(rows, grain(rows), [&](int64_t row) { e.place(id, i, row); });
+                bool alone = b.spans == rows;  // no row reads what another one places
+                if (!alone)
+                    each(rows * layer.kv_heads, grain(rows) * layer.kv_heads, [&](int64_t at) {
+                        e.place(id, i, at / layer.kv_heads, at % layer.kv_heads);
+                    });
                 int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
                 each(blocks * layer.kv_heads, 1, [&](int64_t task) {
-                    e.attend(id, i, task % layer.kv_heads, task / layer.kv_heads * BLOCK_ROWS);
+                    e.attend(id, i, task % layer.kv_heads, task / layer.kv_heads * BLOCK_ROWS,
+                             alone);
                 });
                 int64_t width = layer.heads * layer.head_dim;
                 if (layer.conv_k && id == 0) e.keep_raw(i);
                 if (i == m.layers - 1 && b.wanted < rows) rows = keep_wanted();
-                each_row(rows, [&](int64_t row) { e.quantise(row, rows, width); });
+                ready(rows,
+                      [&](int64_t row, Activations& to) { e.quantise(row, rows, width, to); });
                 auto add = [&](int64_t row, int64_t column, F v) {
                     float* x = &e.hidden_[row * e.hidden_stride_ + column];
                     store(x, load(x) + v);
                 };
                 products(layer.out, rows, add);
-                each_row(rows, [&](int64_t row) { e.normalise(id, row, rows, layer.post_norm); });
+                ready(rows, [&](int64_t row, Activations& to) {
+                    e.normalise(id, row, rows, layer.post_norm, to);
+                });
                 gate_up(layer.gate_up, rows);
-                each_row(rows, [&](int64_t row) { e.quantise(row, rows, m.inner); });
+                ready(rows,
+                      [&](int64_t row, Activations& to) { e.quantise(row, rows, m.inner, to); });
                 products(layer.down, rows, add);
             }
-            each_row(b.wanted, [&](int64_t i) { e.normalise(id, i, b.wanted, m.norm); });
+            ready(b.wanted,
+                  [&](int64_t i, Activations& to) { e.normalise(id, i, b.wanted, m.norm, to); });
             products(m.head, b.wanted, [&](int64_t row, int64_t column, F v) {
                 float* to = e.logits_ + row * m.vocab + column;
                 if (column + W <= m.vocab)
@@ -786,11 +828,11 @@ class Engine {
             float* gate = e.scratch_[id].gate.data();
             int64_t pairs = tiles.count / 2;
             each(pairs, grain(pairs), [&](int64_t pair) {
-                product(m, tiles, 2 * pair, e.acts_, rows, e.m_.int8_activations,
+                product(m, tiles, 2 * pair, acts(rows), rows, e.m_.int8_activations,
                         [&](int64_t row, int lane, F v) {
                             store(gate + row * TILE + lane, v / (1.0f + exponential(-v)));
                         });
-                product(m, tiles, 2 * pair + 1, e.acts_, rows, e.m_.int8_activations,
+                product(m, tiles, 2 * pair + 1, acts(rows), rows, e.m_.int8_activations,
                         [&](int64_t row, int lane, F v) {
                             store(&e.wide_[row * e.wide_stride_ + pair * TILE + lane],
                                   load(gate + row * TILE + lane) * v);
@@ -812,11 +854,11 @@ class Engine {
     }
 
     // RMSNorm (Zhang and Sennrich 2019) of a hidden row, ready for a product.
-    void normalise(int id, int64_t row, int64_t rows, const float* weight) {
+    void normalise(int id, int64_t row, int64_t rows, const float* weight, Activations& to) {
         const float* x = &hidden_[row * hidden_stride_];
         float* out = scratch_[id].row.data();
         norm(x, weight, out, m_.hidden, hidden_stride_);
-        acts_.set(row, rows, out, m_.hidden, m_.int8_activations);
+        to.set(row, rows, out, m_.hidden, m_.int8_activations);
     }
 
     void norm(const float* x, const float* weight, float* out, int64_t size, int64_t stride) const {
@@ -827,16 +869,13 @@ class Engine {
             store(out + i, load(x + i) * scale * load(weight + i));
     }
 
-    // `wide_` [width] as the next product's input; what an earlier, wider use left behind is
-    // cleared.
-    void quantise(int64_t row, int64_t rows, int64_t width) {
-        float* x = &wide_[row * wide_stride_];
-        std::fill(x + width, x + padded(width, PAD), 0.0f);
-        acts_.set(row, rows, x, width, m_.int8_activations);
+    void quantise(int64_t row, int64_t rows, int64_t width, Activations& to) {
+        to.set(row, rows, &wide_[row * wide_stride_], width, m_.int8_activations);
     }
 
-    // Norm, convolution and rotation of a row's heads; keys and values go to their page.
-    void place(int id, int index, int64_t row) {
+    // Norm, convolution and rotation of a key-value head and its queries; key and value go to their
+    // page.
+    void place(int id, int index, int64_t row, int64_t kv_head) {
         const Layer& layer = m_.layer[index];
         int64_t size = layer.head_dim, queries = layer.heads * size, keys = layer.kv_heads * size;
         float* q = &qkv_[row * qkv_stride_];
@@ -856,20 +895,18 @@ class Engine {
         }
         float* head = scratch_[id].row.data();
         const float* angles = &angles_[layer.rope][row * size];
-        for (int h = 0; h < layer.heads; ++h) {
-            float* x = q + h * size;
+        int64_t per = layer.heads / layer.kv_heads;
+        for (float* x = q + kv_head * per * size; x < q + (kv_head + 1) * per * size; x += size) {
             head_norm(x, layer.q_norm, head, size);
             rotate(head, angles, x, size);
         }
-        int64_t block = int64_t(page(layer.page_group, at.span, at.slot / PAGE)) * layer.kv_heads;
-        for (int h = 0; h < layer.kv_heads; ++h, ++block) {
-            float turned[512], mixed[512];
-            two_taps(k_before, k, layer.conv_k, h, size, mixed);
-            head_norm(mixed, layer.k_norm, head, size);
-            rotate(head, angles, turned, size);
-            two_taps(v_before, v, layer.conv_v, h, size, mixed);
-            write(pool, block, at.slot % PAGE, turned, mixed, size);
-        }
+        int64_t page_at = page(layer.page_group, at.span, at.slot / PAGE);
+        float turned[MOST_HEAD], mixed[MOST_HEAD];
+        two_taps(k_before, k, layer.conv_k, kv_head, size, mixed);
+        head_norm(mixed, layer.k_norm, head, size);
+        rotate(head, angles, turned, size);
+        two_taps(v_before, v, layer.conv_v, kv_head, size, mixed);
+        write(pool, page_at * layer.kv_heads + kv_head, at.slot % PAGE, turned, mixed, size);
     }
 
     void head_norm(const float* x, const float* weight, float* out, int64_t size) const {
@@ -884,7 +921,7 @@ class Engine {
     }
 
     // Baichuan-M1: tap 0 weighs the token before, tap 1 this one (arXiv 2411.19574, eq. 5).
-    static void two_taps(const float* before, const float* now, const float* taps, int head,
+    static void two_taps(const float* before, const float* now, const float* taps, int64_t head,
                          int64_t size, float* out) {
         now += head * size;
         for (int64_t i = 0; i < size; ++i) {
@@ -959,7 +996,7 @@ class Engine {
 
     // Attention of one key-value head's queries for some rows, page by page with a running softmax
     // (Milakov and Gimelshein 2018). A row takes its pages in the same order in any company.
-    void attend(int id, int index, int64_t kv_head, int64_t from) {
+    void attend(int id, int index, int64_t kv_head, int64_t from, bool is_placing) {
         const Layer& layer = m_.layer[index];
         Scratch& s = scratch_[id];
         int64_t size = layer.head_dim, width = padded(size, TILE),
@@ -970,6 +1007,7 @@ class Engine {
         int64_t begin = INT64_MAX, end = 0;
         for (int64_t i = 0; i < count; ++i) {
             int64_t row = order_[from + i], slot = places_[row].slot;
+            if (is_placing) place(id, index, row, kv_head);
             lows[i] = layer.window ? std::max<int64_t>(0, slot + 1 - layer.window) : 0;
             firsts[i] = lows[i] / PAGE;
             lasts[i] = slot / PAGE;
