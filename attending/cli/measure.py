@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from attending.cli.terminal import JsonFlag, out, print_json, print_table, progress_bar
-from attending.cli.use import ActivationsOption, KvOption, WeightsOption
+from attending.cli.use import ActivationsOption, KvOption, ThreadsOption, WeightsOption
 from attending.errors import UsageError
 
 
@@ -16,7 +16,7 @@ def bench(
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     repeats: Annotated[int, typer.Option(help="Of every measurement, taking turns.")] = 5,
     draft: Annotated[str | None, typer.Option(help="Reserved: there are none yet.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; all by default.")] = None,
+    threads: ThreadsOption = None,
     weights: WeightsOption = None,
     activations: ActivationsOption = None,
     kv: KvOption = None,

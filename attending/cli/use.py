@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from attending.engine.local import Answer, Model, Stream
     from attending.model.architecture import Architecture
 
+ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU; all by default.")]
 WeightsOption = Annotated[
     str | None,
-    typer.Option(help="stored, w8, w4-32, w4-64 or w4-128: bits, weights to a scale."),
+    typer.Option(help="stored, w8, w4-32, w4-64, w4-128; w8s, w4s-32 ... for symmetric."),
 ]
 ActivationsOption = Annotated[str | None, typer.Option(help="int8 or float32.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="Of the cache: float16 or int8.")]
@@ -57,6 +58,7 @@ def chat(
     weights: WeightsOption = None,
     activations: ActivationsOption = None,
     kv: KvOption = None,
+    threads: ThreadsOption = None,
     dtype: DtypeOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
     as_json: JsonFlag = False,
@@ -87,7 +89,7 @@ def chat(
 
     Sampling.build(sampling)  # a wrong option should not wait for the model to load
     native = {"weights": weights, "activations": activations, "kv": kv}
-    assistant = load(model, dtype=dtype, device=device, **native)
+    assistant = load(model, dtype=dtype, device=device, threads=threads, **native)
     if context is not None:
         assistant.limit_context(context)
     if not assistant.tokenizer.reasons:  # thoughts that are cut off leave no answer
@@ -132,7 +134,7 @@ def serve(
     kv: KvOption = None,
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU; all by default.")] = None,
+    threads: ThreadsOption = None,
     drain_seconds: Annotated[float, typer.Option(help="Wait for answers at the end.")] = 30.0,
     new_key: Annotated[str | None, typer.Option(help="Make a key of this name, and end.")] = None,
     revoke_key: Annotated[str | None, typer.Option(help="Remove a key, and end.")] = None,

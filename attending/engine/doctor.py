@@ -77,7 +77,11 @@ class Report:
     def findings(self) -> Iterator[Finding]:
         """Plain sentences, from the fields alone."""
         for name in (name for name, version in self.versions.items() if version is None):
-            wanted = "'attending[train]', to train, score or use a GPU" if name == "torch" else name
+            wanted = (
+                "-e '.[train]' in the clone, to train, score or use a GPU"
+                if name == "torch"
+                else name
+            )
             level: Level = "ok" if name == "torch" and self.native_path else "missing"
             yield Finding(level, f"{name} is not installed. Remedy: pip install {wanted}.")
         simd, cores = cast(list[str], self.hardware["simd"]), max(self.measured_read_gb_s)
@@ -86,6 +90,9 @@ class Report:
         if self.native_path:
             level = "slow" if self.native_path == "portable" else "ok"
             yield Finding(level, f"Native kernel: {self.native_path}.")
+        elif self.versions["torch"] is None:
+            text = f"No native kernel and no torch: nothing computes here. {self.native_reason}"
+            yield Finding("missing", text)
         else:
             slow = f"torch computes, about {TORCH_FACTOR} times slower"
             yield Finding("slow", f"No native kernel, so {slow}: {self.native_reason}")

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import PositiveInt
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TORCH_FACTOR = 4
+TORCH_FACTOR = 12
 """So many times slower is torch's runner: tokens/s of one user in float32, benchmarks/engine.md."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-TORCH_MISSING = "torch, which is not installed: pip install 'attending[train]'"
+TORCH_MISSING = "torch, which is not installed: pip install -e '.[train]' in the clone"
 
 
 class ComputeOptions(Config):
@@ -68,14 +68,17 @@ class ComputeOptions(Config):
         """Raise a UsageError where two do not go together, or this machine lacks what is asked."""
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}.")
+        cores = cast(int, mesh.hardware()["available_cores"])
+        if self.threads and self.threads > cores:
+            raise UsageError(f"{self.threads} threads: this machine has {cores} cores for them.")
         if self.native:
             self.native_options()
         if not self.is_torch:
             return
         if self.native:
             raise UsageError(
-                f"{self.native} are the native runner's, on a CPU; dtype and device are torch's: "
-                "give the ones or the others."
+                f"{', '.join(self.native)} belong to the native runner, on a CPU; dtype and device "
+                "to torch: give the ones or the others."
             )
         if find_spec("torch") is None:
             raise UsageError(f"dtype and device need {TORCH_MISSING}")
@@ -91,7 +94,8 @@ class ComputeOptions(Config):
         """For the native runner; a ConfigError where it has no such value."""
         from attending.engine.native.runner import NativeOptions
 
-        return NativeOptions.build({**self.native, "threads": self.threads})
+        given = {**self.native, "threads": self.threads}
+        return NativeOptions.build(given, where="what the native engine computes with")
 
 
 def is_native(arch: Architecture, options: ComputeOptions) -> bool:

@@ -167,7 +167,8 @@ def _likeliest(logits: Logits) -> int:
     if not np.isfinite(logits[index]):
         raise CheckpointError(
             "the model computed logits that are not numbers: its weights are damaged, or overflow "
-            "in this precision. Get the model again, or load it with dtype float32."
+            "in this precision. Get the model again and delete packed/ in the cache, or take dtype "
+            "float32."
         )
     return index
 

@@ -71,7 +71,9 @@ def test_a_good_machine_has_no_trouble_and_its_measurement_is_named_so() -> None
 def test_a_missing_package_is_named_with_its_remedy() -> None:
     report = with_facts(versions={"torch": None, "gguf": None, "numpy": "2"})
     assert trouble(report) == [("missing", "gguf is not installed. Remedy: pip install gguf.")]
-    torch = "torch is not installed. Remedy: pip install 'attending[train]', to train, score"
+    torch = (
+        "torch is not installed. Remedy: pip install -e '.[train]' in the clone, to train, score"
+    )
     assert next(report.findings).text.startswith(torch)  # what serves needs none
     without = dataclasses.replace(report, native_path=None)
     assert trouble(without)[0] == ("missing", next(report.findings).text)

@@ -85,7 +85,7 @@ def test_what_is_in_the_way_of_the_native_runner_is_said_once_with_the_factor(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"dtype": "float32", "weights": "w8"}, UsageError, "'weights': 'w8'.* the native runner"),
+        ({"dtype": "float32", "weights": "w8"}, UsageError, "weights belong to the native runner"),
         ({"device": "cuda", "kv": "int8"}, UsageError, "give the ones or the others"),
         ({"weights": "w3"}, ConfigError, "weights: Input should be 'stored'"),
         ({"weight": "w8"}, ConfigError, "Did you mean 'weights'"),
@@ -105,7 +105,7 @@ def test_without_torch_a_model_answers_and_its_logits_say_what_is_missing(
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     model = attending.load(folder)
     assert model.chat(says("fever?"), **SHORT).output_tokens == 2
-    with pytest.raises(UsageError, match=r"needs torch.*: pip install 'attending\[train\]'"):
+    with pytest.raises(UsageError, match=r"needs torch.*: pip install -e '.\[train\]'"):
         model.logits([[1, 2]])
     with pytest.raises(UsageError, match=r"dtype and device need torch"):
         attending.load(folder, dtype="float32")

@@ -173,7 +173,7 @@ def test_without_a_compiler_the_reason_is_said(
     with pytest.raises(UsageError, match="there is no native engine: no C\\+\\+ compiler"):
         build.library.__wrapped__("portable", ("-DOTHER",))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(compiler.NotCompiled, match="set CXX"):
+    with pytest.raises(compiler.NotCompiled, match="see CXX"):
         compiler.compile_path("portable", tmp_path)
     assert not list(tmp_path.glob("*.so"))
 

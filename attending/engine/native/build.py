@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 from typing import NamedTuple
 
 from attending.engine.native.compiler import (
@@ -14,6 +15,8 @@ from attending.engine.native.compiler import (
 )
 from attending.errors import UsageError
 from attending.sources import cache_dir
+
+log = logging.getLogger(__name__)
 
 
 class Status(NamedTuple):
@@ -34,8 +37,11 @@ def library(path: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL
     name = file_name(path or best_path(), flags)
     file = SOURCE.with_name(name)  # where the installer puts it
     if not file.exists():
+        cache = cache_dir() / "kernel"
+        if not (cache / name).exists():
+            log.warning("compiling the native engine, once: some ten seconds")
         try:
-            file = compile_path(path or best_path(), cache_dir() / "kernel", flags)
+            file = compile_path(path or best_path(), cache, flags)
         except NotCompiled as error:
             raise UsageError(f"there is no native engine: {error}.") from None
     return declared(ctypes.CDLL(str(file)))

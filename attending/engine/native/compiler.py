@@ -52,13 +52,17 @@ def compile_path(path: str, folder: Path, flags: Sequence[str] = ()) -> Path:
         NotCompiled: No compiler, or it failed.
     """
     target = folder / file_name(path, flags)
-    if not target.exists():
+    if target.exists():
+        return target
+    command = _compiler()
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             draft = Path(place) / target.name
-            options = [*FLAGS, *PATHS[path], *flags]
-            _run([*_compiler(), *options, str(SOURCE), "-o", str(draft)])
+            _run([*command, *FLAGS, *PATHS[path], *flags, str(SOURCE), "-o", str(draft)])
             draft.replace(target)  # another process may have been faster: the same bytes
+    except OSError as error:
+        raise NotCompiled(f"it cannot be written to {folder}: {error.strerror}") from None
     return target
 
 
@@ -87,11 +91,11 @@ def _run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise NotCompiled(f"the compiler cannot be started: {error.strerror}; set CXX") from None
+        raise NotCompiled(f"{command[0]} cannot be started: {error.strerror}; see CXX") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
         message = lines[0].replace(str(SOURCE), SOURCE.name).strip()[:200]
-        raise NotCompiled(f"the compiler failed ({message}); it needs C++20, as g++ 11 has")
+        raise NotCompiled(f"{command[0]} failed ({message}); it needs C++20, as g++ 11 has")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ matrix, gate and up in another; this exists here only. `kernel.cpp` describes th
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attending.artifact import write_json
-from attending.errors import CheckpointError
+from attending.errors import CheckpointError, UsageError
 from attending.model.architecture import Architecture
 from attending.model.gguf_file import Blocks
+from attending.sources import cache_dir
 
 Floats = NDArray[np.float32]
 VERSION = 2
@@ -146,19 +148,33 @@ def open_packed(weights: Weights, folder: Path, form: str = "stored") -> Packed:
     """
     packed = _mapped(weights.arch, folder)
     if packed is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            try:
-                index = _write(file, weights, form)
-                Path(file.name).replace(folder / FILE)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        write_json(folder / INDEX, index)
+        try:
+            _pack(weights, folder, form)
+        except OSError as error:
+            size = sum(map(math.prod, weights.arch.tensor_shapes().values())) * 9 // 8
+            raise UsageError(
+                f"the weights cannot be packed into the cache: {error.strerror}. It needs at most "
+                f"{size / 2**20:,.0f} MiB in {cache_dir()}; ATTENDING_CACHE names another folder."
+            ) from None
         packed = _mapped(weights.arch, folder)
     if packed is None:
         raise CheckpointError(f"{folder.name}: the packed weights cannot be read back; disk full?")
     return packed
+
+
+def _pack(weights: Weights, folder: Path, form: str) -> None:
+    """Write the file, then the index that makes it count; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+        try:
+            index = _write(file, weights, form)
+            file.flush()
+            Path(file.name).replace(folder / FILE)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    index["written_ns"] = (folder / FILE).stat().st_mtime_ns  # another's hand shows
+    write_json(folder / INDEX, index)
 
 
 def _mapped(arch: Architecture, folder: Path) -> Packed | None:
@@ -166,7 +182,9 @@ def _mapped(arch: Architecture, folder: Path) -> Packed | None:
     try:
         index = json.loads((folder / INDEX).read_text("utf-8"))
         data = np.asarray(np.memmap(folder / FILE, np.uint8, "r"))
-        if index["version"] != VERSION or index["bytes"] != len(data):
+        written = (folder / FILE).stat().st_mtime_ns
+        known = (VERSION, len(data), written)
+        if (index["version"], index["bytes"], index["written_ns"]) != known:
             return None
 
         def floats(place: list[int] | None) -> Floats | None:
