@@ -24,7 +24,7 @@ class BuildKernel(build_py):
         root = Path() if self.editable_mode else Path(self.build_lib)
         try:
             compiler["compile_all"]((root / NATIVE).absolute())
-        except compiler["NotCompiled"] as error:
+        except (compiler["NotCompiled"], OSError) as error:
             self.warn(f"the native engine was not built: {error}")
 
 

@@ -84,7 +84,7 @@ def kernel(commit: str, path: str, folder: Path) -> ctypes.CDLL:
     source.write_bytes(subprocess.run(command, cwd=HERE, capture_output=True, check=True).stdout)
     path = path or build.best_path()
     target = folder / f"kernel-{commit}-{path}.so"
-    options = [flag for flag in (*compiler.FLAGS, *compiler.PATHS[path]) if flag != "-s"]
+    options = [*compiler.FLAGS, *compiler.PATHS[path]]
     subprocess.run(["c++", *options, str(source), "-o", str(target)], check=True)
     return build.declared(ctypes.CDLL(str(target)))
 

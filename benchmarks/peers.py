@@ -224,7 +224,7 @@ def run(command: Sequence[str]) -> None:
 
 def instructions(work: Work, threads: int, repeat: int) -> dict[str, Any]:
     """What `peers/measuring.py` reads: the prompts themselves, as `attending bench` has them."""
-    vocab = 49152
+    vocab = attending.load("default").arch.vocab_size
     told: dict[str, Any] = {"threads": threads, "answer_tokens": work.answer_tokens}
     told["cold"] = [token_ids(vocab, 16, 0)]
     told["warm"] = [

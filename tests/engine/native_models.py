@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from attending.engine.native import build, compiler, pack
 from attending.model.decoder import Decoder
 from attending.model.gguf_file import Blocks
@@ -13,7 +15,6 @@ from tests.model.tiny import build as build_model
 
 FLAGS = tuple(os.environ.get("KERNEL_TEST_FLAGS", "").split())  # sanitizers, see test_sanitized
 PATHS = list(compiler.PATHS)[: list(compiler.PATHS).index(build.best_path()) + 1]
-PATHS = PATHS[-1:] if FLAGS else PATHS
 
 
 def examples(count: int) -> int:
@@ -52,3 +53,27 @@ def dequantised(decoder: Decoder, form: str) -> None:
         for name in parts:
             values = pack.dequantise(pack._stored_or_rounded(weights, name, form))
             decoder.get_parameter(name).data.copy_(torch.from_numpy(values))
+
+
+def round_activations(decoder: Decoder) -> None:
+    """Every product of a decoder on activations that are rounded as the kernel does it."""
+    import torch
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(round_rows(x.numpy()))
+
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    if decoder.arch.tied:
+        plain = decoder.logits
+        decoder.logits = lambda hidden: plain(rounded(hidden))  # type: ignore[method-assign]
+
+
+def round_rows(x: pack.Floats) -> pack.Floats:
+    """[rows, K] in int8 with a scale for each 32."""
+    cut = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    peak = np.abs(cut).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    values: pack.Floats = np.rint(cut * inverse) * (peak / np.float32(127))
+    return values.reshape(len(x), -1)[:, : x.shape[1]]

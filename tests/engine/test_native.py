@@ -3,19 +3,22 @@
 import ctypes
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attending import mesh
 from attending.engine.native import build, compiler, pack
 from attending.engine.native.runner import NativeOptions, NativeRunner, argument, obstacle
-from attending.errors import UsageError
+from attending.engine.runner import Span
+from attending.errors import CheckpointError, UsageError
 from attending.model.gguf_file import Blocks
-from tests.engine.native_models import PATHS, Trained, examples, kernel, random_model
+from tests.engine.native_models import PATHS, Trained, examples, kernel, random_model, round_rows
 
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300), st.integers(1, 30))
 forms = st.tuples(st.sampled_from([4, 8]), st.sampled_from([32, 64, 128]), st.booleans())
@@ -51,15 +54,6 @@ def product(path: str, integers: Blocks, x: Any, *, int8: bool) -> Any:
     return out[:, :outputs]
 
 
-def rounded(x: Any) -> Any:
-    """Activations as the kernel rounds them: int8 with a scale for each 32."""
-    cut = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
-    peak = np.abs(cut).max(-1, keepdims=True)
-    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
-    values = np.rint(cut * inverse).astype(np.float64) * (peak / np.float32(127))
-    return values.reshape(len(x), -1)[:, : x.shape[1]]
-
-
 @pytest.mark.parametrize("path", PATHS)
 @given(shape=shapes, form=forms)
 @settings(max_examples=examples(60), deadline=None)
@@ -70,7 +64,7 @@ def test_a_product_is_that_of_the_dequantised_weights(
     integers = random_matrix(outputs, inputs, form)
     weight = pack.dequantise(integers).astype(np.float64)
     x = np.random.default_rng(rows).standard_normal((rows, inputs), dtype=np.float32)
-    for int8, seen in ((False, x.astype(np.float64)), (True, rounded(x))):
+    for int8, seen in ((False, x.astype(np.float64)), (True, round_rows(x).astype(np.float64))):
         found = product(path, integers, x, int8=int8)
         bound = 3e-6 * (np.abs(seen) @ np.abs(weight).T + 1)
         assert (np.abs(found - seen @ weight.T) <= bound).all(), (int8, form)
@@ -144,22 +138,109 @@ def test_parts_of_different_kinds_become_one_matrix_without_a_change() -> None:
 
 def test_packed_weights_are_written_once_and_again_when_they_are_not_whole(tmp_path: Path) -> None:
     weights = Trained(random_model("qwen3"))
-    first = pack.open_packed(weights, tmp_path / "packed")
-    written = (tmp_path / "packed" / pack.FILE).stat().st_mtime_ns
-    second = pack.open_packed(weights, tmp_path / "packed")
-    assert (tmp_path / "packed" / pack.FILE).stat().st_mtime_ns == written
+    folder = tmp_path / "packed"
+    file, index = folder / pack.FILE, folder / pack.INDEX
+    first = pack.open_packed(weights, folder)
+    written = file.stat().st_mtime_ns
+    second = pack.open_packed(weights, folder)
+    assert file.stat().st_mtime_ns == written
     for name, matrix in first.matrices.items():
         assert (second.matrices[name].data == matrix.data).all()
-    index = tmp_path / "packed" / pack.INDEX
+
+    def changed(**values: Any) -> None:
+        index.write_text(json.dumps(json.loads(index.read_text()) | values))
+
     for damage in (
-        lambda: index.write_text(json.dumps(json.loads(index.read_text()) | {"version": 0})),
+        lambda: changed(version=0),
+        lambda: changed(matrices=[]),
+        lambda: changed(vectors={"model.norm.weight": [0, 10**9]}),
         lambda: index.write_text("{"),
-        lambda: (tmp_path / "packed" / pack.FILE).write_bytes(b"short"),
+        lambda: file.write_bytes(b"short"),
+        lambda: file.write_bytes(bytes(file.stat().st_size)),
     ):
         damage()
-        again = pack.open_packed(weights, tmp_path / "packed")
+        written = file.stat().st_mtime_ns
+        again = pack.open_packed(weights, folder)
+        assert file.stat().st_mtime_ns != written, "it was taken as it was"
         assert (again.matrices["0.qkv"].data == first.matrices["0.qkv"].data).all()
-    assert {p.name for p in (tmp_path / "packed").iterdir()} == {pack.FILE, pack.INDEX}
+    assert {path.name for path in folder.iterdir()} == {pack.FILE, pack.INDEX, pack.LOCK}
+
+
+def test_several_that_pack_at_once_all_find_it_done(tmp_path: Path) -> None:
+    weights = Trained(random_model("llama"))
+    with ThreadPoolExecutor(4) as pool:
+        for turn in range(20):
+            folder = tmp_path / str(turn)
+            found = list(pool.map(lambda _, f=folder: pack.open_packed(weights, f), range(4)))
+            assert len({p.matrices["0.down"].data.tobytes() for p in found}) == 1
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        model = random_model("llama")
+        model.get_parameter(name).data.view(-1)[3] = float("nan")
+        with pytest.raises(CheckpointError, match=f"{name} holds values that are no numbers"):
+            pack.open_packed(Trained(model), tmp_path / "packed")
+    assert not (tmp_path / "packed" / pack.INDEX).exists()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e-38, 1e-45, 3e38])
+def test_an_activation_that_is_no_number_makes_the_row_none_and_a_tiny_one_zero(
+    path: str, value: float
+) -> None:
+    blocks = random_matrix(16, 64, (4, 32, False))
+    for at in (0, 17, 63):
+        x = np.zeros((3, 64), np.float32)
+        x[1, at] = value
+        found = product(path, blocks, x, int8=True)
+        assert (found[[0, 2]] == 0).all(), "other rows are not touched"
+        if np.isfinite(value) and abs(value) < 1e30:
+            assert (np.abs(found[1]) <= 1e-30).all()
+        elif not np.isfinite(value):
+            assert np.isnan(found[1]).all()
+
+
+def test_a_damaged_library_in_the_cache_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Path(build.library("portable")._name).read_bytes()
+    cached = tmp_path / "kernel" / compiler.file_name("portable", ("-DX",))
+    cached.parent.mkdir()
+    cached.write_bytes(b"no library")
+    monkeypatch.setenv("ATTENDING_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "compile_path", lambda *_: cached.write_bytes(good) and cached)
+    assert build.library.__wrapped__("portable", ("-DX",)).attending_best_path() >= 0
+    monkeypatch.setattr(build, "compile_path", lambda *_: Path("/nowhere"))
+    with pytest.raises(UsageError, match="there is no native engine"):
+        build.library.__wrapped__("portable", ("-DY",))
+
+
+def test_the_processor_is_asked_as_the_system_knows_it() -> None:
+    flags = set(mesh.hardware()["simd"])  # type: ignore[call-overload]
+    best = build.library("portable").attending_best_path()
+    assert (best >= 1) == ("avx2" in flags) and (best == 2) == ("avx512_vnni" in flags)
+
+
+def test_one_engine_serves_two_threads_and_no_forked_process(tmp_path: Path) -> None:
+    packed = pack.open_packed(Trained(random_model("llama")), tmp_path)
+    runner = NativeRunner(packed, [4], NativeOptions(threads=1))
+    spans = [Span(np.array([i, 7, 9]), 0, (np.array([i]),), 3) for i in (0, 1)]
+    alone = [runner.step([span]) for span in spans]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            both = pool.map(lambda span: runner.step([span]), spans)
+            assert all((a == b).all() for a, b in zip(alone, both, strict=True))
+    monkey = runner._owner
+    runner._owner = -1  # as a child of fork sees it
+    with pytest.raises(UsageError, match="forked process"):
+        runner.step(spans[:1])
+    runner._owner = monkey
+
+
+def test_the_formats_are_named_in_one_way() -> None:
+    named = get_args(NativeOptions.model_fields["weights"].annotation)
+    assert {*named} == {"stored", *pack.FORMATS}
 
 
 def test_without_a_compiler_the_reason_is_said(

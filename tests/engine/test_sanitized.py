@@ -10,7 +10,7 @@ import pytest
 
 FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 ROOT = Path(__file__).parents[2]
-CHOSEN = "product or company or overflow or read_back or chunks or crowd"
+CHOSEN = "product or company or overflow or read_back or activation or raw or chunks or crowd"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ brings the sanitizers' libraries")

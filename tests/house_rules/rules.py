@@ -30,7 +30,7 @@ ROOMS = {
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_230),
     "train": Room(2, 1_470),
-    "engine": Room(2, 4_800),
+    "engine": Room(2, 4_850),
     "evaluate": Room(3, 3_500),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 320),

@@ -1,6 +1,7 @@
 """The house obeys its rules, and every rule bites: each is tried on a small tree that breaks it."""
 
 import inspect
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,3 +175,17 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
     root = plant(tmp_path, {"a.py": "x = 1\n\n# end"})
     assert [source.lines for source in sources(root)] == [3]
     assert isinstance(sources(root)[0], Source)
+
+
+def test_every_file_of_the_package_is_installed_with_it() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    patterns = settings["package-data"]["attending"]
+    files = (path for path in (ROOT / "attending").rglob("*.*") if path.is_file())
+    built = {".py", ".pyc", ".so"}
+    missing = [
+        path.name
+        for path in files
+        if path.suffix not in built
+        and not any(path.match(pattern.removeprefix("**/")) for pattern in patterns)
+    ]
+    assert not missing

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,17 +21,28 @@ from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
 from attending.engine.torch_runner import TorchRunner
 from attending.model.architecture import PAGE_TOKENS
+from attending.model.checkpoint import open_checkpoint
 from attending.model.decoder import Decoder
-from tests.engine.native_models import PATHS, Trained, dequantised, examples, kernel, random_model
+from attending.model.weights import load_decoder
+from tests.engine.native_models import (
+    PATHS,
+    Trained,
+    dequantised,
+    examples,
+    kernel,
+    random_model,
+    round_activations,
+)
 from tests.engine.serving import serve, text
+from tests.model.test_gguf import weights as gguf_weights
+from tests.model.test_gguf import write as write_gguf
 from tests.model.tiny import FAMILIES, configs
 from tests.model.tiny import build as build_model
 
 # Keys and values are float16: logits differ from a float32 step's over the same weights by no more
-# than this share, root mean square over root mean square. 8-bit activations move the logits of
-# these small random models, which amplify, by much more: what they cost a real model is measured in
-# benchmarks/engine.md.
-FLOAT_BOUND, INT8_BOUND = 0.03, 0.5
+# than this share, root mean square over root mean square. With 8-bit activations torch's are
+# rounded by the same rule; a value at a border may go either way, which random models amplify.
+FLOAT_BOUND, INT8_BOUND = 0.03, 0.2
 PAGES = 12
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,14 +83,44 @@ def test_native_equals_torch_on_the_weights_that_it_packed(
     form, path = data.draw(forms), data.draw(st.sampled_from(PATHS))
     ids = text(data.draw(st.integers(1, 140)), vocab=decoder.arch.vocab_size)
     exact = native(decoder, form, path, activations="float32")
-    rounded = native(decoder, form, path, kv=data.draw(st.sampled_from(["float16", "int8"])))
+    rounded = native(decoder, form, path)
     dequantised(decoder, form)
-    reference = TorchRunner(decoder, exact.num_pages)
     (span,) = spans_of(exact, ids, [])
+    for runner, bound in ((exact, FLOAT_BOUND), (rounded, INT8_BOUND)):
+        if runner is rounded:
+            round_activations(decoder)
+        expected = TorchRunner(decoder, exact.num_pages).step([span])
+        difference = np.linalg.norm(runner.step([span]) - expected)
+        assert difference <= bound * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType[k] for k in ("Q4_0", "Q4_1", "Q8_0")])
+def test_a_gguf_is_computed_with_as_it_is_stored(
+    kind: GGMLQuantizationType, tmp_path: Path
+) -> None:
+    given = {
+        name: (quantize(values, kind), kind) if values.ndim == 2 else values
+        for name, values in gguf_weights().items()
+    }
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", given))
+    packed = pack.open_packed(checkpoint, tmp_path / "packed", "stored")
+    assert {m.bits for m in packed.matrices.values()} == {8 if kind.name == "Q8_0" else 4}
+    runner = NativeRunner(packed, [2], NativeOptions(activations="float32"), kernel=kernel())
+    reference = TorchRunner(load_decoder(checkpoint), [2])
+    (span,) = [Span(np.array(text(70, vocab=32)), 0, (np.arange(2),), 70)]
     expected = reference.step([span])
-    size = np.linalg.norm(expected)
-    assert np.linalg.norm(exact.step([span]) - expected) <= FLOAT_BOUND * size
-    assert np.linalg.norm(rounded.step([span]) - expected) <= INT8_BOUND * size
+    difference = np.linalg.norm(runner.step([span]) - expected)
+    assert difference <= FLOAT_BOUND * np.linalg.norm(expected)
+
+
+def test_raw_rows_of_m1_are_right_across_pages_and_groups() -> None:
+    decoder = random_model("baichuan_m1", sliding_window=70)
+    runner = native(decoder)
+    ids = text(130)
+    whole = runner.step(spans_of(runner, ids, []))
+    for cuts in ([63], [64], [65], [1, 64, 127, 128], [62, 63, 64, 129]):
+        rows = [runner.step([span]) for span in spans_of(runner, ids, cuts)]
+        assert (np.concatenate(rows) == whole).all(), cuts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,6 +182,15 @@ def test_the_cache_in_fewer_bits_stays_close(kv: str) -> None:
     assert np.abs(difference).max() < 0.1 * np.abs(exact.step(spans)).max()
 
 
+def resident() -> int:
+    """Bytes in memory now: a peak would hide what stays below it."""
+    gc.collect()
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("this system does not say what a process holds now")
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
 def test_memory_does_not_grow_over_2000_steps() -> None:
     runner = native(random_model("baichuan_m1"))
     ids = text(128)
@@ -149,18 +201,16 @@ def test_memory_does_not_grow_over_2000_steps() -> None:
             runner.step([span])
 
     run(200)
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     run(2000)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024  # KiB
+    assert resident() - before < 2**18
 
 
 def test_closing_gives_the_memory_back() -> None:
     decoder = random_model("llama")
     for _ in range(3):
         native(decoder)
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     for _ in range(100):
         native(decoder)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096
+    assert resident() - before < 2**21

@@ -1,5 +1,6 @@
 """The kernel library that suits this processor: built by the installer, or at first use."""
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -34,17 +35,18 @@ def library(path: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL
     Raises:
         UsageError: It was not built and cannot be; the message says what is missing.
     """
-    name = file_name(path or best_path(), flags)
-    file = SOURCE.with_name(name)  # where the installer puts it
-    if not file.exists():
-        cache = cache_dir() / "kernel"
-        if not (cache / name).exists():
-            log.warning("compiling the native engine, once: some ten seconds")
-        try:
-            file = compile_path(path or best_path(), cache, flags)
-        except NotCompiled as error:
-            raise UsageError(f"there is no native engine: {error}.") from None
-    return declared(ctypes.CDLL(str(file)))
+    chosen = path or best_path()
+    name, cache = file_name(chosen, flags), cache_dir() / "kernel"
+    for file in (SOURCE.with_name(name), cache / name):  # the installer's, and ours
+        with contextlib.suppress(OSError):  # not there, damaged, or of another system
+            return declared(ctypes.CDLL(str(file)))
+        if file.parent == cache:
+            file.unlink(missing_ok=True)
+    log.warning("compiling the native engine for %s, once: about half a minute", chosen)
+    try:
+        return declared(ctypes.CDLL(str(compile_path(chosen, cache, flags))))
+    except (NotCompiled, OSError) as error:
+        raise UsageError(f"there is no native engine: {error}.") from None
 
 
 def declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
@@ -62,8 +64,9 @@ def best_path() -> str:
     return list(PATHS)[library("portable").attending_best_path()] if IS_X86 else "portable"
 
 
+@functools.cache
 def status() -> Status:
-    """The path, or why there is none."""
+    """The path, or why there is none; looked for once."""
     try:
         path = best_path()
         library(path)

@@ -20,7 +20,6 @@ SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = (
     "-std=c++20",
     "-O3",
-    "-s",
     "-ffp-contract=off",
     "-fPIC",
     "-shared",
@@ -31,6 +30,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = tuple(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni"))
 # Worst first: `attending_best_path` counts them so.
 PATHS: dict[str, tuple[str, ...]] = {"portable": (), "avx2": AVX2, "avx512-vnni": AVX2 + AVX512}
+STRIP = () if sys.platform == "darwin" else ("-s",)
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -40,7 +40,7 @@ class NotCompiled(Exception):  # noqa: N818  (for a person: why, and the remedy)
 
 def file_name(path: str, flags: Sequence[str] = ()) -> str:
     """Of the library; another source, machine or flag gives another."""
-    options = (*FLAGS, *PATHS[path], *flags, platform.machine(), sys.platform)
+    options = (*FLAGS, *STRIP, *PATHS[path], *flags, platform.machine(), sys.platform)
     key = hashlib.sha256(SOURCE.read_bytes() + repr(options).encode()).hexdigest()[:16]
     return f"kernel-{path}-{key}.so"
 
@@ -59,7 +59,9 @@ def compile_path(path: str, folder: Path, flags: Sequence[str] = ()) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             draft = Path(place) / target.name
-            _run([*command, *FLAGS, *PATHS[path], *flags, str(SOURCE), "-o", str(draft)])
+            _run([*command, *FLAGS, *STRIP, *PATHS[path], *flags, str(SOURCE), "-o", str(draft)])
+            with draft.open("rb") as written:
+                os.fsync(written.fileno())
             draft.replace(target)  # another process may have been faster: the same bytes
     except OSError as error:
         raise NotCompiled(f"it cannot be written to {folder}: {error.strerror}") from None
@@ -67,14 +69,16 @@ def compile_path(path: str, folder: Path, flags: Sequence[str] = ()) -> Path:
 
 
 def compile_all(folder: Path) -> None:
-    """Every path that this kind of processor may have.
+    """Every path that this kind of processor may have, in place of those of another source.
 
     Raises:
         NotCompiled: No compiler, or it failed.
     """
     paths = list(PATHS) if IS_X86 else ["portable"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda path: compile_path(path, folder), reversed(paths)))
+        built = list(pool.map(lambda path: compile_path(path, folder), reversed(paths)))
+    for old in {*folder.glob("kernel-*.so")} - {*built}:
+        old.unlink(missing_ok=True)
 
 
 def _compiler() -> list[str]:

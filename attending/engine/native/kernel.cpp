@@ -2,7 +2,7 @@
 //
 // Compiled once for each instruction path; `build.py` loads the best one that this processor has.
 // No order of summation depends on how many rows a step has, and activations are quantised row by
-// row: batched, chunked, speculative and plain steps give the same bits.
+// row: batched, chunked and plain steps give the same bits.
 //
 // A weight matrix is cut into tiles of 16 outputs. A tile is a stream of blocks, one for each
 // group of 32, 64 or 128 inputs:
@@ -20,12 +20,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <thread>
 #include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -37,18 +39,26 @@
 #define WIDTH 4
 #endif
 
+#if defined(__x86_64__)  // how an assembler statement names a vector
+#define VECTOR "x"
+#else
+#define VECTOR "m"
+#endif
+
 namespace {
 
-constexpr int W = WIDTH;        // float32 lanes of a vector
-constexpr int TILE = 16;        // outputs of a tile
-constexpr int GROUP = 32;       // activations that share a scale
-constexpr int PAGE = 64;        // tokens of a cache page
-constexpr int PAD = 128;        // rows of activations end at a multiple, in zeros
-constexpr int BLOCK_ROWS = 8;   // rows that one attention task takes
-constexpr int MOST_HEAD = 512;  // values of a head
+constexpr int W = WIDTH;              // float32 lanes of a vector
+constexpr int TILE = 16;              // outputs of a tile
+constexpr int GROUP = 32;             // activations that share a scale
+constexpr int PAGE = 64;              // tokens of a cache page
+constexpr int PAD = 128;              // rows of activations end at a multiple, in zeros
+constexpr float LEAST_PEAK = 1e-30f;  // below it 127 / peak overflows: such groups are zeros
+constexpr int BLOCK_ROWS = 8;         // rows that one attention task takes
+constexpr int MOST_HEAD = 512;        // values of a head
 
 typedef float F __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t I __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t U __attribute__((vector_size(4 * WIDTH)));  // wraps around
 typedef float LooseF __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t LooseI __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
@@ -124,7 +134,9 @@ inline void narrow(half* p, F v) {
 }
 
 // To the nearest integer, ties to even; |v| < 2^22.
-inline I rounded(F v) { return reinterpret_cast<I>(v + 12582912.0f) - 0x4b400000; }
+inline I rounded(F v) {
+    return reinterpret_cast<I>(reinterpret_cast<U>(v + 12582912.0f) - 0x4b400000u);
+}
 
 // Over the lanes, always in the same order: pairwise, halves first.
 template <class Join>
@@ -166,7 +178,7 @@ inline F exponential(F v) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p * r, r, r) + 1.0f;
-    F scaled = p * reinterpret_cast<F>((n + 127) << 23);
+    F scaled = p * reinterpret_cast<F>((reinterpret_cast<U>(n) + 127u) << 23);
     return v < -87.0f ? F{} : scaled;
 }
 
@@ -214,10 +226,9 @@ struct Layer {
 };
 
 struct Model {
-    int32_t layers, hidden, inner, vocab, threads, rope_sizes, page_groups;
-    int32_t int8_activations, int8_kv, is_m1;
+    int32_t layers, hidden, inner, vocab, threads, rope_sizes, int8_activations, int8_kv;
     float norm_eps, rope_factor;
-    const int32_t* num_pages;         // [page_groups]
+    const int32_t* num_pages;         // of each page group
     const int32_t* rope_dims;         // [rope_sizes] head sizes
     const float* const* frequencies;  // [rope_sizes] -> [head size / 2]
     const Layer* layer;
@@ -229,7 +240,7 @@ struct Batch {
     int32_t rows, spans, wanted;
     const int32_t *ids, *positions;  // [rows]
     const int32_t *starts, *cached;  // [spans + 1], [spans]
-    const int32_t* const* pages;     // [page_groups] -> [spans][table], -1: given back
+    const int32_t* const* pages;     // of each page group [spans][table], -1: given back
     int32_t table;
     const int32_t* wanted_rows;  // [wanted]
 };
@@ -243,15 +254,15 @@ namespace {
 class Crew {
  public:
     explicit Crew(int count) : count_(count) {
-        for (int id = 1; id < count; ++id) threads_.emplace_back([this, id] { follow(id); });
+        try {
+            for (int id = 1; id < count; ++id) threads_.emplace_back([this, id] { follow(id); });
+        } catch (...) {
+            dismiss();
+            throw;
+        }
     }
 
-    ~Crew() {
-        job_ = nullptr;
-        round_.fetch_add(1);
-        round_.notify_all();
-        for (auto& thread : threads_) thread.join();
-    }
+    ~Crew() { dismiss(); }
 
     int count() const { return count_; }
 
@@ -281,6 +292,13 @@ class Crew {
     }
 
  private:
+    void dismiss() {
+        job_ = nullptr;
+        round_.fetch_add(1);
+        round_.notify_all();
+        for (auto& thread : threads_) thread.join();
+    }
+
     // Spins for some microseconds. Then the one that is waited for may have no core, or this very
     // one: it is offered, again and again, and after a while left.
     static void await(std::atomic<uint32_t>& what, uint32_t old) {
@@ -368,14 +386,17 @@ struct Activations {
         int32_t* offset = &offsets[first * groups + at];
         for (int64_t g = 0; g < count; ++g, to += GROUP * panel) {
             const float* from = group(x, g, inputs, edge);
-            F most{};
-            for (int i = 0; i < GROUP; i += W)
+            F most{}, strange{};  // a NaN as soon as a value is no number: maxima lose it
+            for (int i = 0; i < GROUP; i += W) {
                 most = larger(most, larger(load(from + i), -load(from + i)));
-            float peak = largest(most), inverse = peak > 0 ? 127.0f / peak : 0.0f;
+                strange = fma(load(from + i), F{}, strange);
+            }
+            float peak = largest(most) + sum(strange);
+            float inverse = peak > LEAST_PEAK && peak < INFINITY ? 127.0f / peak : 0.0f;
             int8_t values[GROUP];
             I all{};
             for (int i = 0; i < GROUP; i += W) {
-                I q = rounded(load(from + i) * inverse);
+                I q = inverse > 0 ? rounded(load(from + i) * inverse) : I{};
                 all += q;
                 *reinterpret_cast<LooseBytes*>(values + i) = __builtin_convertvector(q, Bytes);
             }
@@ -642,12 +663,6 @@ class Engine {
         }
     }
 
-    ~Engine() {
-        for (void* block : blocks_) std::free(block);
-    }
-
-    bool is_whole() const { return whole_; }
-
     void step(const Batch& batch, float* logits) {
         b_ = &batch;
         logits_ = logits;
@@ -660,14 +675,13 @@ class Engine {
  private:
     void* take(size_t bytes) {  // zeroed, and not there before it is touched
         void* block = std::calloc(std::max<size_t>(bytes, 64), 1);
-        if (block) blocks_.push_back(block);
-        whole_ = whole_ && block;
+        if (!block) throw std::bad_alloc();
+        blocks_.emplace_back(block, &std::free);
         return block;
     }
 
     void reserve(int64_t rows) {
         if (rows <= capacity_) return;
-        capacity_ = rows;
         hidden_stride_ = padded(m_.hidden, PAD);
         qkv_stride_ = padded(widest_qkv_, TILE);
         wide_stride_ = padded(widest_, PAD);
@@ -681,6 +695,7 @@ class Engine {
         angles_.resize(m_.rope_sizes);
         for (int i = 0; i < m_.rope_sizes; ++i) angles_[i].resize(rows * m_.rope_dims[i]);
         for (auto& s : scratch_) s.gate.resize(rows * TILE);
+        capacity_ = rows;  // only now: a failure above leaves nothing half done
     }
 
     // Where each row goes; rows of spans whose pages begin alike come to lie side by side, so
@@ -696,6 +711,8 @@ class Engine {
             auto [x, y] = std::mismatch(p, p + b.table, q);
             return x == p + b.table ? one < two : *x < *y;
         });
+        is_single_ = true;
+        for (int32_t span : spans) is_single_ &= b.starts[span + 1] - b.starts[span] == 1;
         int64_t at = 0;
         for (int32_t span : spans)
             for (int32_t row = b.starts[span]; row < b.starts[span + 1]; ++row) {
@@ -769,7 +786,7 @@ class Engine {
                 products(layer.qkv, rows, [&](int64_t row, int64_t column, F v) {
                     store(&e.qkv_[row * e.qkv_stride_ + column], v);
                 });
-                bool alone = b.spans == rows;  // no row reads what another one places
+                bool alone = e.is_single_;  // no row reads what another one places
                 if (!alone)
                     each(rows * layer.kv_heads, grain(rows) * layer.kv_heads, [&](int64_t at) {
                         e.place(id, i, at / layer.kv_heads, at % layer.kv_heads);
@@ -965,16 +982,22 @@ class Engine {
         int8_t* keys = static_cast<int8_t*>(pool.keys) + block * size * PAGE + offset;
         int8_t* values = static_cast<int8_t*>(pool.values) + (block * PAGE + offset) * width;
         auto peak = [&](const float* x) {
-            float most = 0;
-            for (int64_t i = 0; i < size; ++i) most = std::max(most, std::fabs(x[i]));
-            return most;
+            float most = 0, strange = 0;  // as in `Activations::set`
+            for (int64_t i = 0; i < size; ++i) {
+                most = std::max(most, std::fabs(x[i]));
+                strange += x[i] * 0.0f;
+            }
+            return most + strange;
         };
         float key_peak = peak(key), value_peak = peak(value);
-        float key_inverse = key_peak > 0 ? 127.0f / key_peak : 0,
-              value_inverse = value_peak > 0 ? 127.0f / value_peak : 0;
+        auto inverse = [](float x) { return x > LEAST_PEAK && x < INFINITY ? 127.0f / x : 0.0f; };
+        float key_inverse = inverse(key_peak), value_inverse = inverse(value_peak);
+        auto byte = [](float x, float by) {
+            return by > 0 ? static_cast<int8_t>(std::nearbyint(x * by)) : int8_t{0};
+        };
         for (int64_t i = 0; i < size; ++i) {
-            keys[i * PAGE] = static_cast<int8_t>(std::nearbyint(key[i] * key_inverse));
-            values[i] = static_cast<int8_t>(std::nearbyint(value[i] * value_inverse));
+            keys[i * PAGE] = byte(key[i], key_inverse);
+            values[i] = byte(value[i], value_inverse);
         }
         pool.key_scales[block * PAGE + offset] = key_peak / 127.0f;
         pool.value_scales[block * PAGE + offset] = value_peak / 127.0f;
@@ -1101,11 +1124,11 @@ class Engine {
 
     Model m_;
     Crew crew_;
-    std::vector<std::atomic<int64_t>> counters_;  // one of every 16 is used: a cache line each
+    std::vector<std::atomic<int64_t>>
+        counters_;  // one of every 16 is used: none shares a cache line
     std::vector<Pool> pools_;
-    std::vector<void*> blocks_;
+    std::vector<std::unique_ptr<void, decltype(&std::free)>> blocks_;
     std::vector<Scratch> scratch_;
-    bool whole_ = true;
     int64_t capacity_ = 0, hidden_stride_ = 0, qkv_stride_ = 0, wide_stride_ = 0;
     int64_t widest_qkv_ = 0, widest_ = 0, largest_head_ = 0, most_groups_ = 0;
     std::vector<float> hidden_, qkv_, wide_;
@@ -1114,6 +1137,7 @@ class Engine {
     std::vector<int32_t> order_, span_order_;
     Activations acts_;
     const Batch* b_ = nullptr;
+    bool is_single_ = false;  // a row for each span
     float* logits_ = nullptr;
 };
 
@@ -1123,24 +1147,26 @@ class Engine {
 
 extern "C" {
 
-// 2: AVX512 with VNNI; 1: AVX2 with FMA and F16C; 0: neither. Asked of the portable build.
+// 2: AVX512 with VNNI; 1: AVX2 with FMA and F16C; 0: neither. Asked of the portable build. By
+// cpuid: compilers' own functions differ, and one answers 0 in a library that it links itself.
 int attending_best_path() {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni"))
-        return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        return 1;
-#endif
+    unsigned a, b, c, d, saved, unused;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    bool has_more = c >> 12 & c >> 27 & c >> 28 & c >> 29 & 1;  // FMA, OSXSAVE, AVX, F16C
+    if (!has_more || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    __asm__("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));  // what the system keeps for a thread
+    if ((saved & 0x06) != 0x06 || !(b >> 5 & 1)) return 0;
+    bool has_all = b >> 16 & b >> 17 & b >> 30 & b >> 31 & c >> 11 & 1;  // F, DQ, BW, VL, VNNI
+    return has_all && (saved & 0xe6) == 0xe6 ? 2 : 1;
+#else
     return 0;
+#endif
 }
 
 // Operations per second, in thousands of millions, of `threads` threads that do nothing else:
 // 0: products of 8 by 8 bits with their sums; 1: float32.
-double attending_ceiling(int kind, int threads) {
+double attending_ceiling(int kind, int threads) try {
     Crew crew(threads);
     std::vector<double> speeds(threads);
     for (int round = 0; round < 2; ++round)  // the first wakes the processor up
@@ -1156,31 +1182,31 @@ double attending_ceiling(int kind, int threads) {
                     for (auto& x : integers) x = dot4<4>(x, bytes, four);
                 else
                     for (auto& x : floats) x = fma(one, one, x);
-                asm volatile("" : "+x"(bytes), "+x"(one));
+                __asm__ volatile("" : "+" VECTOR(bytes), "+" VECTOR(one));
             }
             std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
             for (int i = 1; i < 12; ++i) integers[0] += integers[i], floats[0] += floats[i];
-            asm volatile("" : : "x"(integers[0]), "x"(floats[0]));
+            __asm__ volatile("" : : VECTOR(integers[0]), VECTOR(floats[0]));
             speeds[id] = 12.0 * W * (kind == 0 ? 8 : 2) * steps / seconds.count() / 1e9;
         });
     return std::accumulate(speeds.begin(), speeds.end(), 0.0);
+} catch (...) {
+    return 0;
 }
 
-// Null if there is not enough memory.
-void* attending_open(const Model* model) {
-    Engine* engine = new (std::nothrow) Engine(*model);
-    if (engine && !engine->is_whole()) {
-        delete engine;
-        return nullptr;
-    }
-    return engine;
+// Null if there is not enough memory, or no room for its threads.
+void* attending_open(const Model* model) try { return new Engine(*model); } catch (...) {
+    return nullptr;
 }
 
 void attending_close(void* engine) { delete static_cast<Engine*>(engine); }
 
-// logits [wanted][vocab]
-void attending_step(void* engine, const Batch* batch, float* logits) {
+// logits [wanted][vocab]. 0, or 1 if there is not enough memory: then nothing was written.
+int attending_step(void* engine, const Batch* batch, float* logits) try {
     static_cast<Engine*>(engine)->step(*batch, logits);
+    return 0;
+} catch (...) {
+    return 1;
 }
 
 // out [rows][outputs padded to 16] = x [rows][inputs] times the matrix, as a step does it.

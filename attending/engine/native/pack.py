@@ -5,9 +5,10 @@ The stored integers of a GGUF file in Q4_0, Q4_1 or Q8_0 are kept exactly; every
 matrix, gate and up in another; this exists here only. `kernel.cpp` describes the layout.
 """
 
+import fcntl
 import json
 import math
-import tempfile
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from attending.sources import cache_dir
 Floats = NDArray[np.float32]
 VERSION = 2
 TILE, GROUP, ALIGN = 16, 32, 64
-FILE, INDEX = "weights.bin", "index.json"
+SLICE_VALUES = 1 << 22  # rounded at once: the temporaries take some 16 bytes each
+FILE, INDEX, LOCK = "weights.bin", "index.json", "lock"
 # Bits, inputs that share a scale, and whether zero is in the middle. A grid from the smallest to
 # the largest weight is finer, so it is what floats are rounded to unless asked otherwise.
 FORMATS = {"w8": (8, 32, False), "w8s": (8, 32, True)}
@@ -73,12 +75,18 @@ class Matrix:
 
 
 def quantise(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Blocks:
-    """Plain rounding of [N, K] by groups of inputs.
+    """Plain rounding of [N, K] by groups of inputs, some rows at a time.
 
     Symmetric: the value of largest magnitude in a group decides the scale. In 4 bits it takes -8
     itself, so a scale may be negative; in 8 bits it takes 127. Asymmetric: from the smallest to
     the largest value.
     """
+    rows = max(1, SLICE_VALUES // weight.shape[1])
+    slices = [weight[at : at + rows] for at in range(0, len(weight), rows)]
+    return _joined([_round(part, bits, group, symmetric=symmetric) for part in slices])
+
+
+def _round(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Blocks:
     outputs, inputs = weight.shape
     groups = -(-inputs // group)
     cut = np.zeros((outputs, groups * group), np.float32)
@@ -147,33 +155,40 @@ def open_packed(weights: Weights, folder: Path, form: str = "stored") -> Packed:
         form: `stored` or one of `FORMATS`.
     """
     packed = _mapped(weights.arch, folder)
+    if packed is not None:
+        return packed
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOCK).open("wb") as lock:  # others wait, and find it done
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            packed = _mapped(weights.arch, folder)
+            if packed is None:
+                _pack(weights, folder, form)
+                packed = _mapped(weights.arch, folder)
+    except OSError as error:
+        size = sum(map(math.prod, weights.arch.tensor_shapes().values())) * 9 // 8
+        raise UsageError(
+            f"the weights cannot be packed into the cache: {error.strerror}. It needs at most "
+            f"{size / 2**20:,.0f} MiB in {cache_dir()}; ATTENDING_CACHE names another folder."
+        ) from None
     if packed is None:
-        try:
-            _pack(weights, folder, form)
-        except OSError as error:
-            size = sum(map(math.prod, weights.arch.tensor_shapes().values())) * 9 // 8
-            raise UsageError(
-                f"the weights cannot be packed into the cache: {error.strerror}. It needs at most "
-                f"{size / 2**20:,.0f} MiB in {cache_dir()}; ATTENDING_CACHE names another folder."
-            ) from None
-        packed = _mapped(weights.arch, folder)
-    if packed is None:
-        raise CheckpointError(f"{folder.name}: the packed weights cannot be read back; disk full?")
+        raise CheckpointError(f"{folder.name}: the packed weights cannot be read back.")
     return packed
 
 
 def _pack(weights: Weights, folder: Path, form: str) -> None:
-    """Write the file, then the index that makes it count; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        try:
+    """Write under another name, then the index that makes the file count."""
+    draft = folder / f"{FILE}.tmp"  # of one that was killed: written over
+    try:
+        with draft.open("wb") as file:
             index = _write(file, weights, form)
             file.flush()
-            Path(file.name).replace(folder / FILE)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    index["written_ns"] = (folder / FILE).stat().st_mtime_ns  # another's hand shows
+            os.fsync(file.fileno())
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    index["written_ns"] = draft.stat().st_mtime_ns  # another's hand shows
+    draft.replace(folder / FILE)
     write_json(folder / INDEX, index)
 
 
@@ -187,21 +202,26 @@ def _mapped(arch: Architecture, folder: Path) -> Packed | None:
         if (index["version"], index["bytes"], index["written_ns"]) != known:
             return None
 
+        def part(at: int, size: int) -> NDArray[np.uint8]:
+            if not 0 <= at <= at + size <= len(data):  # the kernel would read beyond the file
+                raise ValueError(f"bytes {at} to {at + size} of {len(data)}")
+            return data[at : at + size]
+
         def floats(place: list[int] | None) -> Floats | None:
-            return None if place is None else data[place[0] :][: 4 * place[1]].view(np.float32)
+            return None if place is None else part(place[0], 4 * place[1]).view(np.float32)
 
         matrices = {
-            name: Matrix(**facts, data=data[at : at + size], bias=floats(bias))
-            for name, (facts, (at, size), bias) in index["matrices"].items()
+            name: Matrix(**facts, data=part(*place), bias=floats(bias))
+            for name, (facts, place, bias) in index["matrices"].items()
         }
         vectors = {name: cast(Floats, floats(place)) for name, place in index["vectors"].items()}
         return Packed(arch, {"weights": index["weights"]}, matrices, vectors)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
-    """The bytes of all matrices and vectors, one tensor in memory at a time; the index of them."""
+    """The bytes of all matrices and vectors, one matrix in memory at a time; the index of them."""
     at, kinds = 0, set()
 
     def put(array: NDArray[Any]) -> list[int]:
@@ -216,7 +236,11 @@ def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
         start, size = put(_padded(values.astype(np.float32)))
         return [start, size // 4]
 
-    vectors = {name: vector(weights.read(name)) for name in _vectors(weights.arch)}
+    vectors = {}
+    for name in _vectors(weights.arch):
+        values = weights.read(name)
+        _require_finite(name, values)
+        vectors[name] = vector(values)
     matrices: dict[str, list[Any]] = {}
     for name, parts in _matrices(weights.arch).items():
         found = [_stored_or_rounded(weights, part, form) for part in parts]
@@ -274,12 +298,22 @@ def _stored_or_rounded(weights: Weights, name: str, form: str) -> Blocks:
     is_norm_head = name == "lm_head.weight" and weights.arch.is_m1
     stored = weights.blocks(name) if form == "stored" and not is_norm_head else None
     if stored is not None:
+        for halves in (stored.scale, stored.minimum):
+            _require_finite(name, halves)
         return stored
     values = weights.read(name)
+    _require_finite(name, values)
     if is_norm_head:  # rows of unit length, as the decoder's NormHead has them
         values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
     bits, group, symmetric = FORMATS["w8" if outside or form == "stored" else form]
     return quantise(values, bits, group, symmetric=symmetric)
+
+
+def _require_finite(name: str, values: NDArray[Any] | None) -> None:
+    if values is not None and not np.isfinite(values).all():
+        raise CheckpointError(
+            f"{name} holds values that are no numbers: the weights are damaged. Get them again."
+        )
 
 
 def _alike(parts: Sequence[Blocks]) -> list[Blocks]:

@@ -2,13 +2,15 @@
 
 import ctypes
 import os
+import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
+from attending import mesh
 from attending.config import Config
 from attending.engine.native.build import library, status
 from attending.engine.native.pack import Matrix, Packed
@@ -55,7 +57,7 @@ class ModelArgument(C.Structure):
             (name, C.c_int32)
             for name in ("layers", "hidden", "inner", "vocab", "threads", "rope_sizes")
         ),
-        *((name, C.c_int32) for name in ("page_groups", "int8_activations", "int8_kv", "is_m1")),
+        *((name, C.c_int32) for name in ("int8_activations", "int8_kv")),
         ("norm_eps", C.c_float),
         ("rope_factor", C.c_float),
         *((name, Address) for name in ("num_pages", "rope_dims", "frequencies", "layer", "norm")),
@@ -127,14 +129,15 @@ class NativeRunner:
         self.arch, self.num_pages = packed.arch, tuple(num_pages)
         self._kernel = kernel or library()
         self._kept: list[Any] = [packed]  # what the kernel has addresses of
-        threads = chosen.threads or len(os.sched_getaffinity(0))
+        threads = chosen.threads or cast(int, mesh.hardware()["available_cores"])
         model = self._model(packed, chosen, threads)
         self._engine: int | None = self._kernel.attending_open(C.byref(model))
         if not self._engine:
             raise UsageError(
-                f"there is no memory for {sum(num_pages):,} pages of keys and values; "
-                "give --cache-tokens a smaller number."
+                f"there is no memory for {sum(num_pages):,} pages of keys and values, or no room "
+                f"for {threads} threads; keep fewer tokens (--context), or use fewer threads."
             )
+        self._owner, self._turn = os.getpid(), threading.Lock()
         self.path = {
             "weights": packed.path["weights"],
             "activations": "int8 in groups of 32" if chosen.activations == "int8" else "float32",
@@ -144,7 +147,7 @@ class NativeRunner:
 
     def __del__(self) -> None:
         """Give the memory back."""
-        if getattr(self, "_engine", None):
+        if getattr(self, "_engine", None) and os.getpid() == self._owner:
             self._kernel.attending_close(self._engine)
             self._engine = None
 
@@ -181,7 +184,12 @@ class NativeRunner:
             wanted_rows=wanted.ctypes.data,
         )
         logits = np.empty((len(wanted), self.arch.vocab_size), np.float32)
-        self._kernel.attending_step(self._engine, C.byref(batch), logits.ctypes.data)
+        if os.getpid() != self._owner:  # its threads did not come along: a step would never end
+            raise UsageError("a forked process cannot use this engine; load the model there.")
+        with self._turn:  # the lock of Python is given up meanwhile
+            failed = self._kernel.attending_step(self._engine, C.byref(batch), logits.ctypes.data)
+        if failed:
+            raise UsageError(f"there is no memory for a step of {len(ids):,} tokens.")
         return logits
 
     def _model(self, packed: Packed, options: NativeOptions, threads: int) -> ModelArgument:
@@ -204,7 +212,6 @@ class NativeRunner:
             vocab=arch.vocab_size,
             threads=threads,
             rope_sizes=len(sizes),
-            page_groups=len(pages),
             int8_activations=options.activations == "int8",
             int8_kv=options.kv == "int8",
             norm_eps=arch.norm_eps,
