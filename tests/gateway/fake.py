@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,7 @@ class Script:
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     breaks_after: int | None = None  # events of a stream, then the connection is cut
     raw_event: str | None = None  # an event put in after the first
+    gate: threading.Event | None = None  # a stream waits for it behind its first piece
     metrics: str = "# TYPE attending_engine_steps counter\nattending_engine_steps_total 3.0\n"
 
 
@@ -149,6 +151,8 @@ class Fake(Starlette):
                 if index == script.breaks_after:
                     raise ConnectionError("cut by the script")
                 yield one
+                while script.gate and index == 1 and not script.gate.is_set():
+                    await asyncio.sleep(0.01)
                 await asyncio.sleep(script.seconds_between)
             is_whole = True
         finally:

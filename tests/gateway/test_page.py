@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -50,11 +51,13 @@ def test_page_introduces_itself(chat: Chat) -> None:
 
 
 def test_answer_streams_and_is_measured(chat: Chat) -> None:
-    chat.upstream.script = fake.Script(pieces=("One ", "two ", "**three**"), seconds_between=0.3)
+    gate = threading.Event()
+    chat.upstream.script = fake.Script(pieces=("One ", "two ", "**three**"), gate=gate)
     chat.ask("Count.", is_over=False)
     expect(chat.page.locator(".prose")).to_have_text("One", use_inner_text=True)
     expect(chat.page.locator("#stop")).to_be_visible()
     expect(chat.page.locator(".answer")).to_have_attribute("aria-busy", "true")
+    gate.set()
     expect(chat.page.locator(".prose strong")).to_have_text("three")
     expect(chat.page.locator("#stop")).to_be_hidden()
     stats = chat.page.locator(".stats").inner_text()
