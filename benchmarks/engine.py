@@ -81,12 +81,20 @@ def kernel(commit: str, path: str, folder: Path) -> ctypes.CDLL:
     """The library of some commit's source, as this commit's options compile it, with its names."""
     source = folder / f"{commit}.cpp"
     command = ["git", "show", f"{commit or 'HEAD'}:attending/engine/native/kernel.cpp"]
-    source.write_bytes(subprocess.run(command, cwd=HERE, capture_output=True, check=True).stdout)
+    text = subprocess.run(command, cwd=HERE, capture_output=True, check=True, text=True).stdout
+    # Older kernels took two numbers more, which they did not read, and told of no failure.
+    text = text.replace("rope_sizes, page_groups;", "rope_sizes;").replace(
+        "int8_kv, is_m1;", "int8_kv;"
+    )
+    source.write_text(text, encoding="utf-8")
     path = path or build.best_path()
     target = folder / f"kernel-{commit}-{path}.so"
     options = [*compiler.FLAGS, *compiler.PATHS[path]]
     subprocess.run(["c++", *options, str(source), "-o", str(target)], check=True)
-    return build.declared(ctypes.CDLL(str(target)))
+    library = build.declared(ctypes.CDLL(str(target)))
+    if commit:
+        library.attending_step.restype = None
+    return library
 
 
 def prompt_step(runner: Runner, ids: Any, tokens: int = PROMPT) -> None:

@@ -45,7 +45,7 @@ class ComputeOptions(Config):
     """As torch names it."""
     weights: str | None = None
     """`stored` (the default: a GGUF's own 4 or 8 bits, else 8), `w8`, `w4-32`, `w4-64`, `w4-128`:
-    bits, and how many weights share a scale."""
+    bits, and how many weights share a scale; with an `s`, as `w4s-64`, symmetric."""
     activations: str | None = None
     """`int8` (the default) or `float32`."""
     kv: str | None = None
@@ -149,14 +149,17 @@ def weight_bytes(checkpoint: Checkpoint, options: ComputeOptions, *, native: boo
     arch = checkpoint.arch
     if not native:
         return arch.num_parameters() * VALUE_BYTES[torch_dtype(arch, options)]
-    layout = checkpoint.stored if options.weights in (None, "stored") else options.weights
-    bits = 4 if str(layout).lower().startswith(("q4_0", "q4_1", "w4")) else 8
-    total = 0
+    from attending.engine.native.pack import FORMATS
+
+    stored = "w4-32" if checkpoint.stored in ("Q4_0", "Q4_1") else "w8"
+    chosen = options.weights if options.weights in FORMATS else stored
+    total = 0.0
     for name, shape in arch.tensor_shapes().items():
-        is_narrow = name.startswith("model.layers.") and len(shape) == 2
-        width = 32 if len(shape) != 2 else (bits if is_narrow else 8) + 1  # with its scales
-        total += math.prod(shape) * width // 8
-    return total
+        is_inside = name.startswith("model.layers.")
+        bits, group, symmetric = FORMATS[chosen if is_inside else "w8"]
+        width = bits + (16 if symmetric else 32) / group if len(shape) == 2 else 32
+        total += math.prod(shape) * width / 8
+    return int(total)
 
 
 def torch_dtype(arch: Architecture, options: ComputeOptions) -> str:
