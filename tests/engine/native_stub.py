@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attending.config import Config
+from attending.engine.native.pack import FORMATS
 from attending.engine.runner import Span
 from attending.model.architecture import Architecture
 from attending.model.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ ROOM = "attending.engine.native"
 
 
 class NativeOptions(Config):
-    weights: Literal["stored", "w8", "w4-32", "w4-64", "w4-128"] = "stored"
+    weights: Literal["stored", "w8", "w4-32", "w4-64", "w4-128", "w4s-128"] = "stored"
     activations: Literal["int8", "float32"] = "int8"
     kv: Literal["float16", "int8"] = "float16"
     threads: int | None = None
@@ -51,7 +52,7 @@ def modules(reason: str | None = None) -> dict[str, Any]:
         return reason
 
     vars(runner).update(NativeOptions=NativeOptions, NativeRunner=NativeRunner, obstacle=obstacle)
-    vars(pack).update(open_packed=open_packed)
+    vars(pack).update(open_packed=open_packed, FORMATS=FORMATS)
     return {module.__name__: module for module in (room, runner, pack)}
 
 

@@ -56,6 +56,21 @@ def test_a_cpu_gets_the_native_runner_with_the_options_given(folder: Path) -> No
     assert model.logits([[1, 2]]).dtype == model.decoder.model.norm.weight.dtype
 
 
+@pytest.mark.parametrize(
+    ("weights", "bits", "group", "scales"), [("w8", 8, 32, 2), ("w4s-128", 4, 128, 1)]
+)
+def test_packed_bytes_are_counted_by_form(
+    folder: Path, weights: str, bits: int, group: int, scales: int
+) -> None:
+    model = attending.load(folder, weights=weights)
+    shapes = model.arch.tensor_shapes()
+    inside = sum(a * b for n, (a, *rest) in shapes.items() if "layers" in n for b in rest)
+    outside = sum(a * b for n, (a, *rest) in shapes.items() if "layers" not in n for b in rest)
+    vectors = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
+    wanted = inside * (bits + 16 * scales / group) / 8 + outside * (8 + 1) / 8 + vectors * 4
+    assert loading.weight_bytes(model._checkpoint, model._options, native=True) == int(wanted)
+
+
 def test_a_dtype_gets_torchs_runner(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = attending.load(folder, dtype="bfloat16")
     assert isinstance(runner_of(model), TorchRunner) and not caplog.records
