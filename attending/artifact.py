@@ -176,7 +176,7 @@ def command() -> str:
 def without_folders(value: Any) -> Any:
     """Absolute paths cut to their last name, wherever they stand: they are nobody's business."""
     if isinstance(value, str):
-        return re.sub(r"(?<![\w.:/])/(?:[^\s/,;'\"]+/)*([^\s/,;'\"]+)/?", r"\1", value)
+        return re.sub(r"(?<![\w.:/}])/(?:[^\s/,;'\"]+/)*([^\s/,;'\"]+)/?", r"\1", value)
     if isinstance(value, Mapping):
         return {key: without_folders(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -2,7 +2,8 @@
 
 A folder holds `NNNNN.bin` (uint32 little-endian tokens, one document after the other, each ending
 with the end-of-text), `NNNNN.idx` (a `DOCUMENT` record for each) and `index.json`. A document is
-never split: one longer than a shard has a shard of its own.
+never split: one longer than a shard has a shard of its own. A token with its highest bit set is
+context: it is read and never a target, such as a prompt's or the text around a note.
 """
 
 import json
@@ -22,6 +23,7 @@ Tokens = NDArray[np.uint32]
 # and domain: numbers in the index's lists.
 FIELDS = {"start": "<u8", "tokens": "<u4", "bytes": "<u4", "source": "<u2", "domain": "<u2"}
 DOCUMENT = np.dtype(list(FIELDS.items()))
+CONTEXT = np.uint32(1 << 31)  # the flag; no vocabulary is that large
 
 
 class ShardInfo(NamedTuple):
@@ -85,7 +87,7 @@ def write_index(folder: Path, shards: Sequence[ShardInfo], **facts: Any) -> None
     """Write `index.json`: the facts, and the shards.
 
     The facts are `begin_of_text` (the id before every text, or None), `end_of_text`,
-    `tokenizer_sha256`, `sources` and `domains`.
+    `tokenizer_sha256`, `sources` and `domains`, and `has_context` where tokens are flagged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "index.json", {**facts, "shards": [one._asdict() for one in shards]})
@@ -122,9 +124,16 @@ class Shards:
         return int(self._documents[number]), self._rows[number]
 
     def document(self, number: int) -> Tokens:
-        """The ids of a document, without a copy; IndexError if there is none."""
-        start, length = int(self.record(number)["start"]), int(self.record(number)["tokens"])
-        return self._bins[self._find(number)[0]][start : start + length]
+        """The ids of a document, without a copy if none is flagged; IndexError if there is none."""
+        ids = self._stored(number)
+        return ids & ~CONTEXT if self.index.get("has_context") else ids
+
+    def trained(self, number: int) -> NDArray[np.bool_]:
+        """Which tokens of a document are targets."""
+        if not self.index.get("has_context"):
+            return np.ones(int(self.record(number)["tokens"]), np.bool_)
+        found: NDArray[np.bool_] = self._stored(number) < CONTEXT
+        return found
 
     def slice(self, start: int, stop: int) -> Tokens:
         """Tokens [start, stop) of the whole stream; a copy only across a border of shards."""
@@ -144,10 +153,13 @@ class Shards:
             stops = np.cumsum(rows["tokens"], dtype=np.int64)
             is_joined = np.array_equal(rows["start"], stops - rows["tokens"])
             is_same = sums == [one.sha256, one.idx_sha256]
-            if not (
-                is_same and is_joined and stops[-1] == len(ids) and (ids[stops - 1] == end).all()
-            ):
+            ends = (ids[stops - 1] & ~CONTEXT == end).all()
+            if not (is_same and is_joined and stops[-1] == len(ids) and ends):
                 raise CheckpointError(f"shard {one.name} is damaged: build the corpus again.")
+
+    def _stored(self, number: int) -> Tokens:
+        start, length = int(self.record(number)["start"]), int(self.record(number)["tokens"])
+        return self._bins[self._find(number)[0]][start : start + length]
 
     def _find(self, number: int) -> tuple[int, int]:
         if not 0 <= number < self.num_documents:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from attending import artifact
 from attending.pretrain.recipe import PretrainConfig
-from attending.pretrain.setup import export, micro_batches, parents, prepare, where
+from attending.pretrain.setup import NOTE, parents, prepare
 from attending.train import run
-from attending.train.optimizer import set_learning_rate
-from attending.train.parallel import process_group
-from attending.train.schedule import adaptive_update, due, learning_rate
-from attending.train.step import accumulate, clip, next_token_loss
+from attending.train.parallel import barrier, process_group
+from attending.train.rows import deal, where
+from attending.train.schedule import due, learning_rate
+from attending.train.step import accumulate, next_token_loss
 from attending.train.watch import Show, Watch
 
 
@@ -47,7 +47,8 @@ def pretrain(
         told = {**recipe, "parents": record.parents}
         draft = run.begin(out, told, place, resume=resume, accept_changes=accept_changes)
         setup = prepare(config, place, device)
-        state, decoder, reader = setup.state, setup.state.decoder, setup.state.reader
+        state, decoder, reader = setup.state, setup.state.decoder, setup.reader
+        domains = reader.groups.names
         if newest := run.newest(draft):
             state.restore(newest)
         stage = config.stage_at(state.step - 1)
@@ -61,18 +62,13 @@ def pretrain(
                 decoder.set_rope_theta(stage.rope_theta)
                 reader.remix(stage.mixture)
                 rows = [reader.row(stage.context) for _ in range(config.rows_at(stage))]
-                batches = micro_batches(config, setup, rows)
-                found = accumulate(decoder, batches, next_token_loss, place.size, setup.domains)
-                run.require_finite(found, state.step + 1, partial(where, setup, rows))
-                made, state.norms = adaptive_update(state.norms, found.norm, config.rule)
-                rate = learning_rate(state.step, config.phases, config.warmup_steps, config.rates)
-                if made:
-                    clip(decoder.parameters(), config.optimizer.clip_norm, found.norm)
-                    set_learning_rate(state.optimizer, rate)
-                    state.optimizer.step()
-                state.optimizer.zero_grad()
-                state.step, state.tokens = state.step + 1, state.tokens + found.tokens
-                state.skipped += not made
+                each = config.batch.micro_tokens // stage.context
+                batches = deal(reader, rows, each, place, decoder.arch.vocab_size, device)
+                found = accumulate(decoder, batches, next_token_loss, place.size, domains)
+                run.require_finite(found, state.step + 1, partial(where, reader.shards, rows))
+                rates = config.optimizer.rates
+                rate = learning_rate(state.step, config.phases, config.warmup_steps, rates)
+                state.update(found, rate, config.optimizer)
                 watch.step(found, rate, began, [n for batch in batches for n in batch.lengths])
                 state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
                 is_last, is_stopping = state.step == config.num_steps, signals.stop_asked(device)
@@ -84,4 +80,9 @@ def pretrain(
                     raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
             measured = watch.finish(stage.context)
             record = replace(record, began_seconds=watch.began)
-            return export(setup, draft, out, record, measured)
+            generation = {"eos_token_id": list(decoder.arch.eos_ids)}
+            run.export(state, setup.watched.tokenizer, generation, draft)
+            if place.rank == 0:
+                run.settle(draft, out, record, NOTE, measured)
+            barrier()
+            return out

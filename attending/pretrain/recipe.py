@@ -20,7 +20,7 @@ from attending.train.recipe import (
     OptimizerConfig,
     StateConfig,
 )
-from attending.train.schedule import Phase, Rates, Shape, SkipRule
+from attending.train.schedule import Phase, Shape
 
 
 class StageConfig(Config):
@@ -87,17 +87,6 @@ class PretrainConfig(Config):
     def phases(self) -> list[Phase]:
         """The stages as the schedule sees them."""
         return [Phase(-(-s.tokens // self.batch.tokens), s.schedule) for s in self.stages]
-
-    @property
-    def rates(self) -> Rates:
-        """Of the schedule."""
-        return Rates(self.optimizer.peak, self.optimizer.final)
-
-    @property
-    def rule(self) -> SkipRule:
-        """Of the adaptive gradient update."""
-        optimizer = self.optimizer
-        return SkipRule(optimizer.skip_window, optimizer.skip_factor, optimizer.skip_margin)
 
     def stage_at(self, step: int) -> StageConfig:
         """The stage that makes a step; before the first, the first, after the last, the last."""

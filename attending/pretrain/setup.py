@@ -1,8 +1,7 @@
 """Before and after the pretraining loop: corpus, model and optimizer in; a model folder out."""
 
 import hashlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,16 @@ from attending.mesh import World
 from attending.model.architecture import Architecture, parse_config
 from attending.model.decoder import init_weight
 from attending.model.files import read_tokenizer
-from attending.model.weights import save_model
 from attending.pretrain.recipe import PretrainConfig
 from attending.shards import Shards
 from attending.sources import resolve
 from attending.train import run
+from attending.train.heldout import Heldout
 from attending.train.optimizer import adamw
-from attending.train.parallel import barrier, build, whole_weights
-from attending.train.reader import Batch, PackedReader, Row
-from attending.train.state import STATES, TrainState
+from attending.train.parallel import build
+from attending.train.reader import PackedReader
+from attending.train.rows import require_even
+from attending.train.state import TrainState
 from attending.train.watch import Watched
 
 NOTE = (
@@ -38,14 +38,9 @@ class Setup:
     """What a run works with."""
 
     state: TrainState
+    reader: PackedReader
+    """The state's."""
     watched: Watched
-    shards: Shards
-
-    @property
-    def domains(self) -> list[str]:
-        """Names of the kinds in batches."""
-        found: list[str] = self.shards.index["domains"]
-        return found
 
 
 def prepare(config: PretrainConfig, place: World, device: torch.device) -> Setup:
@@ -69,13 +64,15 @@ def prepare(config: PretrainConfig, place: World, device: torch.device) -> Setup
     optimizer = adamw(decoder.named_parameters(), config.optimizer)
     dtype = getattr(torch, config.compute.precision)
     watched = Watched(tokenizer, heldout, config.batch.micro_tokens, device, dtype)
-    return Setup(TrainState(decoder, optimizer, reader, place), watched, shards)
+    return Setup(TrainState(decoder, optimizer, reader, place), reader, watched)
 
 
-def open_corpus(folder: Path) -> tuple[Shards, dict[str, Shards]]:
+def open_corpus(folder: Path) -> tuple[Shards, dict[str, Heldout]]:
     """The training shards, and the held-out ones by domain."""
     heldout = sorted(path.parent for path in (folder / "heldout").glob("*/index.json"))
-    return Shards(folder / "train"), {path.name: Shards(path) for path in heldout}
+    found = {path.name: Shards(path) for path in heldout}
+    every = {name: Heldout(own, range(own.num_documents)) for name, own in found.items()}
+    return Shards(folder / "train"), every
 
 
 def architecture(
@@ -107,48 +104,9 @@ def architecture(
 
 
 def check_rows(config: PretrainConfig, ranks: int) -> None:
-    """Every rank makes as many forward passes as the others, each of as many rows.
-
-    Raises:
-        ConfigError: Rows cannot be dealt out so.
-    """
-    tokens, micro = config.batch.tokens, config.batch.micro_tokens
+    """ConfigError if a stage's rows cannot be dealt out evenly."""
     for stage in config.stages:
-        rows, each = tokens // stage.context, micro // stage.context
-        if tokens % stage.context or rows % ranks or not each or rows // ranks % each:
-            raise ConfigError(
-                f"stage {stage.name}: a step of batch.tokens={tokens} is to be rows of "
-                f"{stage.context}, dealt out evenly to {ranks} ranks, in passes "
-                f"of batch.micro_tokens={micro}. Choose tokens = context x ranks x a whole number, "
-                "and micro_tokens = context x a divisor of that number."
-            )
-
-
-def micro_batches(config: PretrainConfig, setup: Setup, rows: Sequence[Row]) -> list[Batch]:
-    """This rank's share of a step's rows, as forward passes.
-
-    Raises:
-        CheckpointError: A token that the model does not have; torch would not say where from.
-    """
-    state, device = setup.state, setup.watched.device
-    mine = rows[state.place.rank :: state.place.size]
-    each = config.batch.micro_tokens // (config.batch.tokens // len(rows))
-    batches = [state.reader.batch(mine[i : i + each]) for i in range(0, len(mine), each)]
-    largest = max(int(batch.targets.max()) for batch in batches)
-    if largest >= state.decoder.arch.vocab_size:
-        raise CheckpointError(
-            f"a shard is damaged: token {largest} in a step with {where(setup, rows)}, and the "
-            f"vocabulary is {state.decoder.arch.vocab_size}. Build the corpus again."
-        )
-    return [batch.to(device) for batch in batches]
-
-
-def where(setup: Setup, rows: Sequence[Row]) -> str:
-    """The sources and numbers of a step's documents, for an error; no text."""
-    sources = setup.shards.index["sources"]
-    numbers = sorted({piece.document for row in rows for piece in row})
-    named = [f"{sources[setup.shards.record(n)['source']]} #{n}" for n in numbers[:8]]
-    return ", ".join(named) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+        require_even(config.batch, stage.context, ranks, f"stage {stage.name}")
 
 
 def parents(config: PretrainConfig) -> list[dict[str, str]]:
@@ -163,19 +121,3 @@ def parents(config: PretrainConfig) -> list[dict[str, str]]:
         {"uri": config.corpus, "sha256": artifact.digest(index)},
         {"uri": config.tokenizer, "sha256": artifact.digest(resolve(config.tokenizer).path)},
     ]
-
-
-def export(
-    setup: Setup, draft: Path, out: Path, record: artifact.Record, measured: Mapping[str, float]
-) -> Path:
-    """Write the model folder; every rank calls it, rank 0 writes."""
-    decoder = setup.state.decoder
-    weights = whole_weights(decoder)
-    if setup.state.place.rank == 0:
-        generation = {"eos_token_id": list(decoder.arch.eos_ids)}
-        save_model(draft, decoder.arch, weights, setup.watched.tokenizer, generation)
-        artifact.finish(draft, record, title=out.name, note=NOTE, metrics=measured)
-        artifact.settle(draft, out)
-        shutil.rmtree(out / STATES)  # not before all else is safe
-    barrier()
-    return out

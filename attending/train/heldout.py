@@ -13,20 +13,29 @@ from attending.model.decoder import Decoder
 from attending.model.scoring import cross_entropy, over_logits
 from attending.shards import Shards
 from attending.train.parallel import total, uncompiled
-from attending.train.reader import Piece, gather, whole
+from attending.train.reader import Piece, by_domain, gather, whole
 
 
 class DocumentScore(NamedTuple):
-    """A held-out document's negative log-likelihood and its size as UTF-8."""
+    """A held-out document's negative log-likelihood, over its targets, and its sizes."""
 
     nats: float
     num_bytes: int
+    """Of all of its text as UTF-8."""
+    num_targets: int
+
+
+class Heldout(NamedTuple):
+    """Documents that are not trained on."""
+
+    shards: Shards
+    documents: Sequence[int]
 
 
 @torch.no_grad()
 def score_documents(
     decoder: Decoder,
-    shards: Shards,
+    heldout: Heldout,
     *,
     context: int,
     micro_tokens: int,
@@ -38,20 +47,24 @@ def score_documents(
 
     A document longer than the context is cut into windows that do not overlap.
     """
+    shards, groups = heldout.shards, by_domain(heldout.shards.index)
     pieces: list[Piece] = []
-    documents = tokens = 0
-    while documents < shards.num_documents and tokens < max_tokens:
-        _, start, stop = whole(shards, documents)
-        pieces += [Piece(documents, i, min(i + context, stop)) for i in range(start, stop, context)]
-        documents, tokens = documents + 1, tokens + stop - start
+    places: dict[int, int] = {}
+    tokens = 0
+    for number in heldout.documents:
+        if tokens >= max_tokens:
+            break
+        _, start, stop = whole(shards, number)
+        pieces += [Piece(number, i, min(i + context, stop)) for i in range(start, stop, context)]
+        places[number], tokens = len(places), tokens + stop - start
     if not pieces:
         return []
     batches = _batches(pieces, micro_tokens)
-    nats = torch.zeros(documents, dtype=torch.float64, device=device)
+    found = torch.zeros(len(places), 2, dtype=torch.float64, device=device)
     for first in range(0, len(batches), place.size):
         mine = first + place.rank
         chosen = batches[min(mine, len(batches) - 1)]  # all ranks must make each forward pass
-        batch = gather(shards, chosen).to(device)
+        batch = gather(shards, chosen, groups).to(device)
 
         def of(hidden: Tensor, head: Tensor, targets: Tensor = batch.targets) -> Tensor:
             return over_logits(hidden, head, cross_entropy, torch.ones_like(targets), targets)[1]
@@ -59,11 +72,13 @@ def score_documents(
         with uncompiled(decoder):
             values = decoder.measure(batch.ids, Packed(batch.lengths, device=device), of)
         if mine < len(batches):
-            owner = torch.tensor([piece.document for piece in chosen], device=device)
-            lengths = torch.tensor(batch.lengths, device=device)
-            nats.index_add_(0, owner.repeat_interleave(lengths), values.double())
-    sizes = [int(shards.record(number)["bytes"]) for number in range(documents)]
-    return list(map(DocumentScore, total(nats).tolist(), sizes))
+            owner = torch.tensor([places[piece.document] for piece in chosen], device=device)
+            owner = owner.repeat_interleave(torch.tensor(batch.lengths, device=device))
+            weighed = torch.stack((values * batch.weights, batch.weights), dim=1)
+            found.index_add_(0, owner, weighed.double())
+    sizes = [int(shards.record(number)["bytes"]) for number in places]
+    rows = zip(total(found).tolist(), sizes, strict=True)
+    return [DocumentScore(nats, size, int(targets)) for (nats, targets), size in rows]
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ def build(
     place: World,
     device: torch.device,
     compute: ComputeConfig,
+    adapt: Callable[[Decoder], object] | None = None,
 ) -> Decoder:
     """A decoder ready for training; no rank ever holds more than its share and one block.
 
@@ -70,6 +71,7 @@ def build(
         device: Of this rank.
         compute: Precision (with bfloat16 the weights that are updated stay float32), recomputation,
             compilation.
+        adapt: Changes the decoder while it is empty, as `lora.add` does.
     """
     if compute.compile:
         from torch._dynamo import config as dynamo  # seconds that only this choice should pay
@@ -78,6 +80,8 @@ def build(
         dynamo.fail_on_recompile_limit_hit = True
     with torch.device("meta"):
         decoder = Decoder(arch)
+    if adapt:
+        adapt(decoder)
     is_sharded = dist.is_initialized()
     mesh = init_device_mesh(device.type, (place.size,)) if is_sharded else None
     half = torch.bfloat16 if compute.precision == "bfloat16" else None
@@ -93,7 +97,8 @@ def build(
                 if empty.is_meta:
                     weight = torch.empty(empty.shape)
                     fill(f"{names[module]}.{name}", weight)
-                    setattr(module, name, nn.Parameter(weight.to(device, dtype)))
+                    weight = weight.to(device, dtype)
+                    setattr(module, name, nn.Parameter(weight, requires_grad=empty.requires_grad))
         if unit is not decoder:
             if compute.recompute:
                 unit.forward = _recomputed(unit.forward)

@@ -3,14 +3,32 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from attending.model.architecture import Architecture
 from attending.model.scoring import CHUNK
+from attending.train.recipe import AssumedConfig, BatchConfig, ComputeConfig
 
-GIB = 2**30
+GIB, DAY = 2**30, 86_400
+
+
+class Stretch(NamedTuple):
+    """Steps of one context."""
+
+    name: str
+    steps: int
+    context: int
+
+
+class Beside(NamedTuple):
+    """What a stage computes besides the model that it trains."""
+
+    models: int = 0
+    """Frozen ones in memory."""
+    forwards: float = 0.0
+    """Through them, for each token that is trained on."""
 
 
 class Memory(NamedTuple):
@@ -77,6 +95,66 @@ def memory(
         # others three are counted by hand: gradient, gradient times the loss's, what is cast.
         head=3 * 4 * chunk + (7 if arch.is_m1 else 3) * 4 * arch.vocab_size * arch.hidden_size,
     )
+
+
+def takes(
+    arch: Architecture,
+    stretches: Sequence[Stretch],
+    batch: BatchConfig,
+    compute: ComputeConfig,
+    assumed: AssumedConfig,
+    beside: Beside = Beside(),  # noqa: B008  (a tuple of numbers)
+) -> dict[str, Any]:
+    """For `--dry-run`: memory of a rank and time, with the arithmetic."""
+    half, ranks = compute.precision == "bfloat16", assumed.devices
+    need = memory(arch, batch.micro_tokens, ranks, half=half, recompute=compute.recompute)
+    frozen = beside.models * 4 * arch.num_parameters() // ranks
+    rate = ranks * assumed.peak_tflops * 1e12 * assumed.share_of_peak
+    rows, seconds = [], 0.0
+    for name, steps, context in stretches:
+        per_token = flops(arch, [context]) / context * (1 + beside.forwards / 3)
+        tokens = steps * batch.tokens
+        seconds += tokens * per_token / rate
+        rows.append(
+            {
+                "name": name,
+                "steps": steps,
+                "tokens": tokens,
+                "rows_per_step": batch.tokens // context,
+                "flops_per_token": per_token,
+                "days": round(tokens * per_token / rate / DAY, 4),
+            }
+        )
+    gib = {f"{name}_gib": round(size / GIB, 3) for name, size in need._asdict().items()}
+    gib |= {"frozen_gib": round(frozen / GIB, 3)} if beside.models else {}
+    kept = "the blocks' inputs and one block's" if compute.recompute else "what blocks keep"
+    return {
+        "parameters": arch.num_parameters(),
+        "stages": rows,
+        "steps": sum(stretch.steps for stretch in stretches),
+        "passes_per_step_and_rank": batch.tokens / (batch.micro_tokens * ranks),
+        "memory_per_rank": {
+            **gib,
+            "total_gib": round((need.total + frozen) / GIB, 3),
+            "fits": (need.total + frozen) / GIB <= assumed.memory_gib,
+            "arithmetic": (
+                f"weights 4 B, gradients 4 B and AdamW 8 B x {arch.num_parameters():,} parameters "
+                f"/ {ranks} ranks; gathered: two blocks and the head's unit whole, and gradients; "
+                f"activations: {kept} of {batch.micro_tokens:,} tokens; head: copies of its "
+                f"weight, {CHUNK:,} tokens' logits; frozen: 4 B x parameters of each other model"
+            ),
+        },
+        "time": {
+            "days": round(seconds / DAY, 4),
+            "hours": round(seconds / 3600, 3),
+            "arithmetic": (
+                f"tokens x FLOP per token / ({ranks} devices x {assumed.peak_tflops} TFLOP/s x "
+                f"{assumed.share_of_peak} of it); each row as one document: shorter ones take less "
+                "attention"
+            ),
+            "assumed": assumed.model_dump(),
+        },
+    }
 
 
 def matrix_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -1,6 +1,6 @@
 """What every training recipe has in common; a stage's recipe is made of these and its own."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from attending.config import Config
+from attending.train.schedule import Rates, SkipRule
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -46,6 +47,16 @@ class OptimizerConfig(Config):
             raise ValueError(f"final ({self.final}) must not exceed peak ({self.peak})")
         return self
 
+    @property
+    def rates(self) -> Rates:
+        """Of the schedule."""
+        return Rates(self.peak, self.final)
+
+    @property
+    def rule(self) -> SkipRule:
+        """Of the adaptive gradient update."""
+        return SkipRule(self.skip_window, self.skip_factor, self.skip_margin)
+
 
 class BatchConfig(Config):
     """Tokens of a step; the same for any number of ranks."""
@@ -54,6 +65,11 @@ class BatchConfig(Config):
     """Targets of a step, over all ranks."""
     micro_tokens: PositiveInt
     """Targets of one forward pass of one rank; memory grows with it, the result does not change."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of a step and of a pass."""
+        return self.tokens, self.micro_tokens
 
 
 class ComputeConfig(Config):
@@ -101,7 +117,10 @@ class HeldoutConfig(Config):
 
 
 class AssumedConfig(Config):
-    """Hardware that `--dry-run` reckons with; nothing else uses it."""
+    """What `--dry-run` reckons with; nothing else uses it."""
+
+    shape: dict[str, Any] | None = None
+    """What stands in the `config.json` of a model that is not on this machine."""
 
     devices: PositiveInt = 1
     """Ranks."""

@@ -1,6 +1,7 @@
 """What surrounds a stage's loop: its draft folder, signals, errors that name a setting."""
 
 import logging
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,12 +11,16 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from attending.artifact import disk_has_room, write_json
+from attending import artifact
+from attending.artifact import Record, disk_has_room, write_json
+from attending.chat import Tokenizer
 from attending.errors import CheckpointError, TrainingError, UsageError
 from attending.mesh import World
-from attending.train.parallel import barrier, total
-from attending.train.state import STATES, TOLD, require_unchanged, states
+from attending.model.weights import save_model
+from attending.train.parallel import barrier, total, whole_weights
+from attending.train.state import STATES, TOLD, TrainState, require_unchanged, states
 from attending.train.step import Gradients
 
 log = logging.getLogger(__name__)
@@ -110,6 +115,35 @@ def memory_and_disk(micro_tokens: int, out: Path) -> Iterator[None]:
             f"out of memory with batch.micro_tokens={micro_tokens}. Halve it (the result does not "
             "change) or set compute.recompute=true, then go on with --resume --accept-changes."
         ) from None
+
+
+def export(
+    state: TrainState,
+    tokenizer: Tokenizer,
+    generation: Mapping[str, Any],
+    draft: Path,
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> None:
+    """Write the model's own files into a run's draft; every rank calls it, rank 0 writes.
+
+    Args:
+        state: Its decoder is what is written.
+        tokenizer: With its template.
+        generation: What `generation_config.json` is to hold.
+        draft: The folder.
+        adapt: Makes the official weights of what was trained, such as a merge of adapters.
+    """
+    weights = whole_weights(state.decoder)
+    if state.place.rank == 0:
+        save_model(draft, state.decoder.arch, adapt(weights), tokenizer, generation)
+    barrier()
+
+
+def settle(draft: Path, out: Path, record: Record, note: str, metrics: Mapping[str, float]) -> None:
+    """The last files of a run, and its name; rank 0 calls it."""
+    artifact.finish(draft, record, title=out.name, note=note, metrics=metrics)
+    artifact.settle(draft, out)
+    shutil.rmtree(out / STATES)  # not before all else is safe
 
 
 def require_finite(found: Gradients, step: int, data: Callable[[], str]) -> None:

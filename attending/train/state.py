@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,27 @@ from attending.artifact import disk_has_room, settle, write_json
 from attending.errors import CheckpointError, ConfigError
 from attending.mesh import World
 from attending.model.decoder import Decoder
+from attending.train.optimizer import set_learning_rate
 from attending.train.parallel import barrier
-from attending.train.reader import PackedReader
-from attending.train.schedule import Norms
+from attending.train.recipe import OptimizerConfig
+from attending.train.schedule import Norms, adaptive_update
+from attending.train.step import Gradients, clip
 
 STATES, PROGRESS, TOLD = "state", "progress.json", "told.json"
 COUNTS = ("step", "tokens", "skipped", "owes_measure", "files")
+
+
+class Reader(Protocol):
+    """Where the data stands."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+
+    def figures(self) -> dict[str, float]:
+        """For the metrics."""
 
 
 @dataclass(slots=True)
@@ -41,7 +56,7 @@ class TrainState:
 
     decoder: Decoder
     optimizer: torch.optim.Optimizer
-    reader: PackedReader
+    reader: Reader
     place: World
     step: int = 0
     """Steps made, skipped ones among them."""
@@ -54,6 +69,23 @@ class TrainState:
     """The next thing to do is to measure."""
     files: dict[str, int] = field(default_factory=dict)
     """Sizes of the files that grow with the run, when it was saved."""
+
+    def update(self, found: Gradients, rate: float, config: OptimizerConfig) -> None:
+        """Make the step whose gradients were found, or skip it; empties them and counts.
+
+        Args:
+            found: By `accumulate`.
+            rate: Of learning.
+            config: Its guards.
+        """
+        made, self.norms = adaptive_update(self.norms, found.norm, config.rule)
+        if made:
+            clip(self.decoder.parameters(), config.clip_norm, found.norm)
+            set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step, self.tokens = self.step + 1, self.tokens + found.tokens
+        self.skipped += not made
 
     def save(self, out: Path, keep: int) -> None:
         """Write `OUT/state/step_N`, then remove all but the `keep` newest; every rank calls it."""

@@ -14,8 +14,7 @@ import torch
 from attending.chat import Tokenizer
 from attending.logs import MetricLog, cut
 from attending.model.scoring import bits_interval, bits_per_byte
-from attending.shards import Shards
-from attending.train.heldout import DocumentScore, sample, score_documents
+from attending.train.heldout import DocumentScore, Heldout, sample, score_documents
 from attending.train.plan import flops, matrix_ceiling
 from attending.train.recipe import HeldoutConfig
 from attending.train.state import TrainState
@@ -52,8 +51,8 @@ class Watched:
     """What is looked at beside the state."""
 
     tokenizer: Tokenizer
-    heldout: Mapping[str, Shards]
-    """By domain."""
+    heldout: Mapping[str, Heldout]
+    """By domain, or by part."""
     micro_tokens: int
     device: torch.device
     dtype: torch.dtype
@@ -104,7 +103,7 @@ class Watch:
         self._recent = [*self._recent[1 - RECENT :], now]
         tokens, operations, seconds = (sum(column) for column in zip(*self._recent, strict=True))
         speed, share = tokens / seconds, operations / seconds / self._ceiling
-        self._write(
+        self.write(
             {
                 "train/loss_nats": found.loss,
                 **{f"train/{name}_loss_nats": loss for name, loss in found.by_kind.items()},
@@ -115,8 +114,7 @@ class Watch:
                 "train/tokens_per_second": speed,
                 "train/ceiling_share": share,
                 "train/peak_memory_bytes": peak_memory(self._watched.device),
-                **{f"data/{name}_epochs": epoch for name, epoch in state.reader.epochs.items()},
-                "data/cuts": state.reader.num_cuts,
+                **state.reader.figures(),
             }
         )
         if self._show:
@@ -127,19 +125,36 @@ class Watch:
         """Bits per byte by domain, of the first documents, and samples; every rank calls it."""
         found, lines = {}, []
         for domain, scores in self._scores(context, self._config.max_tokens).items():
-            nats, sizes = zip(*scores, strict=True)
+            nats, sizes, _ = zip(*scores, strict=True)
             value = bits_per_byte(nats, sizes)
             found[f"heldout/{domain}_bits_per_byte"] = value
             lines.append(f"{domain} {value:.3f} bits per byte")
-        self._write(found)
+        self.write(found)
         self._tell([*lines, *self._samples()])
+
+    def baseline(self, context: int) -> None:
+        """Before the first step, what `finish` is to be compared with; every rank calls it."""
+        if self._state.step == 0:
+            found, lines = self._measure_all(context, "_before")
+            self.write(found)
+            self._tell([*lines, *self._samples()])
+            self._state.owes_measure = False
 
     def finish(self, context: int) -> dict[str, float]:
         """The last measure, of all held-out documents, with intervals; every rank calls it."""
+        found, lines = self._measure_all(context, "")
+        self.write(found)
+        self._tell([*lines, *self._samples()])
+        if self._is_first:
+            self._log.close()
+        return found
+
+    def _measure_all(self, context: int, suffix: str) -> tuple[dict[str, float], list[str]]:
+        """Figures and lines; `heldout_DOMAIN{suffix}.jsonl` gets a row a document."""
         found: dict[str, float] = {}
         lines = []
         for domain, scores in self._scores(context, self._config.final_tokens).items():
-            nats, sizes = zip(*scores, strict=True)
+            nats, sizes, _ = zip(*scores, strict=True)
             value, (low, high) = bits_per_byte(nats, sizes), bits_interval(nats, sizes)
             name = f"heldout/{domain}_bits_per_byte"
             found |= {name: value, f"{name}_low": low, f"{name}_high": high}
@@ -147,26 +162,22 @@ class Watch:
             lines.append(f"{domain} {value:.3f} ({low:.3f} to {high:.3f}) bits per byte")
             if self._is_first:
                 rows = [json.dumps(one._asdict()) + "\n" for one in scores]
-                file = self._draft / f"heldout_{domain}.jsonl"
+                file = self._draft / f"heldout_{domain}{suffix}.jsonl"
                 file.write_text("".join(rows), encoding="utf-8")
-        self._write(found)
-        self._tell([*lines, *self._samples()])
-        if self._is_first:
-            self._log.close()
-        return found
+        return found, lines
 
     def _scores(self, context: int, max_tokens: int) -> dict[str, list[DocumentScore]]:
         found = {
             domain: score_documents(
                 self._state.decoder,
-                shards,
+                documents,
                 context=context,
                 micro_tokens=self._watched.micro_tokens,
                 max_tokens=max_tokens,
                 place=self._state.place,
                 device=self._watched.device,
             )
-            for domain, shards in self._watched.heldout.items()
+            for domain, documents in self._watched.heldout.items()
         }
         return {domain: scores for domain, scores in found.items() if scores}
 
@@ -187,7 +198,8 @@ class Watch:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return [f"{prompt} [...] {' '.join(text.split())}" for prompt, text in pairs]
 
-    def _write(self, values: Mapping[str, float]) -> None:
+    def write(self, values: Mapping[str, float]) -> None:
+        """A row of the present step; rank 0 writes."""
         if self._is_first:
             self._log.write(self._state.step, values)
 

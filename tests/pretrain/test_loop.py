@@ -277,7 +277,7 @@ def test_killed_before_it_is_published_it_is_only_published(
     def fail(*_: object) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("attending.pretrain.loop.export", fail)
+    monkeypatch.setattr("attending.train.run.export", fail)
     with pytest.raises(KeyboardInterrupt):
         pretrain(recipe(*text), tmp_path / "out")
     monkeypatch.undo()

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from attending.chat import Tokenizer as ChatTokenizer
+from attending.model.architecture import parse_config
+from attending.model.decoder import Decoder
+from attending.model.weights import save_model
 from attending.pretrain.recipe import PretrainConfig
 from attending.shards import Shards, ShardWriter, write_index
 from attending.train.watch import Notes, Progress
@@ -71,7 +75,7 @@ def make_corpus(folder: Path, tokenizer: Path, *, documents: int = 200) -> Path:
         "end_of_text": end,
         "begin_of_text": encoder.control_id("<s>"),
         "tokenizer_sha256": encoder.sha256,
-        "sources": ["made"],
+        "sources": ["made", "sums"],
         "domains": list(DOMAINS),
     }
     for part, count in (("train", documents), ("heldout/general", 4), ("heldout/medical", 4)):
@@ -83,8 +87,26 @@ def make_corpus(folder: Path, tokenizer: Path, *, documents: int = 200) -> Path:
                     random.choice(SENTENCES[domain].split(), size=random.integers(1, 20))
                 )
                 ids = np.array([*encoder.encode(text), end], np.uint32)
-                writer.add(ids, len(text.encode()), 0, DOMAINS.index(domain))
+                is_sum = domain == "general" and number % 4 == 0
+                writer.add(ids, len(text.encode()), int(is_sum), DOMAINS.index(domain))
         write_index(folder / part, writer.shards, **facts)
+    return folder
+
+
+CHATML = (
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def make_model(folder: Path, tokenizer: Path, model: dict[str, Any] | None = None) -> Path:
+    """A model folder with weights that were drawn."""
+    arch = parse_config({**(model or LLAMA), "bos_token_id": 0, "eos_token_id": 1})
+    decoder = Decoder(arch)
+    decoder.init_weights(torch.Generator().manual_seed(1))
+    folder.mkdir(parents=True)
+    weights = {name: weight.detach() for name, weight in decoder.named_parameters()}
+    save_model(folder, arch, weights, ChatTokenizer.from_folder(tokenizer), {})
     return folder
 
 

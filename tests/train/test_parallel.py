@@ -10,7 +10,7 @@ from attending.model.architecture import parse_config
 from attending.model.attend import Packed
 from attending.model.decoder import Decoder, init_weight
 from attending.shards import Shards
-from attending.train.heldout import score_documents
+from attending.train.heldout import Heldout, score_documents
 from attending.train.parallel import Fill, Opaque, build, process_group
 from attending.train.reader import Batch
 from attending.train.recipe import ComputeConfig
@@ -65,7 +65,7 @@ def test_blocks_stay_compiled_whatever_is_measured_between(tmp_path: Path) -> No
         for context in (3, 5, 7, 11, 13, 17, 19, 23, 29):  # more shapes than may be compiled
             score_documents(
                 decoder,
-                shards,
+                Heldout(shards, range(shards.num_documents)),
                 context=context,
                 micro_tokens=context,
                 max_tokens=200,

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attending.errors import ConfigError
-from attending.shards import Shards
-from attending.train.reader import POOL, PackedReader, Row, gather, whole
+from attending.shards import CONTEXT, Shards, ShardWriter, write_index
+from attending.train.reader import POOL, PackedReader, Row, by_domain, by_part, gather, whole
 from tests.train.making import column, make_corpus, make_tokenizer
 
 MIXED = {"general": 3.0, "medical": 1.0}
@@ -101,7 +102,7 @@ def test_order_depends_on_the_seed_alone(shards: Shards) -> None:
 
 def test_a_batch_predicts_each_token_from_the_one_before(shards: Shards) -> None:
     row = PackedReader(shards, MIXED, 0).row(64)
-    batch, at = gather(shards, row), 0
+    batch, at = gather(shards, row, by_domain(shards.index)), 0
     for (document, start, stop), length in zip(row, batch.lengths, strict=True):
         ids = shards.document(document).tolist()
         assert batch.ids[at : at + length].tolist() == ids[start - 1 : stop - 1]
@@ -119,7 +120,7 @@ def test_without_a_begin_the_first_token_follows_the_end_before(shards: Shards) 
     before, plain.index = plain.index, index
     try:
         piece = whole(plain, 3)
-        batch = gather(plain, [piece])
+        batch = gather(plain, [piece], by_domain(plain.index))
     finally:
         plain.index = before
     ids = shards.document(3).tolist()
@@ -130,3 +131,69 @@ def test_without_a_begin_the_first_token_follows_the_end_before(shards: Shards) 
 def test_a_domain_without_documents_is_refused(shards: Shards) -> None:
     with pytest.raises(ConfigError, match=r"'legal'.*it has: general, medical"):
         PackedReader(shards, {"legal": 1.0}, 0)
+
+
+@dataclass
+class Chosen:
+    domain: str | None = None
+    sources: tuple[str, ...] = ()
+
+
+def test_parts_are_drawn_by_source_before_domain(shards: Shards) -> None:
+    parts = {"rest": Chosen("general"), "sums": Chosen(sources=("sums",))}
+    groups = by_part(shards.index, parts)
+    reader = PackedReader(shards, {"rest": 1.0, "sums": 1.0}, 0, groups)
+    seen: dict[int, set[tuple[int, int]]] = {0: set(), 1: set()}
+    for row in rows(reader, 40, 64):
+        batch = reader.batch([row])
+        (kind,) = set(batch.kinds.tolist())
+        records = [shards.record(piece.document) for piece in row]
+        seen[kind] |= {(int(one["source"]), int(one["domain"])) for one in records}
+    assert seen == {0: {(0, 0)}, 1: {(1, 0)}}
+
+
+def test_parts_that_the_corpus_lacks_are_refused(shards: Shards) -> None:
+    with pytest.raises(ConfigError, match=r"part a: the corpus has no source 'sum'.*'sums'"):
+        by_part(shards.index, {"a": Chosen(sources=("sum",))})
+    with pytest.raises(ConfigError, match="part a: the corpus has no domain 'law'"):
+        by_part(shards.index, {"a": Chosen("law")})
+    with pytest.raises(ConfigError, match="part b: another part has the source 'sums' already"):
+        by_part(shards.index, {"a": Chosen(sources=("sums",)), "b": Chosen(sources=("sums",))})
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(130, 300), st.integers(0, 3))
+def test_dialogues_are_never_cut_and_come_once_an_epoch(
+    shards: Shards, context: int, seed: int
+) -> None:
+    groups = by_domain(shards.index)
+    reader = PackedReader(shards, {"medical": 1.0}, seed, groups, cuts=False)
+    own = np.flatnonzero(column(shards, "domain") == 1)
+    seen: Counter[int] = Counter()
+    while len(seen) < len(own):
+        row = reader.row(context)
+        assert 0 < sum(piece.stop - piece.start for piece in row) <= context
+        assert all(piece == whole(shards, piece.document) for piece in row)
+        seen.update(piece.document for piece in row)
+    assert set(seen) == set(own.tolist())
+    assert reader.num_cuts == 0 and "data/cuts" not in reader.figures()
+
+
+def test_what_is_context_has_no_weight(tmp_path: Path, shards: Shards) -> None:
+    ids = shards.document(0).copy()
+    flagged = ids.copy()
+    flagged[: len(ids) // 2] |= CONTEXT
+    with ShardWriter(tmp_path, 1000) as writer:
+        writer.add(flagged, 1, 0, 0)
+    facts = {**shards.index, "has_context": True}
+    facts.pop("shards")
+    write_index(tmp_path, writer.shards, **facts)
+    read = Shards(tmp_path)
+    read.verify()
+    assert np.array_equal(read.document(0), ids)
+    assert read.trained(0).tolist() == [i >= len(ids) // 2 for i in range(len(ids))]
+    batch = gather(read, [whole(read, 0)], by_domain(read.index))
+    plain = gather(shards, [whole(shards, 0)], by_domain(shards.index))
+    assert batch.ids.tolist() == plain.ids.tolist()
+    assert batch.targets.tolist() == plain.targets.tolist()
+    assert batch.weights.tolist() == read.trained(0)[1:].astype(float).tolist()
