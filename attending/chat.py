@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import tokenizers
@@ -29,6 +29,14 @@ Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool", "developer")
 REPLACEMENT = "\ufffd"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+
+class Example(NamedTuple):
+    """A conversation as it is trained on."""
+
+    ids: list[int]
+    is_learnt: list[bool]
+    """Of each id: whether it is a target."""
 
 
 class Tokenizer:
@@ -84,16 +92,24 @@ class Tokenizer:
         known = [*self.definition["model"]["vocab"].values(), *self._by_id]
         return int(max(known)) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Plain text to ids, with the beginning-of-text id if this tokenizer adds one."""
+    def encode(self, text: str, *, is_first: bool = True) -> list[int]:
+        """Plain text to ids, with the beginning-of-text id if it is first and this one adds any."""
         frame = [i for i in self._plain.encode("").ids if i in self._by_id]
-        begin = [i for i in frame if i not in self.stop_ids][:1]
-        return begin + self._encode_text(text, is_first=True)
+        begin = [i for i in frame if i not in self.stop_ids][:is_first]
+        return begin + self._encode_text(text, is_first=is_first)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; special tokens are left out, markers such as `<think>` are kept."""
         stream = self.decoder()
         return "".join(stream.feed(token) for token in ids) + stream.finish()
+
+    def spelled(self, ids: Iterable[int]) -> str:
+        """Ids to text with control tokens in their places, for people."""
+        stream, told = self.decoder(), ""
+        for token in ids:
+            known = self._by_id.get(token)
+            told += stream.finish() + str(known["content"]) if known else stream.feed(token)
+        return told + stream.finish()
 
     def decoder(self) -> "TextStream":
         """A fresh incremental decoder."""
@@ -109,28 +125,75 @@ class Tokenizer:
         Raises:
             TokenizerError: No template, an unknown role, or the template refuses the messages.
         """
+        mark = _unused_character([messages, variables])
+        return list(self._encode_pieces(self._text(messages, mark, variables, asks=True), mark))
+
+    def examples(self, messages: Sequence[Message], /, **variables: Any) -> list["Example"]:
+        """A conversation to ids and loss masks; what the assistant says is learnt, and its ending.
+
+        Before each turn that is learnt stands what `render` gives for it, id for id: a model is
+        trained on what it will be asked. Where a template rewrites turns once they are past, as
+        those do that drop old reasoning, turns become examples of their own. An assistant's
+        message with `"weight": 0` is context.
+
+        Raises:
+            TokenizerError: As for `render`; no turn to learn; or the template does not go on from
+                its own request for an answer, or ends an answer with no stop id.
+        """
+        mark, found = _unused_character([messages, variables]), list[Example]()
+        for place, message in enumerate(messages):
+            if message.get("role") != "assistant" or not message.get("weight", 1):
+                continue
+            asked = self._text(messages[:place], mark, variables, asks=True)
+            whole = self._text(messages[: place + 1], mark, variables, asks=False)
+            if not whole.startswith(asked):
+                raise TokenizerError(
+                    f"the chat template does not put message {place + 1} behind its own request "
+                    "for an answer; set what it asks for, such as enable_thinking=false."
+                )
+            prompt = list(self._encode_pieces(asked, mark))
+            answer = list(self._encode_pieces(whole[len(asked) :], mark, is_first=False))
+            ends = [i for i, token in enumerate(answer, 1) if token in self.stop_ids]
+            if not ends:
+                raise TokenizerError(
+                    f"the chat template ends message {place + 1} with no stop id (known: "
+                    f"{sorted(self.stop_ids)}): a model would never learn to stop."
+                )
+            if not (found and prompt[: len(found[-1].ids)] == found[-1].ids):
+                found.append(Example([], []))
+            ids, is_learnt = found[-1]
+            new = [*prompt[len(ids) :], *answer[: ends[0]]]
+            is_learnt += [False] * (len(prompt) - len(ids)) + [True] * ends[0]
+            ids += new
+        if not found:
+            _check(messages)
+            raise TokenizerError("there is no assistant's message to learn from.")
+        return found
+
+    def _text(
+        self, messages: Sequence[Message], mark: str, variables: Mapping[str, Any], *, asks: bool
+    ) -> str:
+        """What the template makes of messages, texts escaped with a mark; `asks` for an answer."""
         if self._template is None:
             raise TokenizerError(
                 "this model has no chat template; it can only complete plain text."
             )
         _check(messages)
         messages = [_plain_message(message) for message in messages]
-        mark = _unused_character([messages, variables])
         try:
             escaped = [
                 {k: value if k == "role" else self._escape(value, mark) for k, value in m.items()}
                 for m in messages
             ]
-            variables = {"tools": None} | {k: self._escape(v, mark) for k, v in variables.items()}
-            text = self._template.render(
-                messages=escaped, add_generation_prompt=True, **self._special_strings, **variables
+            told = {"tools": None} | {k: self._escape(v, mark) for k, v in variables.items()}
+            return self._template.render(
+                messages=escaped, add_generation_prompt=asks, **self._special_strings, **told
             )
         except RecursionError:
             raise TokenizerError("the messages are nested too deeply.") from None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             reason = str(error).replace(mark, "")
             raise TokenizerError(f"the chat template refused the messages: {reason}") from None
-        return list(self._encode_pieces(text, mark))
 
     def fit(
         self, messages: Sequence[Message], room_tokens: int, /, **variables: Any
@@ -246,12 +309,13 @@ class Tokenizer:
         }
         return re.compile("|".join(sorted(parts)) or "(?!)")
 
-    def _encode_pieces(self, text: str, mark: str) -> Iterator[int]:
+    def _encode_pieces(self, text: str, mark: str, *, is_first: bool = True) -> Iterator[int]:
         for index, piece in enumerate(self._control_pattern.split(text)):
             if index % 2:
                 yield (self._control.get(piece) or self._control[piece.strip()])["id"]
             elif piece:
-                yield from self._encode_text(piece.replace(mark, ""), is_first=index == 0)
+                first = is_first and index == 0
+                yield from self._encode_text(piece.replace(mark, ""), is_first=first)
 
     def _encode_text(self, text: str, *, is_first: bool) -> list[int]:
         """Text without control strings; added runs of white space are matched here."""

@@ -301,3 +301,68 @@ def test_generation_marks_are_read_over() -> None:
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     assert tokenizer(template).decode(tokenizer(template).render(says("hi"))) == "hi"
+
+
+def test_an_example_is_what_render_gives_and_the_answer() -> None:
+    model = tokenizer()
+    talk = says("Hello", "\n\nHi there", "And now?", "Bye")
+    (example,) = model.examples(talk)
+    assert model.spelled(example.ids) == "".join(
+        f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in talk
+    ).removesuffix("\n")
+    learnt = [i for i, is_learnt in zip(*example, strict=True) if is_learnt]
+    assert model.spelled(learnt) == "\n\nHi there<|im_end|>Bye<|im_end|>"
+    # What stands before each answer is, id for id, what a server would be asked.
+    first = example.is_learnt.index(True)
+    assert example.ids[:first] == model.render(talk[:1])
+    last = len(example.ids) - len(model.encode("Bye")) - 1
+    assert example.ids[:last] == model.render(talk[:3])
+
+
+def test_a_template_that_rewrites_the_past_gives_an_example_a_turn() -> None:
+    model = tokenizer(REASONING)  # always asks for an answer; what follows an end is not learnt
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "reasoning_content": "hm", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "reasoning_content": "so", "content": "d"},
+    ]
+    first, second = model.examples(talk)
+    assert model.spelled(first.ids).endswith("<think>\nhm\n</think>\n\nb<|im_end|>")
+    assert "hm" not in model.spelled(second.ids) and "so" in model.spelled(second.ids)
+    for example in (first, second):
+        start = example.is_learnt.index(True)
+        assert all(example.is_learnt[start:]) and not any(example.is_learnt[:start])
+
+
+def test_turns_of_no_weight_are_context() -> None:
+    model = tokenizer()
+    talk = says("Hello", "bad", "Again", "good")
+    talk[1]["weight"] = 0
+    (example,) = model.examples(talk)
+    assert model.spelled([i for i, own in zip(*example, strict=True) if own]) == "good<|im_end|>"
+    with pytest.raises(TokenizerError, match="no assistant's message"):
+        model.examples(talk[:2])
+
+
+def test_a_template_without_a_stop_is_no_teacher() -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
+    with pytest.raises(TokenizerError, match="ends message 2 with no stop id"):
+        tokenizer(plain).examples(says("Hello", "Hi"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=2))
+def test_users_cannot_move_a_mask(texts: list[str]) -> None:
+    texts = [*texts[: len(texts) // 2 * 2 - 1], "ANSWER"]
+    talk = says(*texts)
+    for one in talk[1:-1:2]:
+        one["weight"] = 0
+    try:
+        example = tokenizer().examples(talk)[-1]
+    except TokenizerError as error:
+        assert "spells" in str(error)
+        return
+    learnt = [i for i, own in zip(*example, strict=True) if own]
+    assert tokenizer().spelled(learnt) == "ANSWER<|im_end|>"
