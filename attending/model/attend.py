@@ -87,7 +87,7 @@ class Packed:
         """[length, length] to add to the scores; made once for all layers."""
         if (length, window, dtype) not in self._masks:
             at = torch.arange(length, device=self.positions.device)
-            hidden = ~_visible(at, at, window)
+            hidden = ~visible(at, at, window)
             mask = torch.zeros(length, length, dtype=dtype, device=at.device)
             self._masks[length, window, dtype] = mask.masked_fill(hidden, -torch.inf)
         return self._masks[length, window, dtype]
@@ -278,7 +278,7 @@ class Paged:
         mask = None
         if row.count > 1 or spec.window is not None:
             past = torch.arange(start, row.cached, device=q.device)
-            mask = _visible(positions, torch.cat((past, positions)), spec.window)
+            mask = visible(positions, torch.cat((past, positions)), spec.window)
             if row.parents is not None:
                 mask[:, row.cached - start :] &= _ancestors(row.parents).to(q.device)
         out = F.scaled_dot_product_attention(
@@ -323,7 +323,7 @@ def _positions(row: Rows) -> Tensor:
     return torch.tensor([row.cached + depth for depth in depths])
 
 
-def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """[queries, keys] bool by position: not the future, and not past the window."""
     gap = queries[:, None] - keys[None, :]
     seen = gap >= 0

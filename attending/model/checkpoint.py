@@ -31,6 +31,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": BFLOAT16,
 }
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Checkpoint:
     """A model's architecture and its tensors by official name, each read when asked for."""
 
     arch: Architecture
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
     raw: Callable[[str], NDArray[Any]]
     """Name -> values as stored and mapped from the file, bfloat16 as `BFLOAT16` bits; changing them
     does not change the file. GGUF: dequantised to float32."""
@@ -68,8 +69,35 @@ def open_checkpoint(path: Path) -> Checkpoint:
         checkpoint = _open_gguf(gguf)
     else:
         checkpoint = _open_safetensors(path, read_config(path))
-    _require_exact(checkpoint, path.name)
+    arch, expected = checkpoint.arch, checkpoint.arch.tensor_shapes()
+    require_exact(
+        f"{path.name}: the tensors do not fit its configuration "
+        f"({arch.family}, {len(expected)} tensors).",
+        expected,
+        checkpoint.shapes,
+    )
     return checkpoint
+
+
+def require_exact(complaint: str, expected: Shapes, found: Shapes) -> None:
+    """Raise a CheckpointError that begins with `complaint` unless names and shapes are equal."""
+    problems = []
+    for label, names in (
+        ("missing", [n for n in expected if n not in found]),
+        ("unexpected", [n for n in found if n not in expected]),
+        (
+            "misshaped",
+            [
+                f"{n} {list(found[n])} instead of {list(shape)}"
+                for n, shape in expected.items()
+                if n in found and tuple(found[n]) != shape
+            ],
+        ),
+    ):
+        if names:
+            problems.append(f"{len(names)} {label}: {first(names)}")
+    if problems:
+        raise CheckpointError(f"{complaint} {'; '.join(problems)}.")
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -122,27 +150,3 @@ def _map(file: Path) -> dict[str, NDArray[Any]]:
         values = data[begin:end].view(np.ndarray).view(DTYPES[entry["dtype"]])
         tensors[name] = np.require(values.reshape(entry["shape"]), requirements="A")
     return tensors
-
-
-def _require_exact(checkpoint: Checkpoint, name: str) -> None:
-    expected, found = checkpoint.arch.tensor_shapes(), checkpoint.shapes
-    problems = []
-    for label, names in (
-        ("missing", [n for n in expected if n not in found]),
-        ("unexpected", [n for n in found if n not in expected]),
-        (
-            "misshaped",
-            [
-                f"{n} {list(found[n])} instead of {list(shape)}"
-                for n, shape in expected.items()
-                if n in found and tuple(found[n]) != shape
-            ],
-        ),
-    ):
-        if names:
-            problems.append(f"{len(names)} {label}: {first(names)}")
-    if problems:
-        raise CheckpointError(
-            f"{name}: the tensors do not fit its configuration "
-            f"({checkpoint.arch.family}, {len(expected)} tensors). {'; '.join(problems)}."
-        )

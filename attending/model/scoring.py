@@ -19,7 +19,9 @@ from attending.model.decoder import at_least_float32
 CHUNK, CPU_CHUNK = 1024, 256
 
 Measure = Callable[..., Tensor]
-"""Logits [C, V], then a slice [C, ...] of each of `rows` -> a value of each token [C]."""
+"""Logits [C, V], then a slice [C, ...] of each of `rows` -> values of each token, [C] or [C, M]."""
+Slopes = Callable[[Tensor, slice], Tensor]
+"""Values of the tokens at a slice -> what each counts in the sum, of the same shape."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def over_logits(
-    hidden: Tensor, head: Tensor, measure: Measure, coefficients: Tensor, *rows: Tensor
+    hidden: Tensor, head: Tensor, measure: Measure, coefficients: Tensor | Slopes, *rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The sum of coefficients times values, and the values, of a function of the logits.
 
@@ -38,22 +40,31 @@ def over_logits(
     Args:
         hidden: [T, D].
         head: [V, D].
-        measure: Of a chunk's logits and rows.
-        coefficients: [T], of each value in the sum; the values' gradients, so to speak.
+        measure: Of a chunk's logits and rows; one value a token, or M.
+        coefficients: [T] or [T, M], of each value in the sum; the values' gradients, so to speak.
+            Those of a loss that is a sum over tokens may depend on their values: then a function,
+            asked chunk by chunk, and the sum has the loss's gradient, but not its value.
         rows: Each [T, ...], cut like the logits and handed to `measure`.
 
     Returns:
-        The sum, which can be differentiated by `hidden` and `head`; the values [T], which cannot.
+        The sum, which can be differentiated by `hidden` and `head`; the values, which cannot.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         return _OverLogits.apply(hidden, head, measure, coefficients, *rows)  # type: ignore[no-any-return, no-untyped-call]
-    values = torch.cat(
+    values = measured(hidden, head, measure, *rows)
+    slopes = coefficients(values, slice(None)) if callable(coefficients) else coefficients
+    return (slopes.to(values.dtype) * values).sum(), values
+
+
+@torch.no_grad()
+def measured(hidden: Tensor, head: Tensor, measure: Measure, *rows: Tensor) -> Tensor:
+    """The values alone, without gradient; see `over_logits`."""
+    return torch.cat(
         [
             measure(at_least_float32(F.linear(hidden[at], head)), *(row[at] for row in rows))
             for at in _chunks(hidden)
         ]
     )
-    return (coefficients.to(values.dtype) * values).sum(), values
 
 
 class _OverLogits(torch.autograd.Function):
@@ -63,19 +74,21 @@ class _OverLogits(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         measure: Measure,
-        coefficients: Tensor,
+        coefficients: Tensor | Slopes,
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        coefficients = coefficients.to(wide)
-        values = hidden.new_empty(len(hidden), dtype=wide)
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
+        total, values = hidden.new_zeros((), dtype=wide), []
         for at in _chunks(hidden):
             logits = at_least_float32(F.linear(hidden[at], head)).requires_grad_()
             with torch.enable_grad():
                 found = measure(logits, *(row[at] for row in rows))
-            values[at] = found.detach()
-            (d_logits,) = torch.autograd.grad(found, logits, coefficients[at])
+            values.append(found.detach())
+            slopes = coefficients(values[-1], at) if callable(coefficients) else coefficients[at]
+            slopes = slopes.to(wide)
+            total += (slopes * values[-1]).sum()
+            (d_logits,) = torch.autograd.grad(found, logits, slopes)
             d_logits = d_logits.to(head.dtype)
             torch.mm(d_logits, head, out=d_hidden[at])
             if head.dtype == wide:
@@ -83,8 +96,9 @@ class _OverLogits(torch.autograd.Function):
             else:
                 d_head += d_logits.T @ hidden[at]
         context.save_for_backward(d_hidden, d_head.to(head.dtype))
-        context.mark_non_differentiable(values)
-        return (coefficients * values).sum(), values
+        found = torch.cat(values)
+        context.mark_non_differentiable(found)
+        return total, found
 
     @staticmethod
     def backward(context: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,7 +110,7 @@ class _OverLogits(torch.autograd.Function):
 
 def _chunks(hidden: Tensor) -> list[slice]:
     size = CHUNK if hidden.is_cuda else CPU_CHUNK
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+    return [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
 
 
 def bits_per_byte(nats: Sequence[float], num_bytes: Sequence[int]) -> float:

@@ -6,7 +6,13 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from attending.model import scoring
-from attending.model.scoring import bits_interval, bits_per_byte, cross_entropy, over_logits
+from attending.model.scoring import (
+    bits_interval,
+    bits_per_byte,
+    cross_entropy,
+    measured,
+    over_logits,
+)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 29])
@@ -46,6 +52,45 @@ def test_another_measure_with_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     divergence(hidden @ head.T, teacher).sum().backward()
     assert found is not None and hidden.grad is not None
     assert torch.allclose(found, hidden.grad, rtol=1e-10)
+
+
+@pytest.mark.parametrize("is_function", [False, True])
+def test_two_values_a_token_and_slopes_that_hang_on_them(
+    is_function: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sum of m^2 x: the slopes are 2 m x and m^2, known beforehand or chunk by chunk."""
+    monkeypatch.setattr(scoring, "CPU_CHUNK", 4)
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+
+    def measure(logits: torch.Tensor) -> torch.Tensor:
+        return torch.stack((logits.logsumexp(-1), logits[:, 0]), -1)
+
+    def slopes(values: torch.Tensor, at: slice) -> torch.Tensor:
+        assert len(values) == len(hidden[at])
+        most, first = values.unbind(-1)
+        return torch.stack((2 * most * first, most**2), -1)
+
+    plain = measure(hidden @ head.T)
+    known = slopes if is_function else slopes(plain.detach(), slice(None))
+    total, values = over_logits(hidden, head, measure, known)
+    found = torch.autograd.grad(total, (hidden, head))
+    wanted = torch.autograd.grad((plain[:, 0] ** 2 * plain[:, 1]).sum(), (hidden, head))
+    for ours, exact in zip((values, *found), (plain, *wanted), strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-9, atol=1e-12)
+    assert torch.equal(measured(hidden, head, measure), values)
+    with torch.no_grad():
+        assert torch.allclose(over_logits(hidden, head, measure, known)[0], total)
+
+
+def test_no_tokens_at_all() -> None:
+    head = torch.randn(5, 6, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    total, values = over_logits(torch.zeros(0, 6), head, cross_entropy, torch.zeros(0), none)
+    total.backward()
+    assert not len(values) and head.grad is not None and not head.grad.any()
+    assert not len(measured(torch.zeros(0, 6), head, cross_entropy, none))
 
 
 def test_a_token_of_weight_nought_changes_no_gradient() -> None:
