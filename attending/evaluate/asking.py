@@ -16,7 +16,8 @@ async def chat(
     asked |= {"top_p": sampling.top_p} if sampling.top_p is not None else {}
     asked |= {"seed": sampling.seed + repeat} if sampling.temperature else {}
     reply = await endpoint.chat([*system, *example.messages], **asked, **sampling.extra)
-    return answered(example, repeat, reply, reply.text)
+    thoughts = f"<think>\n{reply.reasoning}\n</think>\n\n" if reply.reasoning else ""
+    return answered(example, repeat, reply, thoughts + reply.text)
 
 
 def answered(example: Example, repeat: int, reply: Reply, text: str, **more: Any) -> Answer:

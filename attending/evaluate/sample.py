@@ -35,7 +35,7 @@ class Answer:
 
     id: str  # the example's
     repeat: int  # 0, 1, ... of several answers to one example
-    text: str  # thinking included, where the endpoint did not take it out
+    text: str  # thinking included
     finish_reason: str | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None

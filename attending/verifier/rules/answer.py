@@ -116,6 +116,17 @@ def items(text: str, answer: tuple[str, ...], min_f1: float = 1.0) -> Checked:
     return Checked(f1 >= min_f1, f"precision {precision:.2f}, recall {recall:.2f}", f1)
 
 
+def commitment(text: str) -> str:
+    """What a response commits itself to, in words without spaces; without a sign, its one line.
+
+    Empty where there is neither. For answers of which no reference is known.
+    """
+    found = next((line for rank, line, _ in _committed(text) if rank), None)
+    if found is None:
+        found = "" if "\n" in text.strip() else _fold(text)
+    return "".join(_words(SIGN["sentence"].split(SIGN["label"].sub("", found))[0]))
+
+
 def _fold(text: str) -> str:
     for pattern, instead in FOLDS.items():
         text = re.sub(pattern, instead, text)
