@@ -5,6 +5,7 @@ task works out the whole order from the tasks' indices and writes its share of t
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from functools import cache
@@ -22,7 +23,7 @@ from attending.corpus.split import draw
 from attending.corpus.steps import Part
 from attending.errors import TokenizerError
 from attending.model.files import read_tokenizer
-from attending.shards import ShardInfo, ShardWriter
+from attending.shards import CONTEXT, ShardInfo, ShardWriter, Tokens
 from attending.sources import resolve
 
 DOMAINS = ("general", "medical")
@@ -74,6 +75,22 @@ class Encoder(NamedTuple):
         begin = next(iter(tokenizer.encode("")), None)
         return cls(tokenizer, begin, ends[0], tokenizer.sha256)
 
+    def ids(self, text: str, notes: tuple[str, str] | None) -> Tokens:
+        """A document with its end; all but its notes and their closing marks is flagged as context.
+
+        The text's own `<|endoftext|>` is spelled; only ours is the control token.
+        """
+        encode = self.tokenizer.encode
+        if notes is None:
+            return np.array([*encode(text), self.end_of_text], "<u4")
+        opened, closed = map(re.escape, notes)
+        parts = re.split(f"(?<={opened})(.*?{closed})", text, flags=re.DOTALL)
+        found = [
+            np.array(encode(part, is_first=not place), "<u4") | (CONTEXT if place % 2 == 0 else 0)
+            for place, part in enumerate(parts)
+        ]
+        return np.concatenate([*found, [self.end_of_text | CONTEXT]]).astype("<u4")
+
 
 class Tokenise(Part):
     """Token ids of a task's documents, a row for every time that one is seen, and the sample."""
@@ -92,9 +109,8 @@ class Tokenise(Part):
         with path.open("wb") as file, sampled.open("wb") as sample:
             for document in data:
                 told = document.metadata
-                # The text's own `<|endoftext|>` is spelled; only ours is the control token.
-                ids = [*encoder.tokenizer.encode(document.text), encoder.end_of_text]
-                file.write(np.array(ids, "<u4").tobytes())
+                ids = encoder.ids(document.text, self.config.sources[told["source"]].notes)
+                file.write(ids.tobytes())
                 domain = DOMAINS.index(told["domain"])
                 part = 1 + domain if told["is_held_out"] else 0
                 size = len(document.text.encode())

@@ -1,6 +1,6 @@
 """What a corpus run is told: the record behind `recipes/corpus/NAME.toml`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -8,6 +8,7 @@ from attending.config import Config
 
 Format = Literal["jsonl", "parquet", "text", "html", "pdf"]
 Domain = Literal["medical", "general"]
+Marker = Annotated[str, Field(min_length=1)]
 TEMPLATE = r"\{(\w+(?:\[\*\])?(?:\.\w+(?:\[\*\])?)*)\}"  # a field of a record
 
 
@@ -34,6 +35,9 @@ class SourceConfig(Config):
     """Holds records of persons: identifiers are replaced. Off only for published text."""
     weight: NonNegativeFloat = 1.0
     """Times that its documents are seen in the training shards, beside their own repeats."""
+    notes: tuple[Marker, Marker] | None = None
+    """What opens and closes a note in the text, such as `<note>` and `</note>`: the text around
+    notes becomes context, which mid-training reads and does not learn."""
     limit: NonNegativeInt = 0
     """Only the first records of each file, for a trial; 0 takes all."""
 

@@ -326,6 +326,7 @@ def _finish(
     facts: dict[str, Any] = {"sources": list(config.sources), "domains": list(DOMAINS)}
     facts |= {"begin_of_text": encoder.begin_of_text, "end_of_text": encoder.end_of_text}
     facts |= {"tokenizer_sha256": encoder.sha256}
+    facts |= {"has_context": any(source.notes for source in config.sources.values())}
     if config.pack.sample_share:
         join_sample(draft)
     metrics: dict[str, float] = {}

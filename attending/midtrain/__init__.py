@@ -1,0 +1,1 @@
+"""Medical knowledge into a model that keeps what it knew: Baichuan-M2's domain stage."""
