@@ -1,0 +1,1 @@
+"""A model that answers: dialogues, masks by role, full weights or LoRA."""
