@@ -1,0 +1,43 @@
+"""Held-out cases answered by the model as it is, and what that scores."""
+
+import torch
+
+from attending.mesh import World
+from attending.rl.recipe import RlConfig
+from attending.rl.sampler import Asked
+from attending.rl.setup import Setup
+from attending.rl.verify import Verifier, collect
+from attending.rl.watch import metric_name
+from attending.train.parallel import total
+
+
+async def answer_heldout(
+    config: RlConfig, setup: Setup, verifier: Verifier, place: World
+) -> dict[str, float]:
+    """Mean scores, of all and by kind, lengths and what is unscored; the ranks share the work.
+
+    One answer to a case is the likeliest; several are sampled, always by the same seeds.
+    """
+    count = config.watch.heldout_answers
+    groups = setup.heldout.asked(setup.heldout.prompts, count, 0)[place.rank :: place.size]
+    asked = [one for group in groups for one in group]
+    if count == 1:
+        asked = [Asked(one.case, one.prompt, one.seed, temperature=0.0) for one in asked]
+    found = await collect(setup.sampler, verifier, asked, setup.state.step)
+    sums = torch.zeros(len(setup.kinds) + 1, 4, dtype=torch.float64)
+    for rollout, _, verdict in found.judged:
+        at = setup.kinds.index(setup.cases[rollout.case].kind)
+        row = [verdict.score or 0.0, verdict.score is not None, len(rollout.ids), 1.0]
+        sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
+    *by_kind, every = total(sums.to(next(setup.state.decoder.parameters()).device)).tolist()
+    scores = {
+        f"heldout/score_{metric_name(kind)}": score / scored
+        for kind, (score, scored, *_) in zip(setup.kinds, by_kind, strict=True)
+        if scored
+    }
+    score, scored, length, answers = every
+    return scores | {
+        "heldout/score": score / max(scored, 1),
+        "heldout/length_tokens": length / answers,
+        "heldout/unscored_share": 1 - scored / answers,
+    }

@@ -1,0 +1,152 @@
+"""The loop of reinforcement learning: Baichuan-M2's improved GRPO, of any stage."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from attending import artifact
+from attending.evaluate import forgetting
+from attending.logs import read_metrics
+from attending.rl import watch as watching
+from attending.rl.heldout import answer_heldout
+from attending.rl.loss import Objective
+from attending.rl.recipe import RlConfig
+from attending.rl.setup import every_weight, judges, prepare, told
+from attending.rl.step import PolicyStep, draw, policy_gradients
+from attending.rl.verify import Verifier
+from attending.sources import Progress
+from attending.train import run
+from attending.train.parallel import process_group
+from attending.train.recipe import HeldoutConfig
+from attending.train.schedule import Phase, due, learning_rate
+from attending.train.start import open_start
+from attending.train.watch import METRICS, Show, Watch
+
+NOTE = (
+    "A model tuned by reinforcement learning, for demonstration: what it says about medicine is "
+    "often wrong. What it was rewarded for stands in run.json, what it wrote in rollouts.html."
+)
+
+
+def rl(
+    config: RlConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    show: Show | None = None,
+    progress: Progress = lambda *_: None,
+    note: Callable[[str], object] = lambda _: None,
+) -> Path:
+    """A model and cases in, a model that scores better on them out.
+
+    Order of a draw: held-out cases if they are due; pack the weights, write answers and judge them
+    beside; rewards, advantages; for each update forward and backward, check, skip or update, log;
+    state if it is due, stop if asked. Under torchrun every rank calls this.
+
+    Args:
+        config: The recipe.
+        out: Folder to write; `OUT.tmp` while training.
+        resume: Go on from the newest state there.
+        accept_changes: Go on although the recipe has changed.
+        show: Told after every step, on rank 0.
+        progress: Told of every answer to the suite that compares before and after.
+        note: Told what people should know: cases left out, held-out scores, alarms.
+
+    Raises:
+        ConfigError: Recipe, cases and model do not fit each other.
+        EndpointError: The judge or the sampling server is gone; the last state is whole.
+        TrainingError: A loss or a reward that is no number, or memory that ends.
+        CheckFailed: A limit of `watch` was passed; or more is forgotten than may be.
+        Stopped: It was interrupted, and has saved its state.
+    """
+    with process_group(config.compute.precision) as (place, device):
+        start = open_start(config.model)
+        known = told(config, start)
+        recipe = config.model_dump(mode="json")
+        record = artifact.Record("rl", recipe, config.seed, known["parents"])
+        draft = run.begin(out, known, place, resume=resume, accept_changes=accept_changes)
+        setup = prepare(config, start, draft, place, device)
+        state, decoder, prompts = setup.state, setup.state.decoder, setup.prompts
+        if newest := run.newest(draft):
+            state.restore(newest)
+        told_of = config.loss.eps_low, config.loss.eps_high, config.loss.level
+        objective = Objective(
+            config.num_samples, config.max_tokens, *told_of, config.loss.most_weight
+        )
+        judged_id = Path(config.model).name
+        with (
+            run.Signals() as signals,
+            run.memory_and_disk(config.micro_tokens, out),
+            asyncio.Runner() as runner,
+        ):
+            stack = AsyncExitStack()
+            own, other = runner.run(stack.enter_async_context(judges(config, judged_id)))
+            verifier = Verifier(start.tokenizer, setup.cases, own, config.reward)
+            reporter = Verifier(start.tokenizer, setup.cases, other, config.reward)
+            watch = Watch(
+                draft, state, setup.watched, HeldoutConfig(every_tokens=1), config.steps, show
+            )
+            rollouts = watching.Rollouts(draft, state.files.get(watching.ROLLOUTS, 0))
+            for line in prompts.lines():
+                note(line)
+            is_due = state.owes_measure
+            while state.step < config.steps:
+                began, before = time.monotonic(), state.tokens
+                setup.sampler.load(decoder, partial(every_weight, decoder))
+                packed = time.monotonic() - began
+                held = {}
+                if is_due:
+                    held = runner.run(answer_heldout(config, setup, reporter, place))
+                    note(f"step {state.step}: held-out score {held['heldout/score']:.3f}")
+                drawn = draw(config, setup, verifier, runner, place)
+                judged, batches = drawn.judged, drawn.batches
+                seen = held | {"time/packing_seconds": packed} | drawn.figures
+                training = time.monotonic()
+                for _ in range(config.updates):
+                    policy = PolicyStep(objective, place.size)
+                    grads, more, batches = policy_gradients(decoder, batches, policy, setup.kinds)
+                    run.require_finite(grads, state.step + 1, drawn.where)
+                    watching.require_sound(config.watch, state.step + 1, seen | more)
+                    phases, warmup = [Phase(config.steps, "constant")], config.warmup_steps
+                    rate = learning_rate(state.step, phases, warmup, config.optimizer.rates)
+                    state.update(grads, rate, config.optimizer)
+                    prompts.measured = seen | more
+                    prompts.measured["time/training_seconds"] = time.monotonic() - training
+                    watch.step(grads, rate, began, [n for one in batches for n in one.lengths])
+                    seen = {name: value for name, value in seen.items() if name not in held}
+                if place.rank == 0:
+                    rollouts.add(state.step, judged[: config.watch.samples], setup.cases)
+                    if told_why := watching.alarm(
+                        list(read_metrics(draft / METRICS)), config.watch.alarm_steps
+                    ):
+                        note(f"ALARM at step {state.step}: {told_why}.")
+                is_due = due(config.watch.every_steps, state.step - config.updates, state.step)
+                state.owes_measure = is_due
+                is_last, is_stopping = state.step == config.steps, signals.stop_asked(device)
+                if is_last or is_stopping or due(config.state.every_tokens, before, state.tokens):
+                    state.files = watch.sizes() | rollouts.sizes()
+                    state.save(draft, config.state.keep)
+                if is_stopping and not is_last:
+                    raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
+            setup.sampler.load(decoder, partial(every_weight, decoder))
+            measured = runner.run(answer_heldout(config, setup, reporter, place))
+            note(f"at the end: held-out score {measured['heldout/score']:.3f}")
+            watch.write(measured)
+            watch.finish(0)
+            runner.run(stack.aclose())
+            run.export(state, start.tokenizer, start.generation, draft)
+    if place.rank:
+        return out
+    shutil.rmtree(draft / "packed", ignore_errors=True)
+    watching.write_page(draft, config)
+    lost = forgetting.compare(config.forgetting, config.model, draft, frozenset(), progress, note)
+    record = replace(record, began_seconds=watch.began)
+    run.settle(draft, out, record, NOTE, measured | lost.figures())
+    forgetting.check(lost, config.forgetting.max_forgetting)
+    return out

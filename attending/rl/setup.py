@@ -1,0 +1,125 @@
+"""Before the loop: model, cases, sampler, judges, optimizer."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from attending import artifact
+from attending.errors import ConfigError
+from attending.evaluate.judging import EMBEDDED, JudgeSetup, open_judge
+from attending.mesh import World
+from attending.model.decoder import Decoder
+from attending.rl.cases import read_cases
+from attending.rl.prompts import Prompts
+from attending.rl.recipe import RlConfig
+from attending.rl.sampler import LocalSampler, Sampler
+from attending.rl.types import Case
+from attending.rl.vllm import RemoteSampler
+from attending.train import run
+from attending.train.optimizer import adamw
+from attending.train.parallel import build
+from attending.train.start import Start
+from attending.train.state import TrainState
+from attending.train.watch import Watched
+from attending.verifier.judge.verdict import Judge
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run works with."""
+
+    state: TrainState
+    prompts: Prompts
+    """The state's reader."""
+    heldout: Prompts
+    cases: Mapping[str, Case]
+    """By id, held-out ones too."""
+    kinds: list[str]
+    sampler: Sampler
+    watched: Watched
+
+
+def told(config: RlConfig, start: Start) -> dict[str, Any]:
+    """What decides a run; a changed file of cases is seen on resume."""
+    files = [{"uri": one, "sha256": _digest(one)} for one in (config.cases, config.heldout)]
+    return {**config.model_dump(mode="json"), "parents": [start.parent, *files]}
+
+
+def prepare(
+    config: RlConfig, start: Start, draft: Path, place: World, device: torch.device
+) -> Setup:
+    """Read the cases, build model, optimizer and sampler.
+
+    Raises:
+        ConfigError: Recipe, cases and model do not fit each other.
+    """
+    if config.prompts % place.size:
+        raise ConfigError(f"prompts={config.prompts} cannot be dealt to {place.size} processes.")
+    if config.max_prompt + config.max_tokens > start.arch.context:
+        raise ConfigError(
+            f"max_prompt + max_tokens is more than the {start.arch.context} tokens of "
+            f"{config.model}: lower them."
+        )
+    run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
+    own, watched = (read_cases(Path(one)) for one in (config.cases, config.heldout))
+    cases = {case.id: case for case in (*own, *watched)}
+    if len(cases) < len(own) + len(watched):
+        raise ConfigError(f"{config.cases} and {config.heldout} share cases: hold them apart.")
+    rest = start.tokenizer, config.template, config.max_prompt, config.seed
+    heldout = Prompts(watched[: config.watch.heldout_cases], *rest)
+    prompts = Prompts(own, *rest)
+    torch.manual_seed(config.seed + place.rank)
+    decoder = build(start.arch, start.fill, place, device, config.compute)
+    optimizer = adamw(decoder.named_parameters(), config.optimizer)
+    stops = frozenset(start.generation["eos_token_id"])
+    sizes = config.max_tokens, config.max_prompt
+    if config.sampler.address:
+        sampler: Sampler = RemoteSampler(config.sampler, start, stops, config.max_tokens, place)
+    else:
+        packed = draft / "packed" / str(place.rank)
+        sampler = LocalSampler(config.sampler, packed, stops, *sizes)
+    kinds = sorted({case.kind for case in cases.values()})
+    state = TrainState(decoder, optimizer, prompts, place)
+    looked = Watched(
+        start.tokenizer, {}, config.micro_tokens, device, decoder.model.norm.weight.dtype
+    )
+    return Setup(state, prompts, heldout, cases, kinds, sampler, looked)
+
+
+def every_weight(decoder: Decoder) -> dict[str, Tensor]:
+    """Official name -> whole tensor, on every rank."""
+    found = get_model_state_dict(decoder, options=StateDictOptions(full_state_dict=True))
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+@asynccontextmanager
+async def judges(config: RlConfig, judged: str) -> AsyncIterator[tuple[Judge | None, Judge | None]]:
+    """Who judges what is learnt from, and what is held out."""
+    async with _judge(config, config.judge, judged) as own:
+        if config.reporter is None:
+            yield own, own
+            return
+        async with _judge(config, config.reporter, judged) as other:
+            yield own, other
+
+
+@asynccontextmanager
+async def _judge(config: RlConfig, source: str | None, judged: str) -> AsyncIterator[Judge | None]:
+    if source is None:
+        yield None
+        return
+    setup = JudgeSetup(source) if source == EMBEDDED else JudgeSetup(source, template="signed")
+    async with open_judge(setup, config.judging, [judged]) as (judge, _):
+        yield judge
+
+
+def _digest(file: str) -> str:
+    if not Path(file).is_file():
+        raise ConfigError(f"{file} is no file: name the cases with --set cases=... and heldout=...")
+    return artifact.digest(Path(file))

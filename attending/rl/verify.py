@@ -1,0 +1,112 @@
+"""Rollouts to verdicts while others are still being written: rules at once, judges side by side."""
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from attending.chat import THINK_OPEN, Tokenizer
+from attending.errors import EndpointError, ReplyError, UsageError
+from attending.rl.recipe import RewardConfig
+from attending.rl.reward import by_rubric, by_rule
+from attending.rl.sampler import Asked, Sampler
+from attending.rl.types import Case, Rollout, Verdict
+from attending.verifier.judge.verdict import Judge
+from attending.verifier.rules import check
+from attending.verifier.rules.rule import answer_of
+
+
+class Judged(NamedTuple):
+    """An answer with its text and verdict."""
+
+    rollout: Rollout
+    text: str
+    verdict: Verdict
+
+
+class Verifier:
+    """What judges the answers to some cases."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        cases: Mapping[str, Case],
+        judge: Judge | None,
+        reward: RewardConfig,
+    ) -> None:
+        """UsageError where rubrics are to be judged and nobody judges."""
+        self._tokenizer, self._cases, self._judge, self._reward = tokenizer, cases, judge, reward
+        lacking = [name for name, case in cases.items() if case.criteria and judge is None]
+        if lacking:
+            raise UsageError(
+                f"{len(lacking)} cases have rubrics, {lacking[0]!r} first, and no judge is named: "
+                "--set judge=embedded, an address, or a model on this machine."
+            )
+
+    async def __call__(self, rollout: Rollout) -> Judged:
+        """A judge that gives no word leaves the answer unscored."""
+        text = self.text_of(rollout)
+        case = self._cases[rollout.case]
+        if case.rule is not None:
+            return Judged(rollout, text, by_rule(str(case.rule["kind"]), check(case.rule, text)))
+        answer = answer_of(text)
+        if not answer:
+            return Judged(rollout, text, Verdict(0.0, "no answer"))
+        assert self._judge is not None
+        try:
+            found = await self._judge(case.rubric, answer)
+        except ReplyError as error:
+            return Judged(rollout, text, Verdict(None, f"the judge failed: {error}"))
+        met = [one.met for one in found]
+        return Judged(rollout, text, by_rubric(case, met, self._reward.form))
+
+    def text_of(self, rollout: Rollout) -> str:
+        """What was written, with the `<think>` that the prompt opened."""
+        opened = self._tokenizer.opens_reasoning(rollout.prompt)
+        return (THINK_OPEN if opened else "") + self._tokenizer.decode(rollout.ids)
+
+
+class Collected(NamedTuple):
+    """All answers of a step."""
+
+    judged: list[Judged]
+    """In the order of what was asked."""
+    seconds: dict[str, float]
+    """Of sampling; and of judging after the last answer was written, not what went on beside."""
+
+
+async def collect(
+    sampler: Sampler, verifier: Verifier, asked: Sequence[Asked], version: int
+) -> Collected:
+    """Write all answers, and judge each as soon as it is whole.
+
+    Raises:
+        EndpointError: The judge is gone; nothing of the step is kept.
+    """
+    loop, began = asyncio.get_running_loop(), asyncio.get_running_loop().time()
+    running: dict[int, asyncio.Task[Judged]] = {}
+    left = threading.Event()
+
+    def judge(place: int, rollout: Rollout) -> None:
+        running[place] = loop.create_task(verifier(rollout))
+
+    def write() -> None:
+        for place, rollout in sampler.sample(asked, version):
+            if left.is_set():
+                return
+            loop.call_soon_threadsafe(judge, place, rollout)
+
+    try:
+        await asyncio.to_thread(write)
+        written = loop.time()
+        found = [await running[place] for place in range(len(asked))]
+    except EndpointError as error:
+        raise EndpointError(
+            f"the judge is gone: {error} The last saved state is whole; --resume goes on."
+        ) from None
+    finally:
+        left.set()
+        for task in running.values():
+            task.cancel()
+    spent = {"time/sampling_seconds": written - began}
+    return Collected(found, spent | {"time/judging_seconds": loop.time() - written})

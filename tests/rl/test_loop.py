@@ -1,0 +1,205 @@
+"""Reinforcement learning from end to end, on a model of a few thousand weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import attending
+from attending.errors import CheckFailed, ConfigError, EndpointError, UsageError
+from attending.logs import read_metrics
+from attending.rl import loop, watch
+from attending.rl.estimate import estimate
+from attending.rl.loop import rl
+from attending.rl.recipe import RlConfig, WatchConfig
+from tests.pretrain.conftest import one_thread  # noqa: F401  (a fixture)
+from tests.train.making import CHATML, LLAMA, HaltedError, halt_at, make_model, make_tokenizer
+
+RULE = {"kind": "regex", "pattern": "e"}
+Made = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A model of noise, and cases that an answer with an e in it passes."""
+    folder = tmp_path_factory.mktemp("rl")
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    (tokenizer / "chat_template.jinja").write_text(CHATML, "utf-8")
+    model = make_model(folder / "model", tokenizer, {**LLAMA, "max_position_embeddings": 128})
+    for name, words in (("train", "abcdefghij"), ("heldout", "klmn")):
+        rows = [
+            {
+                "id": f"{name}-{word}",
+                "messages": [{"role": "user", "content": word}],
+                "kind": "letters",
+                "rule": RULE,
+            }
+            for word in words
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return folder, model
+
+
+def recipe(made: Made, **changes: Any) -> RlConfig:
+    values: dict[str, Any] = {
+        "model": str(made[1]),
+        "cases": str(made[0] / "train.jsonl"),
+        "heldout": str(made[0] / "heldout.jsonl"),
+        "steps": 4,
+        "prompts": 4,
+        "group": 4,
+        "max_tokens": 8,
+        "max_prompt": 32,
+        "micro_tokens": 128,
+        "sampler": {"weights": "float"},
+        "optimizer": {"peak": 1e-2, "final": 1e-2, "warmup_tokens": 0, "skip_window": 0},
+        "state": {"every_tokens": 20},
+        "watch": {"every_steps": 2, "heldout_answers": 8},
+    }
+    return RlConfig.build({**values, **changes})
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(out / "metrics.jsonl") if "rl/reward" in row]
+
+
+@pytest.mark.parametrize("weights", ["float", "w8"])
+def test_what_is_rewarded_is_written_more_often(made: Made, tmp_path: Path, weights: str) -> None:
+    notes: list[str] = []
+    config = recipe(made, steps=30, sampler={"weights": weights, "threads": 1})
+    out = rl(config, tmp_path / "out", note=notes.append)
+    told = rows(out)
+    assert len(told) == 30
+    first, last = (sum(row["rl/reward"] for row in part) / 5 for part in (told[:5], told[-5:]))
+    assert first < 0.5 and last > first + 0.3
+    held = [
+        row["heldout/score"]
+        for row in read_metrics(out / "metrics.jsonl")
+        if "heldout/score" in row
+    ]
+    assert held[-1] > held[0] + 0.3
+    limit = 1e-9 if weights == "float" else 1e-3
+    assert all(row["rl/mismatch_kl_nats"] < limit for row in told if "rl/mismatch_kl_nats" in row)
+    assert {"time/sampling_seconds", "time/training_seconds", "rl/zero_advantage_share"} <= {
+        *told[0]
+    }
+    assert attending.load(out).arch.family == "llama"
+    page = (out / "rollouts.html").read_text("utf-8")
+    assert "Step 30" in page and "train-" in page and "<script" not in page
+    assert not (out / "packed").exists() and any("10 cases" in line for line in notes)
+
+
+def test_resume_is_bitwise_and_samples_the_same(made: Made, tmp_path: Path) -> None:
+    whole = rl(recipe(made), tmp_path / "whole")
+    with pytest.raises(HaltedError):
+        rl(recipe(made), tmp_path / "cut", show=halt_at(3))
+    cut = rl(recipe(made), tmp_path / "cut", resume=True)
+    one, other = (load_file(out / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (whole / "rollouts.jsonl").read_bytes() == (cut / "rollouts.jsonl").read_bytes()
+    clocks = ("run/", "time/", "train/tokens_per_second", "train/ceiling", "train/peak")
+
+    def told(out: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows(out)]
+
+    assert told(whole) == told(cut)
+
+
+def test_groups_that_agree_teach_nothing_and_are_counted(made: Made, tmp_path: Path) -> None:
+    cases = tmp_path / "cases.jsonl"
+    lines = (made[0] / "train.jsonl").read_text("utf-8").splitlines()
+    told = [json.loads(line) | {"rule": {"kind": "regex", "pattern": "(?s).*"}} for line in lines]
+    cases.write_text("".join(json.dumps(row) + "\n" for row in told), "utf-8")
+    out = rl(recipe(made, cases=str(cases)), tmp_path / "out")
+    assert all(row["rl/zero_advantage_share"] == 1 for row in rows(out))
+    one, other = (load_file(path / "model.safetensors") for path in (made[1], out))
+    assert all(torch.equal(one[k], other[k]) for k in one if one[k].dim() == 1)  # undecayed
+
+
+def test_several_updates_on_one_draw(made: Made, tmp_path: Path) -> None:
+    out = rl(recipe(made, updates=2), tmp_path / "out")
+    told = rows(out)
+    assert len(told) == 4 and told[0]["rl/reward"] == told[1]["rl/reward"]
+    assert told[0]["rl/clip_share"] == 0 and told[0]["rl/reward"] != told[2]["rl/reward"]
+
+
+def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"max_prompt": 4}, "no case is left of 4: 4 long"),
+        ({"prompts": 11}, "prompts=11 of a step, and there are 10"),
+        ({"heldout": str(made[0] / "train.jsonl")}, "share cases"),
+        ({"cases": str(tmp_path / "none")}, "none is no file"),
+        ({"max_prompt": 125, "micro_tokens": 256}, "more than the 128 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            rl(recipe(made, **changes), tmp_path / "out")
+    with pytest.raises(ConfigError, match="micro_tokens must hold a whole group"):
+        recipe(made, micro_tokens=32)
+    rubric = [{"criterion": "Says e.", "points": 5, "tags": []}]
+    row = {"id": "x", "messages": [{"role": "user", "content": "x"}], "kind": "k"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row | {"rubrics": rubric}) + "\n", "utf-8")
+    with pytest.raises(UsageError, match="1 cases have rubrics, 'x' first, and no judge"):
+        rl(recipe(made, cases=str(tmp_path / "r.jsonl"), prompts=1), tmp_path / "out")
+
+
+def test_changed_cases_are_told_on_resume(made: Made, tmp_path: Path) -> None:
+    cases = tmp_path / "cases.jsonl"
+    cases.write_text((made[0] / "train.jsonl").read_text("utf-8"), "utf-8")
+    config = recipe(made, cases=str(cases))
+    with pytest.raises(HaltedError):
+        rl(config, tmp_path / "out", show=halt_at(3))
+    cases.write_text(cases.read_text("utf-8").replace('"a"', '"A"'), "utf-8")
+    with pytest.raises(ConfigError, match="sha256"):
+        rl(config, tmp_path / "out", resume=True)
+
+
+def test_limits_stop_a_run(made: Made, tmp_path: Path) -> None:
+    config = recipe(made, watch={"min_entropy": 100.0})
+    with pytest.raises(CheckFailed, match="stopped at step 1: the answers have become alike"):
+        rl(config, tmp_path / "out")
+
+
+def test_an_alarm_says_why_a_reward_is_not_to_be_trusted() -> None:
+    def made_rows(held: tuple[float, float], lengths: tuple[int, int], cut: float) -> Any:
+        half = 10
+        return [
+            {
+                "step": step,
+                "rl/reward": step / 20,
+                "rl/length_tokens": lengths[step >= half],
+                "rl/cut_share": cut,
+                **({"heldout/score": held[step > 0]} if step in (0, 19) else {}),
+            }
+            for step in range(20)
+        ]
+
+    assert watch.alarm(made_rows((0.2, 0.3), (10, 11), 0.0), 20) == ""
+    assert "held-out score falls (0.300 -> 0.200)" in watch.alarm(
+        made_rows((0.3, 0.2), (10, 11), 0.0), 20
+    )
+    assert "with the length (10 -> 30 tokens)" in watch.alarm(
+        made_rows((0.2, 0.3), (10, 30), 0.0), 20
+    )
+    assert "95% of the answers are cut" in watch.alarm(made_rows((0.2, 0.3), (10, 11), 0.95), 20)
+    falling = [{**row, "rl/reward": -row["rl/reward"]} for row in made_rows((1, 0), (1, 9), 1)]
+    assert watch.alarm(falling, 20) == "" and watch.alarm(falling[:5], 20) == ""
+
+
+def test_a_judge_that_dies_ends_the_run_with_its_state(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dead(*_: Any) -> Any:
+        raise EndpointError("gone.")
+
+    monkeypatch.setattr(loop.Verifier, "__call__", dead)
+    with pytest.raises(EndpointError, match=r"the judge is gone: gone\. The last saved state"):
+        rl(recipe(made), tmp_path / "out")
+
+
+def test_the_estimate_has_its_arithmetic(made: Made) -> None:
+    told = estimate(recipe(made))
+    assert told["tokens_written"] == 4 * 16 * 8 and "bench" in told["arithmetic"]
+    assert WatchConfig().every_steps == 10
