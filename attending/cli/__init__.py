@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from attending import __version__, logs
-from attending.cli import build, evaluating, interview, judging, measure, privacy, train, use
+from attending.cli import (
+    build,
+    evaluating,
+    interview,
+    judging,
+    measure,
+    practice,
+    privacy,
+    train,
+    use,
+)
 from attending.cli.terminal import err, escape, out
 from attending.errors import AttendingError
 from attending.mesh import SHORT_SPIN
@@ -34,9 +44,15 @@ for verb in (
     build.corpus,
     build.tokenizer,
     train.pretrain,
+    train.midtrain,
+    train.sft,
+    train.prefer,
+    practice.cases,
+    train.rl,
 ):
     app.command()(verb)
 app.command("eval")(evaluating.evaluate)
+app.command()(evaluating.rejection)
 app.add_typer(privacy.app, name="phi")
 app.add_typer(judging.app, name="judge")
 

@@ -142,6 +142,52 @@ def evaluate(
     results.check(report, 1.0 if graded else config.max_unanswered_share)
 
 
+def rejection(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe, or a .toml file.")],
+    models: Annotated[
+        list[str], typer.Argument(help="The model that writes; others vote where no rule decides.")
+    ],
+    data: DataOption = None,
+    judge: Annotated[str | None, typer.Option(help="A model that judges, or `embedded`.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="A value: a.b=c.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: out/rejection-RECIPE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the recipe and what it takes; end.")
+    ] = False,
+    model_key_variable: KeyOption = None,
+    model_price: PriceOption = None,
+    judge_id: IdOption = "",
+    judge_key_variable: KeyOption = None,
+    judge_price: PriceOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Let a model write, and keep what the verifier passes as dialogues for `attending sft`."""
+    import asyncio
+
+    from attending.evaluate.run import takes
+    from attending.sft import rejection as own
+
+    config = own.RejectionConfig.load(recipe, "rejection", change or [])
+    tasks, to = own.build(config, data), to or Path("out") / f"rejection-{Path(recipe).stem}"
+    if dry_run:
+        told = takes(config, tasks)
+        print_json({"recipe": config.model_dump(mode="json"), "takes": told})
+        return
+    asked = Opening(judge, judge_id, judge_key_variable, judge_price, None)
+    setup = _judge(asked, config, None, None, False)
+    setups = _models(models, tasks, model_key_variable, model_price, config)
+    with _run(config, tasks, setups, setup, to, resume) as run:
+        counts = asyncio.run(own.sample(run))
+    if as_json:
+        print_json(dict(counts))
+        return
+    err.print(escape(", ".join(f"{count:,} {name}" for name, count in counts.items())))
+    out.print(str(to / "kept.jsonl"), markup=False)
+
+
 def _changed(config: "EvalConfig", rows: str | None, limit: int | None) -> "EvalConfig":
     """With the rows and the limit of the command line."""
     tasks = config.model_dump(mode="json")["tasks"]

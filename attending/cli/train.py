@@ -1,56 +1,171 @@
 """The verbs that train; each is the same under torchrun."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from attending.cli.build import DryRunOption, ResumeOption, SetOption
 from attending.cli.terminal import JsonFlag, err, escape, out, print_json
+from attending.errors import CheckFailed
 from attending.mesh import world
 
 if TYPE_CHECKING:
+    from attending.sources import Progress as Counted
     from attending.train.watch import Progress as Told
     from attending.train.watch import Show
 
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe, or a .toml file.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write.")]
 AcceptOption = Annotated[
     bool, typer.Option("--accept-changes", help="Resume although the recipe has changed.")
+]
+ForgettingOption = Annotated[
+    float | None,
+    typer.Option(help="Fail (exit 3) where something kept is worse by more than this share."),
 ]
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe, or a .toml file.")],
+    recipe: RecipeArgument,
     set_: SetOption = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+    out_dir: OutOption = None,
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     accept_changes: AcceptOption = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train a base model from token shards; the same under torchrun."""
-    from attending.pretrain.recipe import PretrainConfig
+    how = {"resume": resume, "accept_changes": accept_changes}
+    _train("pretrain", recipe, set_ or (), out_dir, dry_run, as_json, how)
 
-    config = PretrainConfig.load(recipe, "pretrain", set_ or ())
+
+def midtrain(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out_dir: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    accept_changes: AcceptOption = False,
+    max_forgetting: ForgettingOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Teach a model a domain and keep what it knew; the same under torchrun."""
+    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
+    pairs = [*(set_ or ()), *_limit(max_forgetting)]
+    _train("midtrain", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+
+
+def sft(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out_dir: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    accept_changes: AcceptOption = False,
+    max_forgetting: ForgettingOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Tune a model on dialogues, all weights or adapters; the same under torchrun."""
+    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
+    pairs = [*(set_ or ()), *_limit(max_forgetting)]
+    _train("sft", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+
+
+def prefer(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out_dir: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    accept_changes: AcceptOption = False,
+    max_forgetting: ForgettingOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Tune a model on preferences: DPO, TDPO, ELO, a reward model, PPO."""
+    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
+    pairs = [*(set_ or ()), *_limit(max_forgetting)]
+    _train("prefer", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+
+
+def rl(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out_dir: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    accept_changes: AcceptOption = False,
+    max_forgetting: ForgettingOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Reinforce what a verifier rewards: Baichuan-M2's improved GRPO; the same under torchrun."""
+    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
+    pairs = [*(set_ or ()), *_limit(max_forgetting)]
+    _train("rl", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+
+
+def _train(
+    verb: str,
+    recipe: str,
+    pairs: Sequence[str],
+    out_dir: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    how: dict[str, Any],
+) -> None:
+    """Every stage is `attending/VERB/{recipe,estimate,loop}.py`."""
+    room = f"attending.{verb}"
+    config_of: Any = vars(import_module(f"{room}.recipe"))[f"{verb.capitalize()}Config"]
+    config = config_of.load(recipe, verb, pairs)
     if dry_run:
-        from attending.pretrain.estimate import estimate
-
-        print_json({"recipe": config.model_dump(mode="json"), "takes": estimate(config)})
+        takes = import_module(f"{room}.estimate").estimate(config)
+        print_json({"recipe": config.model_dump(mode="json"), "takes": takes})
         return
-    from attending.pretrain.loop import pretrain as run
-
-    target = out_dir or Path("out") / f"pretrain-{Path(recipe).stem}"
+    run: Any = vars(import_module(f"{room}.loop"))[verb]
+    target = out_dir or Path("out") / f"{verb}-{Path(recipe).stem}"
     with _training_bar() as show:
-        made = run(config, target, resume=resume, accept_changes=accept_changes, show=show)
+        try:
+            run(config, target, show=show, **how)
+        except CheckFailed:
+            _tell(target, as_json)  # it is made all the same
+            raise
+    _tell(target, as_json)
+
+
+def _tell(made: Path, as_json: bool) -> None:
     if world().rank:
         return
     if as_json:
         print_json(json.loads((made / "run.json").read_text("utf-8"))["metrics"])
         return
     out.print(str(made), markup=False)
+
+
+def _limit(max_forgetting: float | None) -> list[str]:
+    """As `--set` says it."""
+    return [] if max_forgetting is None else [f"forgetting.max_forgetting={float(max_forgetting)}"]
+
+
+def _note(line: str) -> None:
+    err.print(f"[dim]{escape(line)}[/]")
+
+
+def _counted() -> "Counted":
+    """A line for every tenth of a task's answers."""
+    told: set[tuple[str, int]] = set()
+
+    def show(done: int, total: int | None, name: str) -> None:
+        tenth = 10 * done // (total or 1)
+        if (name, tenth) not in told:
+            told.add((name, tenth))
+            _note(f"{name}: {done} of {total}")
+
+    return show
 
 
 @contextmanager

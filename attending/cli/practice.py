@@ -1,0 +1,65 @@
+"""`attending cases`: what reinforcement learning practises on."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from attending.cli.terminal import err, escape, out, progress_bar
+from attending.errors import UsageError
+
+
+def cases(
+    kind: Annotated[str, typer.Argument(help="dosage, format, options or rubric.")],
+    to: Annotated[Path, typer.Option("--out", help="JSONL file to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Of cases.")] = 200,
+    level: Annotated[int, typer.Option(min=1, help="From 1, the easiest.")] = 1,
+    part: Annotated[
+        Literal["train", "held_out"],
+        typer.Option(help="They share no subject, numbers or wording."),
+    ] = "train",
+    seed: Annotated[int, typer.Option(help="The same one gives the same cases.")] = 0,
+    medquad: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="MedQuAD's JSONL file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Keep cases that this model passes sometimes: a source or an address."),
+    ] = None,
+    answers: Annotated[int, typer.Option(min=2, help="Of the model to each case.")] = 8,
+    low: Annotated[float, typer.Option(min=0, max=1, help="Least pass rate.")] = 0.2,
+    high: Annotated[float, typer.Option(min=0, max=1, help="Greatest pass rate.")] = 0.8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 48,
+) -> None:
+    """Make cases with exact answers, or criteria, for `attending rl`."""
+    import asyncio
+
+    from attending import endpoint
+    from attending.rl import cases as own
+    from attending.rl.tasks import make
+
+    if to.exists():
+        raise UsageError(f"{to.name} exists; choose another name or remove it first.")
+    made = list(make(kind, count, seed, level, medquad, part))
+    if model is not None:
+
+        async def ask() -> dict[str, list[str]]:
+            async with endpoint.open(model) as opened:
+                with progress_bar(of_bytes=False) as progress:
+                    return await own.measure(opened, made, answers, max_tokens, progress)
+
+        rates = own.pass_rates(made, asyncio.run(ask()))
+        chosen = own.choose(made, rates, low, high)
+        mean = sum(rates.values()) / max(len(rates), 1)
+        err.print(
+            escape(
+                f"{model} passes {mean:.0%} of its answers; kept {len(chosen.cases)}, too hard "
+                f"{chosen.too_hard}, too easy {chosen.too_easy}, unmeasured {chosen.unmeasured}"
+            )
+        )
+        made = chosen.cases
+    if not made:
+        raise UsageError("no case is left: take another level, or a wider band.")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    own.write_cases(to, made)
+    out.print(str(to), markup=False)
