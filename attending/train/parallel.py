@@ -6,6 +6,8 @@ gradients and optimizer state are cut among the ranks; embedding, last norm and 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,7 @@ from attending.model.attend import Packed
 from attending.model.decoder import Attend, Decoder
 from attending.train.recipe import ComputeConfig
 
+PATIENCE = timedelta(hours=12)
 Fill = Callable[[str, Tensor], object]
 
 
@@ -42,7 +45,8 @@ def process_group(precision: str) -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(device)
     backend = "nccl" if on_cuda else "gloo"
     if place.size > 1:
-        dist.init_process_group(backend)
+        # Rank 0 may prepare data, or wait for answers, for long while the others wait.
+        dist.init_process_group(backend, timeout=PATIENCE)
     elif precision == "bfloat16":
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     else:
@@ -116,6 +120,15 @@ def total(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every rank has, by rank; of plain values."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def barrier() -> None:

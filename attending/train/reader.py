@@ -232,8 +232,15 @@ class PackedReader:
     def _refilled(self, name: str) -> list[Piece]:
         pool = self._pools[name]
         while len(pool) < POOL:
+            if pool and not self._cuts and self._ends_epoch(name):
+                break  # all dialogues of an epoch before any of the next
             pool.append(self._draw(name))
         return pool
+
+    def _ends_epoch(self, name: str) -> bool:
+        epoch, shard, at = self._next[name]
+        is_last = shard == len(self.shards.shards) - 1
+        return is_last and at >= len(self._order(name, epoch, shard))
 
     def _draw(self, name: str) -> Piece:
         """The next document of a group."""

@@ -20,7 +20,7 @@ from attending.errors import CheckpointError, TrainingError, UsageError
 from attending.mesh import World
 from attending.model.weights import save_model
 from attending.train.parallel import barrier, total, whole_weights
-from attending.train.state import STATES, TOLD, TrainState, require_unchanged, states
+from attending.train.state import MODEL, STATES, TOLD, TrainState, require_unchanged, states
 from attending.train.step import Gradients
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,13 @@ class Stopped(UsageError):  # noqa: N818  (asked for, not a fault)
 
 
 def begin(
-    out: Path, told: Mapping[str, Any], place: World, *, resume: bool, accept_changes: bool
+    out: Path,
+    told: Mapping[str, Any],
+    place: World,
+    *,
+    resume: bool,
+    accept_changes: bool,
+    final: str = MODEL,
 ) -> Path:
     """The draft folder `OUT.tmp` of a run that begins or goes on; every rank calls it.
 
@@ -41,6 +47,7 @@ def begin(
         place: Among all ranks.
         resume: It is to go on.
         accept_changes: Although `told` has changed.
+        final: A pattern of what must not have.
 
     Raises:
         UsageError: OUT exists, or a stopped run lies there and `resume` was not asked for.
@@ -56,7 +63,7 @@ def begin(
         )
     barrier()  # all have looked before one writes
     if has_state:
-        require_unchanged(draft / STATES, told, accept=accept_changes)
+        require_unchanged(draft / STATES, told, accept=accept_changes, final=final)
     elif resume:
         log.info("%s holds no state to go on from: the run begins", draft.name)
     barrier()
@@ -112,7 +119,7 @@ def memory_and_disk(micro_tokens: int, out: Path) -> Iterator[None]:
         if not is_full and "allocate memory" not in str(error):
             raise
         raise TrainingError(
-            f"out of memory with batch.micro_tokens={micro_tokens}. Halve it (the result does not "
+            f"out of memory with micro_tokens={micro_tokens}. Halve it (the result does not "
             "change) or set compute.recompute=true, then go on with --resume --accept-changes."
         ) from None
 
@@ -169,5 +176,6 @@ def require_vocabulary(largest: int, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise CheckpointError(
             f"the tokenizer's ids go up to {largest} and the model's vocabulary is {vocab_size}: "
-            f"set model.vocab_size to at least {largest + 1}, best a multiple of 128."
+            f"they do not belong together. Where the model is still to be made, set "
+            f"model.vocab_size to at least {largest + 1}, best a multiple of 128."
         )

@@ -7,6 +7,7 @@ torch's: resume from folders that you wrote yourself.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ from attending.train.schedule import Norms, adaptive_update
 from attending.train.step import Gradients, clip
 
 STATES, PROGRESS, TOLD = "state", "progress.json", "told.json"
+MODEL = r"model\."  # the shape of what is trained
 COUNTS = ("step", "tokens", "skipped", "owes_measure", "files")
 
 
@@ -78,6 +80,9 @@ class TrainState:
             rate: Of learning.
             config: Its guards.
         """
+        if not found.norm:  # nothing was taught; no norm to remember
+            self.step, self.tokens = self.step + 1, self.tokens + found.tokens
+            return
         made, self.norms = adaptive_update(self.norms, found.norm, config.rule)
         if made:
             clip(self.decoder.parameters(), config.clip_norm, found.norm)
@@ -190,20 +195,22 @@ def differences(before: object, now: object, at: str = "") -> list[str]:
     return found
 
 
-def require_unchanged(folder: Path, told: Mapping[str, Any], *, accept: bool) -> None:
+def require_unchanged(
+    folder: Path, told: Mapping[str, Any], *, accept: bool, final: str = MODEL
+) -> None:
     """Refuse to go on with what a run was not told at its start, unless it is accepted.
 
     Raises:
-        ConfigError: It has changed; the message lists how. The model's shape is never accepted.
+        ConfigError: It has changed; the message lists how. What `final` matches is never accepted.
     """
     file = folder / TOLD
     if not file.is_file():
         raise CheckpointError(f"{file.name} is absent: there is no telling what the run was told.")
     changed = differences(json.loads(file.read_text(encoding="utf-8")), told)
-    final = [line for line in changed if line.startswith("model.")]
-    if final or (changed and not accept):
-        remedy = "the model cannot change on the way: set these back, or begin anew."
-        if not final:
+    fixed = [line for line in changed if re.match(final, line)]
+    if fixed or (changed and not accept):
+        remedy = "these cannot change on the way: set them back, or begin anew."
+        if not fixed:
             remedy = "set these back, or go on with the new values by --accept-changes."
-        lines = "\n  ".join(final or changed)
+        lines = "\n  ".join(fixed or changed)
         raise ConfigError(f"the run was begun with another recipe:\n  {lines}\n{remedy}")

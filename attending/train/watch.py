@@ -143,7 +143,8 @@ class Watch:
     def finish(self, context: int) -> dict[str, float]:
         """The last measure, of all held-out documents, with intervals; every rank calls it."""
         found, lines = self._measure_all(context, "")
-        self.write(found)
+        if found:
+            self.write(found)
         self._tell([*lines, *self._samples()])
         if self._is_first:
             self._log.close()

@@ -215,7 +215,7 @@ def test_memory_that_ends_names_the_setting(
         raise error
 
     monkeypatch.setattr("attending.pretrain.loop.next_token_loss", fail)
-    with pytest.raises(TrainingError, match=r"batch.micro_tokens=64. Halve it.*recompute"):
+    with pytest.raises(TrainingError, match=r"micro_tokens=64. Halve it.*recompute"):
         pretrain(recipe(*text), tmp_path / "out")
 
 
@@ -356,7 +356,7 @@ def test_another_model_is_never_accepted_on_the_way(
     with pytest.raises(HaltedError):
         pretrain(recipe(*text), tmp_path / "out", show=halt_at(6))
     changed = recipe(*text, model={**M1, **change})
-    with pytest.raises(ConfigError, match=r"(?s)model\.\w+: .*the model cannot change on the way"):
+    with pytest.raises(ConfigError, match=r"(?s)model\.\w+: .*these cannot change on the way"):
         pretrain(changed, tmp_path / "out", resume=True, accept_changes=True)
     (tmp_path / "out.tmp" / "state" / "told.json").unlink()
     with pytest.raises(CheckpointError, match="no telling"):

@@ -197,3 +197,13 @@ def test_what_is_context_has_no_weight(tmp_path: Path, shards: Shards) -> None:
     assert batch.ids.tolist() == plain.ids.tolist()
     assert batch.targets.tolist() == plain.targets.tolist()
     assert batch.weights.tolist() == read.trained(0)[1:].astype(float).tolist()
+
+
+def test_an_epoch_of_dialogues_ends_before_the_next_begins(shards: Shards) -> None:
+    reader = PackedReader(shards, {"general": 1.0}, 0, by_domain(shards.index), cuts=False)
+    own = np.flatnonzero(column(shards, "domain") == 0).tolist()
+    seen: list[int] = []
+    while len(seen) < 3 * len(own):
+        seen += [piece.document for piece in reader.row(200)]
+    for epoch in range(3):
+        assert sorted(seen[epoch * len(own) : (epoch + 1) * len(own)]) == own
