@@ -15,7 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from attending.artifact import write_json
 from attending.config import Config
-from attending.errors import CheckFailed
+from attending.errors import CheckFailed, ConfigError
 from attending.evaluate import results
 from attending.evaluate.page import Change, changes, draw_changes
 from attending.evaluate.recipe import EvalConfig
@@ -81,6 +81,16 @@ class Forgetting(NamedTuple):
             told = f"{one.before or 0:.3f} -> {one.after or 0:.3f}; gain {one.gain:+.3f}{ends}"
             found.append(f"{one.task}, {one.metric}: {told}, {one.says}")
         return found
+
+
+def require_measured(config: ForgettingConfig, kept: frozenset[str]) -> None:
+    """Before training: ConfigError where a limit is set and nothing that counts is measured."""
+    if config.max_forgetting is not None and config.data is None and not kept:
+        raise ConfigError(
+            f"max_forgetting={config.max_forgetting} would compare nothing: name the folder with "
+            f"the data of the suite {config.suite} (--set forgetting.data=DIR), or mark held-out "
+            "parts as is_kept."
+        )
 
 
 def compare(

@@ -19,6 +19,9 @@ from attending.train.schedule import due, learning_rate
 from attending.train.step import accumulate
 from attending.train.watch import Show, Watch
 
+# Of the recipe, what cannot change on the way: `state.require_unchanged`.
+FINAL = r"(model|teacher|corpus|context|heldout\.final_tokens|parents)\b"
+FINAL += r"|parts\.\w+(\.(domain|sources)\b|:)"
 NOTE = (
     "A model gone on with on medical text, for demonstration: what it says about medicine is often "
     "wrong. What that cost stands in forgetting.json."
@@ -61,11 +64,14 @@ def midtrain(
         recipe = config.model_dump(mode="json")
         record = artifact.Record("midtrain", recipe, config.seed, parents(config, start, teacher))
         told = {**recipe, "parents": record.parents}
-        draft = run.begin(out, told, place, resume=resume, accept_changes=accept_changes)
+        draft = run.begin(
+            out, told, place, resume=resume, accept_changes=accept_changes, final=FINAL
+        )
         setup = prepare(config, start, teacher, place, device)
         state, decoder, reader = setup.state, setup.state.decoder, setup.reader
         if newest := run.newest(draft):
             state.restore(newest)
+            reader.remix({name: part.share for name, part in config.parts.items()})
         with run.Signals() as signals, run.memory_and_disk(config.batch.micro_tokens, out):
             watch = Watch(draft, state, setup.watched, config.heldout, config.num_steps, show)
             watch.baseline(config.context)
@@ -94,8 +100,7 @@ def midtrain(
             run.export(state, start.tokenizer, start.generation, draft)
     if place.rank:
         return out
-    kept = frozenset(name for name, part in config.parts.items() if part.is_kept)
-    lost = forgetting.compare(config.forgetting, config.model, draft, kept, progress, note)
+    lost = forgetting.compare(config.forgetting, config.model, draft, setup.kept, progress, note)
     record = replace(record, began_seconds=watch.began)
     run.settle(draft, out, record, NOTE, measured | lost.figures())
     forgetting.check(lost, config.forgetting.max_forgetting)

@@ -1,6 +1,6 @@
 """What a mid-training run is told: the record behind `recipes/midtrain/NAME.toml`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     Field,
@@ -23,6 +23,7 @@ from attending.train.recipe import (
 )
 from attending.train.schedule import Phase, Shape
 
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # also of metrics
 PartLoss = Literal["cross_entropy", "masked_cross_entropy", "self_constraint"]
 
 
@@ -61,7 +62,7 @@ class MidtrainConfig(Config):
     as it begins."""
     corpus: str
     """Folder that `attending corpus` wrote with the model's tokenizer."""
-    parts: dict[str, PartConfig] = Field(min_length=1)
+    parts: dict[Name, PartConfig] = Field(min_length=1)
     """By name; Baichuan-M2 mixes medical, general and maths 2:2:1."""
     divergence: Literal["reverse", "forward"] = "reverse"
     """`reverse` is KL(model || teacher), as Baichuan-M2 prints it; `forward` the other way."""

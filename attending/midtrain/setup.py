@@ -9,6 +9,7 @@ import torch
 
 from attending import artifact
 from attending.errors import CheckpointError, ConfigError
+from attending.evaluate.forgetting import require_measured
 from attending.mesh import World
 from attending.midtrain.loss import DIVERGENCES, MixedLoss
 from attending.midtrain.recipe import MidtrainConfig
@@ -37,6 +38,8 @@ class Setup:
     """The state's."""
     loss: MixedLoss
     watched: Watched
+    kept: frozenset[str]
+    """Sets of held-out documents that training must not cost."""
 
 
 def parents(config: MidtrainConfig, start: Start, teacher: Start) -> list[dict[str, str]]:
@@ -94,11 +97,12 @@ def prepare(
         frozen(teacher, place, device, config.compute) if config.needs_teacher else None,
         DIVERGENCES[config.divergence],
     )
-    heldout = heldout_by_part(Path(config.corpus), config)
+    heldout, kept = heldout_by_part(Path(config.corpus), config)
+    require_measured(config.forgetting, kept)
     dtype = getattr(torch, config.compute.precision)
     micro = config.batch.micro_tokens
     watched = Watched(start.tokenizer, heldout, micro, device, dtype)
-    return Setup(TrainState(decoder, optimizer, reader, place), reader, loss, watched)
+    return Setup(TrainState(decoder, optimizer, reader, place), reader, loss, watched, kept)
 
 
 def frozen(start: Start, place: World, device: torch.device, compute: ComputeConfig) -> Decoder:
@@ -112,9 +116,13 @@ def require_notes(config: MidtrainConfig, shards: Shards, groups: Groups) -> Non
     for number, (name, part) in enumerate(config.parts.items()):
         if part.loss != "masked_cross_entropy":
             continue
-        first, rows = shards.shard(0)
-        own = first + np.flatnonzero(groups.of(rows) == number)[:LOOKED_AT]
-        marked = [not shards.trained(int(one)).all() for one in own]
+        own: list[int] = []
+        for first, rows in map(shards.shard, range(len(shards.shards))):
+            own += (first + np.flatnonzero(groups.of(rows) == number)).tolist()
+            if len(own) >= LOOKED_AT:
+                break
+        own = own[:LOOKED_AT]
+        marked = [not shards.trained(one).all() for one in own]
         if shards.index.get("has_context") is None or not any(marked):
             raise ConfigError(
                 f"part {name}: none of {len(own)} documents looked at has a note between its "
@@ -123,18 +131,23 @@ def require_notes(config: MidtrainConfig, shards: Shards, groups: Groups) -> Non
             )
 
 
-def heldout_by_part(folder: Path, config: MidtrainConfig) -> Mapping[str, Heldout]:
-    """The held-out documents of each part; a part without any is not watched."""
+def heldout_by_part(
+    folder: Path, config: MidtrainConfig
+) -> tuple[Mapping[str, Heldout], frozenset[str]]:
+    """The held-out documents of each part, and which of these sets must be kept.
+
+    A part without any is not watched; one of two domains has two sets.
+    """
     found: dict[str, Heldout] = {}
+    kept: set[str] = set()
     for path in sorted((folder / "heldout").glob("*/index.json")):
         shards = Shards(path.parent)
         groups = by_part(shards.index, config.parts)
         parts = [groups.of(shards.shard(i)[1]) for i in range(len(shards.shards))]
         kinds = np.concatenate([np.empty(0, np.int64), *parts])
-        for number, name in enumerate(config.parts):
-            own = np.flatnonzero(kinds == number).tolist()
-            if own:
-                found[name if name not in found else f"{name}_{path.parent.name}"] = Heldout(
-                    shards, own
-                )
-    return found
+        for number, (part, told) in enumerate(config.parts.items()):
+            if own := np.flatnonzero(kinds == number).tolist():
+                name = part if part not in found else f"{part}_{path.parent.name}"
+                found[name] = Heldout(shards, own)
+                kept |= {name} if told.is_kept else set()
+    return found, frozenset(kept)

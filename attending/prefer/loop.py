@@ -54,6 +54,7 @@ def prefer(
     """
     context, most = config.batch.max_tokens, config.batch.micro_tokens
     with process_group(config.compute.precision) as (place, device):
+        forgetting.require_measured(config.forgetting, frozenset())
         models = open_models(config)
         parents = [{"uri": config.data, "sha256": artifact.digest(Path(config.data))}]
         parents = [*(one.parent for one in {id(m): m for m in models.values()}.values()), *parents]

@@ -20,6 +20,10 @@ from attending.train.start import open_start
 from attending.train.step import accumulate, next_token_loss
 from attending.train.watch import Show, Watch
 
+# Of the recipe, what cannot change on the way: `state.require_unchanged`.
+FINAL = (
+    r"(model|root|data|select|template\w*|context|epochs|seed|parents|lora|heldout\.final_tokens)\b"
+)
 NOTE = (
     "A model tuned on dialogues, for demonstration: what it says about medicine is often wrong. "
     "What that cost stands in forgetting.json."
@@ -57,11 +61,14 @@ def sft(
         Stopped: It was interrupted, and has saved its state.
     """
     with process_group(config.compute.precision) as (place, device):
+        forgetting.require_measured(config.forgetting, frozenset())
         start = open_start(config.model)
         known = told(config, start)
         recipe = config.model_dump(mode="json")
         record = artifact.Record("sft", recipe, config.seed, known["parents"])
-        draft = run.begin(out, known, place, resume=resume, accept_changes=accept_changes)
+        draft = run.begin(
+            out, known, place, resume=resume, accept_changes=accept_changes, final=FINAL
+        )
         for line in write_data(config, start, draft, place):
             note(line)
         setup = prepare(config, start, draft, place, device)

@@ -1,6 +1,6 @@
 """What fine-tuning on dialogues is told: the record behind `recipes/sft/NAME.toml`."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -56,7 +56,7 @@ class SftConfig(Config):
     """What is gone on from: a source, such as `default` or a folder."""
     root: str = "."
     """Folder that the paths of `data` begin at."""
-    data: dict[str, DialogueConfig] = Field(min_length=1)
+    data: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], DialogueConfig] = Field(min_length=1)
     """Dialogues by name."""
     select: SelectConfig | None = None
     """Which of them; None: all that are whole."""

@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(
         with pytest.raises(error, match=words):
             midtrain(recipe(text, **changes), tmp_path / "out")
     masked = {"medical": {"share": 1, "domain": "medical", "loss": "masked_cross_entropy"}}
-    with pytest.raises(ConfigError, match="part medical: none of 35 documents"):
+    with pytest.raises(ConfigError, match="part medical: none of 100 documents"):
         midtrain(recipe(text, parts=masked), tmp_path / "out")
     with pytest.raises(ConfigError, match="a part needs a domain or sources"):
         recipe(text, parts={"medical": {"share": 1}})

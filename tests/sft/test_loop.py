@@ -172,6 +172,19 @@ def test_a_changed_template_is_told_on_resume(made: Made, tmp_path: Path) -> Non
         sft(config, tmp_path / "out", resume=True)
 
 
+def test_a_limit_on_forgetting_that_measures_nothing_is_refused(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_forgetting=0\.02 would compare nothing"):
+        sft(recipe(made, forgetting={"max_forgetting": 0.02}), tmp_path / "out")
+
+
+def test_changed_dialogues_cannot_be_accepted(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(HaltedError):
+        sft(recipe(made), tmp_path / "out", show=halt_at(9))
+    with pytest.raises(ConfigError, match=r"(?s)context: 128 -> 64.*these cannot"):
+        changed = recipe(made, context=64, batch={"tokens": 128, "micro_tokens": 64})
+        sft(changed, tmp_path / "out", resume=True, accept_changes=True)
+
+
 def test_clusters_are_drawn_from_and_told(made: Made, tmp_path: Path) -> None:
     config = recipe(made, select={"budget": 30, "clusters": 6, "similarity": 1.0})
     found = prepare(config, attending.load(made[1]).tokenizer, tmp_path)
