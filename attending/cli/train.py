@@ -132,13 +132,13 @@ def _train(
         try:
             run(config, target, show=show, **how)
         except CheckFailed:
-            _tell(target, as_json)  # it is made all the same
+            _tell(target, as_json)  # where it is made all the same
             raise
     _tell(target, as_json)
 
 
 def _tell(made: Path, as_json: bool) -> None:
-    if world().rank:
+    if world().rank or not (made / "run.json").exists():
         return
     if as_json:
         print_json(json.loads((made / "run.json").read_text("utf-8"))["metrics"])
@@ -152,7 +152,8 @@ def _limit(max_forgetting: float | None) -> list[str]:
 
 
 def _note(line: str) -> None:
-    err.print(f"[dim]{escape(line)}[/]")
+    if not world().rank:
+        err.print(f"[dim]{escape(line)}[/]")
 
 
 def _counted() -> "Counted":

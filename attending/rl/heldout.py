@@ -3,6 +3,7 @@
 import torch
 
 from attending.mesh import World
+from attending.rl.fragments import elicited_share, play
 from attending.rl.recipe import RlConfig
 from attending.rl.sampler import Asked
 from attending.rl.setup import Setup
@@ -16,26 +17,42 @@ async def answer_heldout(
 ) -> dict[str, float]:
     """Mean scores, of all and by kind, lengths and what is unscored; the ranks share the work.
 
-    One answer to a case is the likeliest; several are sampled, always by the same seeds.
+    One answer to a case is the likeliest; several are sampled, always by the same seeds. Of a
+    patient the score is the share of its facts that a whole consultation elicits.
     """
-    count = config.watch.heldout_answers
-    groups = setup.heldout.asked(setup.heldout.prompts, count, 0)[place.rank :: place.size]
-    asked = [one for group in groups for one in group]
+    count, every = config.watch.heldout_answers, setup.heldout.prompts[place.rank :: place.size]
+    plain = [one for one in every if not one.case.patient]
+    asked = [one for group in setup.heldout.asked(plain, count, 0) for one in group]
     if count == 1:
         asked = [Asked(one.case, one.prompt, one.seed, temperature=0.0) for one in asked]
+    spoken = [one for one in every if one.case.patient]
+    fragments = await play(
+        spoken,
+        setup.patients,
+        setup.sampler,
+        setup.room,
+        [config.dialogue.turns] * len(spoken),
+        seed=config.seed,
+        version=setup.state.step,
+        temperature=0.0,
+    )
     found = await collect(setup.sampler, verifier, asked, setup.state.step)
     sums = torch.zeros(len(setup.kinds) + 1, 4, dtype=torch.float64)
     for rollout, _, verdict in found.judged:
         at = setup.kinds.index(setup.cases[rollout.case].kind)
         row = [verdict.score or 0.0, verdict.score is not None, len(rollout.ids), 1.0]
         sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
-    *by_kind, every = total(sums.to(next(setup.state.decoder.parameters()).device)).tolist()
+    for one in fragments:
+        at = setup.kinds.index(one.prompt.case.kind)
+        row = [elicited_share(one), 1.0, 0.0, 1.0]
+        sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
+    *by_kind, every_kind = total(sums.to(next(setup.state.decoder.parameters()).device)).tolist()
     scores = {
         f"heldout/score_{metric_name(kind)}": score / scored
         for kind, (score, scored, *_) in zip(setup.kinds, by_kind, strict=True)
         if scored
     }
-    score, scored, length, answers = every
+    score, scored, length, answers = every_kind
     return scores | {
         "heldout/score": score / max(scored, 1),
         "heldout/length_tokens": length / answers,

@@ -27,6 +27,8 @@ from attending.train.schedule import Phase, due, learning_rate
 from attending.train.start import open_start
 from attending.train.watch import METRICS, Show, Watch
 
+# Of the recipe, what cannot change on the way: `state.require_unchanged`.
+FINAL = r"(model|cases|heldout|template|seed|parents)\b"
 NOTE = (
     "A model tuned by reinforcement learning, for demonstration: what it says about medicine is "
     "often wrong. What it was rewarded for stands in run.json, what it wrote in rollouts.html."
@@ -66,11 +68,14 @@ def rl(
         Stopped: It was interrupted, and has saved its state.
     """
     with process_group(config.compute.precision) as (place, device):
+        forgetting.require_measured(config.forgetting, frozenset())
         start = open_start(config.model)
         known = told(config, start)
         recipe = config.model_dump(mode="json")
         record = artifact.Record("rl", recipe, config.seed, known["parents"])
-        draft = run.begin(out, known, place, resume=resume, accept_changes=accept_changes)
+        draft = run.begin(
+            out, known, place, resume=resume, accept_changes=accept_changes, final=FINAL
+        )
         setup = prepare(config, start, draft, place, device)
         state, decoder, prompts = setup.state, setup.state.decoder, setup.prompts
         if newest := run.newest(draft):
@@ -87,26 +92,27 @@ def rl(
         ):
             stack = AsyncExitStack()
             own, other = runner.run(stack.enter_async_context(judges(config, judged_id)))
-            verifier = Verifier(start.tokenizer, setup.cases, own, config.reward)
-            reporter = Verifier(start.tokenizer, setup.cases, other, config.reward)
+            told_by = config.reward, config.dialogue.most_facts
+            verifier = Verifier(start.tokenizer, setup.cases, own, *told_by)
+            reporter = Verifier(start.tokenizer, setup.cases, other, *told_by)
             watch = Watch(
                 draft, state, setup.watched, HeldoutConfig(every_tokens=1), config.steps, show
             )
-            rollouts = watching.Rollouts(draft, state.files.get(watching.ROLLOUTS, 0))
-            for line in prompts.lines():
+            rollouts = watching.Rollouts(draft, state.files.get(watching.ROLLOUTS, 0), place.rank)
+            for line in (*prompts.lines(), *(f"held out: {x}" for x in setup.heldout.lines())):
                 note(line)
             is_due = state.owes_measure
             while state.step < config.steps:
                 began, before = time.monotonic(), state.tokens
                 setup.sampler.load(decoder, partial(every_weight, decoder))
                 packed = time.monotonic() - began
-                held = {}
                 if is_due:
                     held = runner.run(answer_heldout(config, setup, reporter, place))
+                    watch.write(held)
                     note(f"step {state.step}: held-out score {held['heldout/score']:.3f}")
                 drawn = draw(config, setup, verifier, runner, place)
                 judged, batches = drawn.judged, drawn.batches
-                seen = held | {"time/packing_seconds": packed} | drawn.figures
+                seen = {"time/packing_seconds": packed} | drawn.figures
                 training = time.monotonic()
                 for _ in range(config.updates):
                     policy = PolicyStep(objective, place.size)
@@ -119,7 +125,6 @@ def rl(
                     prompts.measured = seen | more
                     prompts.measured["time/training_seconds"] = time.monotonic() - training
                     watch.step(grads, rate, began, [n for one in batches for n in one.lengths])
-                    seen = {name: value for name, value in seen.items() if name not in held}
                 if place.rank == 0:
                     rollouts.add(state.step, judged[: config.watch.samples], setup.cases)
                     if told_why := watching.alarm(

@@ -46,6 +46,9 @@ class Prompts:
         self.left_out = Counter[str]()
         self.prompts: list[Prompt] = []
         for number, case in enumerate(cases):
+            if case.patient:  # what is asked comes of the consultation
+                self.prompts.append(Prompt(number, case, ()))
+                continue
             try:
                 ids = tuple(tokenizer.render(case.messages, **template))
             except TokenizerError:

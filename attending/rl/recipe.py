@@ -68,6 +68,15 @@ class LossConfig(Config):
     """M2's, or GRPO's."""
 
 
+class DialogueConfig(Config):
+    """Consultations with simulated patients, for cases that name one."""
+
+    turns: PositiveInt = 6
+    """Of the doctor, before the reply that is reinforced: from 0 to one less; in watching, all."""
+    most_facts: PositiveInt = 2
+    """New facts that a reply is worth 1 for."""
+
+
 class WatchConfig(Config):
     """When to look, to warn and to stop."""
 
@@ -123,6 +132,8 @@ class RlConfig(Config):
     """Rows of a forward pass, at most; a group with its one prompt is never split."""
     sampler: SamplerConfig = SamplerConfig()
     """Who writes."""
+    dialogue: DialogueConfig = DialogueConfig()
+    """Consultations, of cases with a patient."""
     reward: RewardConfig = RewardConfig()
     """What an answer is worth."""
     loss: LossConfig = LossConfig()

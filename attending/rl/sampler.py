@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -84,6 +85,7 @@ class LocalSampler:
             max_prompt: Of a prompt.
         """
         self._config, self._folder, self._stops = config, folder, stop_ids
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed: other weights
         self._max_tokens, self._longest = max_tokens, max_prompt + max_tokens + PAGE_TOKENS
         self._turn = 0
         self._runner: Runner | None = None
@@ -94,6 +96,11 @@ class LocalSampler:
         pages = pages_for(decoder.arch, running * self._longest, running)
         self._runner = None  # gives its memory back before the next is made
         if self._config.weights == "float":
+            if dist.is_initialized():
+                raise UsageError(
+                    "sampler.weights=float computes with the weights in training, and these are "
+                    "cut among the ranks here: take w8."
+                )
             from attending.engine.torch_runner import TorchRunner
 
             self._runner = TorchRunner(decoder, pages)

@@ -1,6 +1,6 @@
 """Before the loop: model, cases, sampler, judges, optimizer."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from attending import artifact
 from attending.errors import ConfigError
 from attending.evaluate.judging import EMBEDDED, JudgeSetup, open_judge
 from attending.mesh import World
 from attending.model.decoder import Decoder
-from attending.rl.cases import read_cases
+from attending.rl.cases import is_affine_only, read_cases
+from attending.rl.fragments import Room
 from attending.rl.prompts import Prompts
 from attending.rl.recipe import RlConfig
 from attending.rl.sampler import LocalSampler, Sampler
@@ -28,6 +29,8 @@ from attending.train.start import Start
 from attending.train.state import TrainState
 from attending.train.watch import Watched
 from attending.verifier.judge.verdict import Judge
+from attending.verifier.patient.case import Case as PatientCase
+from attending.verifier.patient.find import find_case
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,10 @@ class Setup:
     """By id, held-out ones too."""
     kinds: list[str]
     sampler: Sampler
+    patients: Mapping[str, PatientCase]
+    """Simulated ones, by name."""
+    room: Room
+    """Where they are interviewed."""
     watched: Watched
 
 
@@ -68,6 +75,7 @@ def prepare(
         )
     run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
     own, watched = (read_cases(Path(one)) for one in (config.cases, config.heldout))
+    _require_scorable(config, [*own, *watched])
     cases = {case.id: case for case in (*own, *watched)}
     if len(cases) < len(own) + len(watched):
         raise ConfigError(f"{config.cases} and {config.heldout} share cases: hold them apart.")
@@ -89,13 +97,29 @@ def prepare(
     looked = Watched(
         start.tokenizer, {}, config.micro_tokens, device, decoder.model.norm.weight.dtype
     )
-    return Setup(state, prompts, heldout, cases, kinds, sampler, looked)
+    names = dict.fromkeys(case.patient for case in cases.values() if case.patient)
+    patients = {name: find_case(name, config.seed) for name in names}
+    room = Room(start.tokenizer, config.template, config.max_prompt)
+    return Setup(state, prompts, heldout, cases, kinds, sampler, patients, room, looked)
+
+
+def _require_scorable(config: RlConfig, cases: Sequence[Case]) -> None:
+    """ConfigError for what would fail when its first answer is judged."""
+    lacking = [case.id for case in cases if is_affine_only(case)]
+    if lacking and config.reward.form == "clipped":
+        raise ConfigError(
+            f"{len(lacking)} cases have rubrics without positive points, {lacking[0]!r} first, and "
+            'the clipped form divides by their sum: take reward.form="affine".'
+        )
 
 
 def every_weight(decoder: Decoder) -> dict[str, Tensor]:
-    """Official name -> whole tensor, on every rank."""
-    found = get_model_state_dict(decoder, options=StateDictOptions(full_state_dict=True))
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    """Official name -> whole tensor on the CPU, on every rank; gathered one by one."""
+    found = {}
+    for name, weight in decoder.named_parameters():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        found[name] = whole.detach().cpu()
+    return found
 
 
 @asynccontextmanager

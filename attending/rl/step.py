@@ -14,6 +14,7 @@ from attending.mesh import World
 from attending.model.decoder import Decoder
 from attending.rl.advantage import METHODS, Advantages, advantages
 from attending.rl.batch import collate, passes
+from attending.rl.fragments import play, turns_of
 from attending.rl.loss import Objective, differentiated
 from attending.rl.recipe import RlConfig
 from attending.rl.reward import answer_length, combine
@@ -30,7 +31,8 @@ def samples_of(
     judged: Sequence[Sequence[Judged]], config: RlConfig, tokenizer: Tokenizer
 ) -> tuple[list[list[Sample]], Advantages]:
     """Groups of judged answers with rewards and advantages."""
-    close = tokenizer.encode(THINK_CLOSE, is_first=False)
+    own = tokenizer.control_id(THINK_CLOSE)
+    close = tokenizer.encode(THINK_CLOSE, is_first=False) if own is None else [own]
     told, rewards, cases = config.reward, list[float | None](), list[str]()
     for group in judged:
         lengths = [
@@ -89,14 +91,26 @@ def draw(
 ) -> Drawn:
     """Ask a group of answers to each of the next cases, judge them, and make passes of them."""
     step, size = setup.state.step, config.group
-    asked = setup.prompts.asked(setup.prompts.draw(config.prompts), size, step)
-    flat = [one for group in asked[place.rank :: place.size] for one in group]
+    own = setup.prompts.draw(config.prompts)[place.rank :: place.size]
+    told: dict[str, float] = {}
+    if spoken := [one for one in own if one.case.patient]:
+        turns = turns_of(spoken, config, step)
+        playing = play(
+            spoken, setup.patients, setup.sampler, setup.room, turns, seed=config.seed, version=step
+        )
+        verifier.fragments = {one.prompt.case.id: one for one in runner.run(playing)}
+        found_out = [*verifier.fragments.values()]
+        told["rl/fragment_turns"] = sum(len(one.said) for one in found_out) / len(found_out)
+        told["rl/cut_fragments"] = sum(one.is_cut for one in found_out)
+        own = [one for one in own if not one.case.patient] + [one.prompt for one in found_out]
+    flat = [one for group in setup.prompts.asked(own, size, step) for one in group]
     found = runner.run(collect(setup.sampler, verifier, flat, step))
     judged = [found.judged[i : i + size] for i in range(0, len(flat), size)]
     groups, worth = samples_of(judged, config, setup.watched.tokenizer)
     device = setup.watched.device
     batches = batches_of(groups, setup.cases, setup.kinds, config.micro_tokens, device)
-    return Drawn(judged, batches, figures(judged, groups, setup.cases, worth) | found.seconds)
+    told |= figures(judged, groups, setup.cases, worth) | found.seconds
+    return Drawn(judged, batches, told)
 
 
 @dataclass(slots=True)

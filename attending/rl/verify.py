@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from attending.chat import THINK_OPEN, Tokenizer
 from attending.errors import EndpointError, ReplyError, UsageError
+from attending.rl.fragments import Fragment, judge_reply
 from attending.rl.recipe import RewardConfig
 from attending.rl.reward import by_rubric, by_rule
 from attending.rl.sampler import Asked, Sampler
@@ -33,9 +34,13 @@ class Verifier:
         cases: Mapping[str, Case],
         judge: Judge | None,
         reward: RewardConfig,
+        most_facts: int,
     ) -> None:
         """UsageError where rubrics are to be judged and nobody judges."""
         self._tokenizer, self._cases, self._judge, self._reward = tokenizer, cases, judge, reward
+        self.fragments: dict[str, Fragment] = {}
+        """By case: the consultations whose next replies are judged."""
+        self._most_facts = most_facts
         lacking = [name for name, case in cases.items() if case.criteria and judge is None]
         if lacking:
             raise UsageError(
@@ -47,6 +52,9 @@ class Verifier:
         """A judge that gives no word leaves the answer unscored."""
         text = self.text_of(rollout)
         case = self._cases[rollout.case]
+        if case.patient:
+            fragment = self.fragments[case.id]
+            return Judged(rollout, text, await judge_reply(fragment, text, self._most_facts))
         if case.rule is not None:
             return Judged(rollout, text, by_rule(str(case.rule["kind"]), check(case.rule, text)))
         answer = answer_of(text)
@@ -57,6 +65,10 @@ class Verifier:
             found = await self._judge(case.rubric, answer)
         except ReplyError as error:
             return Judged(rollout, text, Verdict(None, f"the judge failed: {error}"))
+        except EndpointError as error:
+            raise EndpointError(
+                f"the judge is gone: {error} The last saved state is whole; --resume goes on."
+            ) from None
         met = [one.met for one in found]
         return Judged(rollout, text, by_rubric(case, met, self._reward.form))
 
@@ -100,10 +112,6 @@ async def collect(
         await asyncio.to_thread(write)
         written = loop.time()
         found = [await running[place] for place in range(len(asked))]
-    except EndpointError as error:
-        raise EndpointError(
-            f"the judge is gone: {error} The last saved state is whole; --resume goes on."
-        ) from None
     finally:
         left.set()
         for task in running.values():

@@ -1,14 +1,16 @@
 """Answers by a vLLM server over HTTP, which is given the weights after every update.
 
-The server runs from a model folder that both see (`sampler.folder`) with `VLLM_SERVER_DEV_MODE=1`;
-the weights are written there whole and renamed, then `POST /collective_rpc` asks its workers to
-`reload_weights`. Prompts go as ids and answers come back as ids (`return_token_ids`), each with its
+The run makes a model folder that both see (`sampler.folder`) and waits for the server, which is to
+be started on it with `VLLM_SERVER_DEV_MODE=1`. After an update the weights are written whole and
+renamed; `POST /collective_rpc` asks the workers to `reload_weights`, and what was cached of the old
+ones is dropped. Prompts go as ids and answers come back as ids (`return_token_ids`), each with its
 log-probability; nothing is re-tokenised. Never run against a real server here: tested on a local
 one that answers as vLLM documents it.
 """
 
-import json
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -17,11 +19,10 @@ from typing import Any, Literal
 import httpx
 from torch import Tensor
 
-from attending.errors import EndpointError, ReplyError
+from attending.errors import EndpointError, ReplyError, UsageError
 from attending.mesh import World
 from attending.model.decoder import Decoder
-from attending.model.files import SINGLE
-from attending.model.weights import save_model, save_weights
+from attending.model.weights import save_model
 from attending.rl.recipe import SamplerConfig
 from attending.rl.sampler import Asked
 from attending.rl.types import Rollout
@@ -29,7 +30,11 @@ from attending.train.parallel import barrier
 from attending.train.start import Start
 
 SECONDS = 600.0  # for one answer, and for a reload
-RETRIES = 3
+RETRIES, PAUSE_SECONDS = 3, 2.0
+WAIT_SECONDS = 900.0  # for a server that loads a large model
+MARK, ONE_FILE = ".attending", 1 << 62
+GENERATION = {"do_sample": True}  # vLLM takes its defaults from there: none that bend the policy
+PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class RemoteSampler:
@@ -53,25 +58,31 @@ class RemoteSampler:
         self._stops, self._max_tokens, self._running = stop_ids, max_tokens, config.running
 
     def load(self, decoder: Decoder, weights: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Write the weights where the server reads them, and have it read them."""
+        """Write the weights where the server reads them, and have it read them.
+
+        Raises:
+            UsageError: The folder holds a model that no run put there.
+        """
         tensors = weights()
         if self._place.rank == 0:
-            if not (self._folder / "config.json").is_file():
+            if not (self._folder / MARK).exists():
+                if self._folder.is_dir() and any(self._folder.iterdir()):
+                    raise UsageError(
+                        f"{self._folder.name} is not empty, and would be overwritten: name a new "
+                        "folder with sampler.folder, and serve that."
+                    )
                 self._folder.mkdir(parents=True, exist_ok=True)
-                save_model(
-                    self._folder,
-                    decoder.arch,
-                    tensors,
-                    self._start.tokenizer,
-                    self._start.generation,
-                )
-            else:
-                draft = self._folder / "next"
-                draft.mkdir(exist_ok=True)
-                save_weights(tensors, draft, max_shard_bytes=1 << 62)
-                (draft / SINGLE).rename(self._folder / SINGLE)
-                draft.rmdir()
+                (self._folder / MARK).touch()
+            draft = self._folder / "next"
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            own = self._start.tokenizer, GENERATION | {"eos_token_id": sorted(self._stops)}
+            save_model(draft, decoder.arch, tensors, *own, max_shard_bytes=ONE_FILE)
+            for file in draft.iterdir():
+                file.replace(self._folder / file.name)
+            draft.rmdir()
             self._post("/collective_rpc", {"method": "reload_weights"})
+            self._post("/reset_prefix_cache", {})  # keys and values of the weights before
         barrier()
 
     def sample(self, asked: Sequence[Asked], version: int) -> Iterator[tuple[int, Rollout]]:
@@ -91,6 +102,7 @@ class RemoteSampler:
             "prompt": list(asked.prompt),
             "max_tokens": self._max_tokens,
             "temperature": asked.temperature,
+            **PLAIN,
             "seed": asked.seed,
             "logprobs": 0,
             "return_token_ids": True,
@@ -114,20 +126,24 @@ class RemoteSampler:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """EndpointError after some tries, or at once where trying again would not help."""
-        for attempt in range(1, RETRIES + 1):
+        tries, deadline = 0, time.monotonic() + WAIT_SECONDS
+        while True:
             try:
-                reply = self._client.post(path, content=json.dumps(body))
+                reply = self._client.post(path, json=body)
                 if reply.status_code < 500:
                     break
-                told = f"{reply.status_code}"
+                tries, told = tries + 1, str(reply.status_code)
+            except httpx.ConnectError:  # not there yet
+                tries, told = RETRIES * (time.monotonic() > deadline), "no connection"
             except httpx.HTTPError as error:
-                told = type(error).__name__
-            if attempt == RETRIES:
+                tries, told = tries + 1, type(error).__name__
+            if tries >= RETRIES:
                 raise EndpointError(
-                    f"{path} of the sampling server failed {RETRIES} times ({told}): see that it "
-                    "runs, with VLLM_SERVER_DEV_MODE=1. The last saved state is whole; --resume "
-                    "goes on."
+                    f"{path} of the sampling server failed ({told}): see that it runs on "
+                    f"{self._folder.name}, with VLLM_SERVER_DEV_MODE=1. The last saved state is "
+                    "whole; --resume goes on."
                 )
+            time.sleep(PAUSE_SECONDS)
         if reply.is_error:
             raise EndpointError(f"{path} was refused ({reply.status_code}): {reply.text[:200]}")
         found: dict[str, Any] = reply.json() if reply.content else {}

@@ -1,7 +1,7 @@
 """What a run is watched by: figures of a step, held-out scores, alarms, reasons to stop, a page."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from attending.rl.advantage import Advantages
 from attending.rl.recipe import RlConfig, WatchConfig
 from attending.rl.types import Case, Sample
 from attending.rl.verify import Judged
+from attending.train.parallel import gathered
 
 ROLLOUTS, PAGE = "rollouts.jsonl", "rollouts.html"
 CUT_SHARE, LENGTH_FACTOR = 0.9, 2.0  # of an alarm
@@ -25,28 +26,36 @@ def figures(
     cases: Mapping[str, Case],
     found: Advantages,
 ) -> dict[str, float]:
-    """Of this rank's answers: scores by kind and part, lengths, stops, what taught nothing."""
-    rewards = [one.reward for group in groups for one in group if one.reward is not None]
+    """Of all ranks' answers: scores by kind and part, lengths, stops, what taught nothing."""
     answers = [one for group in judged for one in group]
-    scored = [one for one in answers if one.verdict.score is not None]
-    sums: defaultdict[str, list[float]] = defaultdict(list)
-    for one in scored:
-        assert one.verdict.score is not None
-        sums["rl/score"].append(one.verdict.score)
-        sums[f"rl/score_{metric_name(cases[one.rollout.case].kind)}"].append(one.verdict.score)
+    sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+
+    def add(name: str, value: float, weight: float = 1.0) -> None:
+        sums[name][0] += value
+        sums[name][1] += weight
+
+    for group in groups:
+        for sample in group:
+            if sample.reward is not None:
+                add("rl/reward", sample.reward)
+    for one in answers:
+        add("rl/length_tokens", len(one.rollout.ids))
+        add("rl/cut_share", one.rollout.stop == "length")
+        add("rl/unscored_share", one.verdict.score is None)
+        if one.verdict.score is not None:
+            add("rl/score", one.verdict.score)
+            add(f"rl/score_{metric_name(cases[one.rollout.case].kind)}", one.verdict.score)
         for part, value in one.verdict.parts.items():
-            sums[f"rl/part_{metric_name(part)}"].append(value)
-    stops = Counter(one.rollout.stop for one in answers)
-    return {
-        **{name: sum(values) / len(values) for name, values in sums.items()},
-        "rl/reward": sum(rewards) / max(len(rewards), 1),
-        "rl/length_tokens": sum(len(one.rollout.ids) for one in answers) / len(answers),
-        "rl/cut_share": stops["length"] / len(answers),
-        "rl/unscored_share": found.num_unscored / len(answers),
-        "rl/zero_advantage_share": found.zero_share,
-        "rl/flat_groups": found.num_flat,
-        "rl/lone_groups": found.num_lone,
-    }
+            add(f"rl/part_{metric_name(part)}", value)
+    for name, count in (("flat", found.num_flat), ("lone", found.num_lone)):
+        add(f"rl/{name}_group_share", count, found.num_groups)
+    add("rl/zero_advantage_share", found.num_flat + found.num_lone, found.num_groups)
+    merged: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for own in gathered(dict(sums)):
+        for name, (value, weight) in own.items():
+            merged[name][0] += value
+            merged[name][1] += weight
+    return {name: value / weight for name, (value, weight) in merged.items() if weight}
 
 
 def require_sound(config: WatchConfig, step: int, watched: Mapping[str, float]) -> None:
@@ -96,10 +105,10 @@ def alarm(rows: Sequence[Mapping[str, float]], steps: int) -> str:
 class Rollouts:
     """`rollouts.jsonl`: whole groups of answers to read, and their page."""
 
-    def __init__(self, draft: Path, keep_bytes: int | None) -> None:
-        """Cuts off what was written after the state that is gone on from."""
+    def __init__(self, draft: Path, keep_bytes: int, rank: int) -> None:
+        """Cuts off what was written after the state that is gone on from; rank 0 does."""
         self._file = draft / ROLLOUTS
-        if keep_bytes is not None:
+        if rank == 0:
             cut(self._file, keep_bytes)
 
     def add(self, step: int, judged: Sequence[Sequence[Judged]], cases: Mapping[str, Case]) -> None:
@@ -134,7 +143,9 @@ def write_page(folder: Path, config: RlConfig) -> None:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     source = (Path(__file__).parent / "rollouts.html.jinja").read_text("utf-8")
     steps = sorted({row["step"] for row in rows})
-    metrics = {int(row["step"]): row for row in read_metrics(folder / "metrics.jsonl")}
+    metrics: dict[int, dict[str, float]] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        metrics.setdefault(int(row["step"]), {}).update(row)
     page = environment.from_string(source).render(
         title=folder.name.removesuffix(".tmp"),
         rows=rows,

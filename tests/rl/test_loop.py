@@ -1,6 +1,8 @@
 """Reinforcement learning from end to end, on a model of a few thousand weights."""
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from attending.rl import loop, watch
 from attending.rl.estimate import estimate
 from attending.rl.loop import rl
 from attending.rl.recipe import RlConfig, WatchConfig
+from attending.train import run
+from attending.verifier.judge.verdict import Verdict
 from tests.pretrain.conftest import one_thread  # noqa: F401  (a fixture)
 from tests.train.making import CHATML, LLAMA, HaltedError, halt_at, make_model, make_tokenizer
 
@@ -92,11 +96,16 @@ def test_what_is_rewarded_is_written_more_often(made: Made, tmp_path: Path, weig
     assert not (out / "packed").exists() and any("10 cases" in line for line in notes)
 
 
-def test_resume_is_bitwise_and_samples_the_same(made: Made, tmp_path: Path) -> None:
-    whole = rl(recipe(made), tmp_path / "whole")
+@pytest.mark.parametrize("weights", ["float", "w8"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_resume_is_bitwise_and_samples_the_same(
+    made: Made, tmp_path: Path, weights: str, step: int
+) -> None:
+    config = recipe(made, sampler={"weights": weights, "threads": 1})
+    whole = rl(config, tmp_path / "whole")
     with pytest.raises(HaltedError):
-        rl(recipe(made), tmp_path / "cut", show=halt_at(3))
-    cut = rl(recipe(made), tmp_path / "cut", resume=True)
+        rl(config, tmp_path / "cut", show=halt_at(step))
+    cut = rl(config, tmp_path / "cut", resume=True)
     one, other = (load_file(out / "model.safetensors") for out in (whole, cut))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (whole / "rollouts.jsonl").read_bytes() == (cut / "rollouts.jsonl").read_bytes()
@@ -116,7 +125,7 @@ def test_groups_that_agree_teach_nothing_and_are_counted(made: Made, tmp_path: P
     out = rl(recipe(made, cases=str(cases)), tmp_path / "out")
     assert all(row["rl/zero_advantage_share"] == 1 for row in rows(out))
     one, other = (load_file(path / "model.safetensors") for path in (made[1], out))
-    assert all(torch.equal(one[k], other[k]) for k in one if one[k].dim() == 1)  # undecayed
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_several_updates_on_one_draw(made: Made, tmp_path: Path) -> None:
@@ -156,6 +165,11 @@ def test_changed_cases_are_told_on_resume(made: Made, tmp_path: Path) -> None:
         rl(config, tmp_path / "out", resume=True)
 
 
+def test_a_limit_on_forgetting_that_measures_nothing_is_refused(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_forgetting=0\.02 would compare nothing"):
+        rl(recipe(made, forgetting={"max_forgetting": 0.02}), tmp_path / "out")
+
+
 def test_limits_stop_a_run(made: Made, tmp_path: Path) -> None:
     config = recipe(made, watch={"min_entropy": 100.0})
     with pytest.raises(CheckFailed, match="stopped at step 1: the answers have become alike"):
@@ -191,12 +205,33 @@ def test_an_alarm_says_why_a_reward_is_not_to_be_trusted() -> None:
 def test_a_judge_that_dies_ends_the_run_with_its_state(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def dead(*_: Any) -> Any:
-        raise EndpointError("gone.")
+    lines = (made[0] / "train.jsonl").read_text("utf-8").splitlines()
+    rubric = [{"criterion": "Says e.", "points": 5, "tags": []}]
+    told = [json.loads(line) | {"rubrics": rubric} for line in lines]
+    cases = tmp_path / "cases.jsonl"
+    rows_of = [{k: v for k, v in row.items() if k != "rule"} for row in told]
+    cases.write_text("".join(json.dumps(row) + "\n" for row in rows_of), "utf-8")
+    left = 40  # verdicts; then it is gone
 
-    monkeypatch.setattr(loop.Verifier, "__call__", dead)
+    async def judge(rubric: Any, answer: str) -> list[Verdict]:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise EndpointError("gone.")
+        return [Verdict("e" in answer, "")]
+
+    @asynccontextmanager
+    async def judges(*_: Any) -> AsyncIterator[Any]:
+        yield judge, judge
+
+    monkeypatch.setattr(loop, "judges", judges)
+    config = recipe(made, cases=str(cases))
     with pytest.raises(EndpointError, match=r"the judge is gone: gone\. The last saved state"):
-        rl(recipe(made), tmp_path / "out")
+        rl(config, tmp_path / "out")
+    assert run.newest(tmp_path / "out.tmp")
+    left = 1000
+    out = rl(config, tmp_path / "out", resume=True)
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
 
 
 def test_the_estimate_has_its_arithmetic(made: Made) -> None:
