@@ -80,17 +80,16 @@ class TrainState:
             rate: Of learning.
             config: Its guards.
         """
-        if not found.norm:  # nothing was taught; no norm to remember
-            self.step, self.tokens = self.step + 1, self.tokens + found.tokens
-            return
-        made, self.norms = adaptive_update(self.norms, found.norm, config.rule)
+        made = False
+        if found.norm:  # of 0: nothing was taught, and there is no norm to remember
+            made, self.norms = adaptive_update(self.norms, found.norm, config.rule)
+            self.skipped += not made
         if made:
             clip(self.decoder.parameters(), config.clip_norm, found.norm)
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.step, self.tokens = self.step + 1, self.tokens + found.tokens
-        self.skipped += not made
 
     def save(self, out: Path, keep: int) -> None:
         """Write `OUT/state/step_N`, then remove all but the `keep` newest; every rank calls it."""
