@@ -1,7 +1,7 @@
 """The verbs that train; each is the same under torchrun."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
@@ -45,68 +45,36 @@ def pretrain(
     _train("pretrain", recipe, set_ or (), out_dir, dry_run, as_json, how)
 
 
-def midtrain(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    out_dir: OutOption = None,
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-    accept_changes: AcceptOption = False,
-    max_forgetting: ForgettingOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Teach a model a domain and keep what it knew; the same under torchrun."""
-    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
-    pairs = [*(set_ or ()), *_limit(max_forgetting)]
-    _train("midtrain", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+def _tuning(verb: str, says: str) -> Callable[..., None]:
+    """A verb of a stage that goes on from a model; `says` is its help."""
+
+    def run(
+        recipe: RecipeArgument,
+        set_: SetOption = None,
+        out_dir: OutOption = None,
+        resume: ResumeOption = False,
+        dry_run: DryRunOption = False,
+        accept_changes: AcceptOption = False,
+        max_forgetting: ForgettingOption = None,
+        as_json: JsonFlag = False,
+    ) -> None:
+        how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
+        pairs = [*(set_ or ()), *_limit(max_forgetting)]
+        _train(verb, recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+
+    run.__name__, run.__doc__ = verb, says
+    return run
 
 
-def sft(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    out_dir: OutOption = None,
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-    accept_changes: AcceptOption = False,
-    max_forgetting: ForgettingOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Tune a model on dialogues, all weights or adapters; the same under torchrun."""
-    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
-    pairs = [*(set_ or ()), *_limit(max_forgetting)]
-    _train("sft", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
-
-
-def prefer(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    out_dir: OutOption = None,
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-    accept_changes: AcceptOption = False,
-    max_forgetting: ForgettingOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Tune a model on preferences: DPO, TDPO, ELO, a reward model, PPO."""
-    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
-    pairs = [*(set_ or ()), *_limit(max_forgetting)]
-    _train("prefer", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
-
-
-def rl(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    out_dir: OutOption = None,
-    resume: ResumeOption = False,
-    dry_run: DryRunOption = False,
-    accept_changes: AcceptOption = False,
-    max_forgetting: ForgettingOption = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Reinforce what a verifier rewards: Baichuan-M2's improved GRPO; the same under torchrun."""
-    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
-    pairs = [*(set_ or ()), *_limit(max_forgetting)]
-    _train("rl", recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+midtrain = _tuning(
+    "midtrain", "Teach a model a domain and keep what it knew; the same under torchrun."
+)
+sft = _tuning("sft", "Tune a model on dialogues, all weights or adapters; the same under torchrun.")
+prefer = _tuning("prefer", "Tune a model on preferences: DPO, TDPO, ELO, a reward model, PPO.")
+rl = _tuning(
+    "rl",
+    "Reinforce what a verifier rewards: Baichuan-M2's improved GRPO; the same under torchrun.",
+)
 
 
 def _train(

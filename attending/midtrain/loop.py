@@ -79,7 +79,7 @@ def midtrain(
                 if state.owes_measure:
                     watch.measure(config.context)
                 began, before = time.monotonic(), state.tokens
-                count, each = (n // config.context for n in config.batch.sizes)
+                count, each = config.batch.rows(config.context)
                 rows = [reader.row(config.context) for _ in range(count)]
                 batches = deal(reader, rows, each, place, decoder.arch.vocab_size, device)
                 batches = [weigh(batch, list(config.parts.values())) for batch in batches]
@@ -90,12 +90,8 @@ def midtrain(
                 state.update(found, rate, config.optimizer)
                 watch.step(found, rate, began, [n for batch in batches for n in batch.lengths])
                 state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
-                is_last, is_stopping = state.step == config.num_steps, signals.stop_asked(device)
-                if is_last or is_stopping or due(config.state.every_tokens, before, state.tokens):
-                    state.files = watch.sizes()
-                    state.save(draft, config.state.keep)
-                if is_stopping and not is_last:
-                    raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
+                kept = state, draft, config.state, before, signals, device, watch.sizes
+                run.save_if_due(*kept, is_last=state.step == config.num_steps)
             measured = watch.finish(config.context)
             run.export(state, start.tokenizer, start.generation, draft)
     if place.rank:

@@ -13,14 +13,7 @@ from pydantic import (
 
 from attending.config import Config
 from attending.evaluate.forgetting import ForgettingConfig
-from attending.train.recipe import (
-    AssumedConfig,
-    BatchConfig,
-    ComputeConfig,
-    HeldoutConfig,
-    OptimizerConfig,
-    StateConfig,
-)
+from attending.train.recipe import TrainConfig
 from attending.train.schedule import Phase, Shape
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]  # also of metrics
@@ -52,7 +45,7 @@ class PartConfig(Config):
         return self
 
 
-class MidtrainConfig(Config):
+class MidtrainConfig(TrainConfig):
     """From a model and token shards to a model of the domain."""
 
     model: str
@@ -72,20 +65,8 @@ class MidtrainConfig(Config):
     """Tokens of a row; documents are packed into rows and cut at their ends."""
     schedule: Shape = "cosine"
     """The learning rate after the warm-up stays, or falls to the final one."""
-    batch: BatchConfig
-    """Tokens of a step."""
-    optimizer: OptimizerConfig
-    """AdamW, schedule, guards."""
-    compute: ComputeConfig = ComputeConfig()
-    """How it is computed."""
-    state: StateConfig
-    """What it can be resumed from."""
-    heldout: HeldoutConfig
-    """Watching, by part."""
     forgetting: ForgettingConfig = ForgettingConfig()
     """What is compared before and after."""
-    assumed: AssumedConfig = AssumedConfig()
-    """Hardware for `--dry-run`."""
     seed: NonNegativeInt = 0
     """Of the order of documents."""
 

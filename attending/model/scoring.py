@@ -78,7 +78,9 @@ class _OverLogits(torch.autograd.Function):
         *rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
+        d_hidden = torch.empty_like(hidden)
+        is_learnt = context.needs_input_grad[1]  # adapters leave the head as it is
+        d_head = torch.zeros_like(head, dtype=wide) if is_learnt else None
         total, values = hidden.new_zeros((), dtype=wide), []
         for at in _chunks(hidden):
             logits = at_least_float32(F.linear(hidden[at], head)).requires_grad_()
@@ -91,11 +93,13 @@ class _OverLogits(torch.autograd.Function):
             (d_logits,) = torch.autograd.grad(found, logits, slopes)
             d_logits = d_logits.to(head.dtype)
             torch.mm(d_logits, head, out=d_hidden[at])
+            if d_head is None:
+                continue
             if head.dtype == wide:
                 d_head.addmm_(d_logits.T, hidden[at])
             else:
                 d_head += d_logits.T @ hidden[at]
-        context.save_for_backward(d_hidden, d_head.to(head.dtype))
+        context.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
         found = torch.cat(values)
         context.mark_non_differentiable(found)
         return total, found
@@ -104,7 +108,8 @@ class _OverLogits(torch.autograd.Function):
     def backward(context: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = context.saved_tensors
         rows = len(context.needs_input_grad) - 2
-        d_hidden, d_head = ((d_total * one).to(one.dtype) for one in (d_hidden, d_head))
+        d_hidden = (d_total * d_hidden).to(d_hidden.dtype)
+        d_head = None if d_head is None else (d_total * d_head).to(d_head.dtype)
         return d_hidden, d_head, *[None] * rows
 
 

@@ -85,12 +85,8 @@ def prefer(
                     watch.step(found, rate, began, [n for one in batches for n in one.lengths])
                     began = time.monotonic()
                 state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
-                is_last, is_stopping = state.step == config.steps, signals.stop_asked(device)
-                if is_last or is_stopping or due(config.state.every_tokens, before, state.tokens):
-                    state.files = watch.sizes()
-                    state.save(draft, config.state.keep)
-                if is_stopping and not is_last:
-                    raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
+                kept = state, draft, config.state, before, signals, device, watch.sizes
+                run.save_if_due(*kept, is_last=state.step == config.steps)
             measured = watch.finish(context) | units.figures()
             adapt = partial(without_score, config, draft)
             run.export(state, start.tokenizer, start.generation, draft, adapt)

@@ -71,13 +71,10 @@ def pretrain(
                 state.update(found, rate, config.optimizer)
                 watch.step(found, rate, began, [n for batch in batches for n in batch.lengths])
                 state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
-                is_last, is_stopping = state.step == config.num_steps, signals.stop_asked(device)
-                is_end = is_last or config.stage_at(state.step) != stage
-                if is_end or is_stopping or due(config.state.every_tokens, before, state.tokens):
-                    state.files = watch.sizes()
-                    state.save(draft, config.state.keep)
-                if is_stopping and not is_last:
-                    raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
+                is_last = state.step == config.num_steps
+                is_end = config.stage_at(state.step) != stage
+                kept = state, draft, config.state, before, signals, device, watch.sizes
+                run.save_if_due(*kept, is_last=is_last, is_end=is_end)
             measured = watch.finish(stage.context)
             record = replace(record, began_seconds=watch.began)
             generation = {"eos_token_id": list(decoder.arch.eos_ids)}

@@ -12,14 +12,7 @@ from pydantic import (
 )
 
 from attending.config import Config
-from attending.train.recipe import (
-    AssumedConfig,
-    BatchConfig,
-    ComputeConfig,
-    HeldoutConfig,
-    OptimizerConfig,
-    StateConfig,
-)
+from attending.train.recipe import TrainConfig
 from attending.train.schedule import Phase, Shape
 
 
@@ -46,7 +39,7 @@ class StageConfig(Config):
         return self
 
 
-class PretrainConfig(Config):
+class PretrainConfig(TrainConfig):
     """From token shards to a base model."""
 
     corpus: str
@@ -57,18 +50,6 @@ class PretrainConfig(Config):
     """What stands in `config.json`; end-of-text and begin-of-text ids are the tokenizer's."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """In order."""
-    batch: BatchConfig
-    """Tokens of a step."""
-    optimizer: OptimizerConfig
-    """AdamW, schedule, guards."""
-    compute: ComputeConfig = ComputeConfig()
-    """How it is computed."""
-    state: StateConfig
-    """What it can be resumed from."""
-    heldout: HeldoutConfig
-    """Watching."""
-    assumed: AssumedConfig = AssumedConfig()
-    """Hardware for `--dry-run`."""
     seed: int = 0
     """Of the first weights."""
     data_seed: NonNegativeInt = 0

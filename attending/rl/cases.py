@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attending.artifact import digest, disk_has_room
+from attending.artifact import disk_has_room
 from attending.chat import ROLES
 from attending.config import suggest
 from attending.endpoint import Endpoint
@@ -35,18 +35,12 @@ class Chosen(NamedTuple):
     unmeasured: int
 
 
-def read_cases(path: Path, sha256: str = "") -> list[Case]:
-    """All cases of a file; of a run that goes on, `sha256` is what its `run.json` says.
+def read_cases(path: Path) -> list[Case]:
+    """All cases of a file.
 
     Raises:
-        ConfigError: With file and line, for what is no case or is there twice; or the file is not
-            the one that the run began with.
+        ConfigError: With file and line, for what is no case or is there twice.
     """
-    if path.is_file() and sha256 and (found := digest(path)) != sha256:
-        raise ConfigError(
-            f"{path.name} has changed since the run began: its sha256 is {found[:12]}, not "
-            f"{sha256[:12]}. Put the old file back, or begin a new run."
-        )
     cases, places = list[Case](), dict[str, str]()
     for where, row in read_lines(path):
         try:

@@ -125,20 +125,19 @@ def rl(
                     prompts.measured = seen | more
                     prompts.measured["time/training_seconds"] = time.monotonic() - training
                     watch.step(grads, rate, began, [n for one in batches for n in one.lengths])
-                if place.rank == 0:
-                    rollouts.add(state.step, judged[: config.watch.samples], setup.cases)
-                    if told_why := watching.alarm(
-                        list(read_metrics(draft / METRICS)), config.watch.alarm_steps
-                    ):
-                        note(f"ALARM at step {state.step}: {told_why}.")
                 is_due = due(config.watch.every_steps, state.step - config.updates, state.step)
                 state.owes_measure = is_due
-                is_last, is_stopping = state.step == config.steps, signals.stop_asked(device)
-                if is_last or is_stopping or due(config.state.every_tokens, before, state.tokens):
-                    state.files = watch.sizes() | rollouts.sizes()
-                    state.save(draft, config.state.keep)
-                if is_stopping and not is_last:
-                    raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
+                if place.rank == 0:
+                    rollouts.add(state.step, judged[: config.watch.samples], setup.cases)
+                    told_so_far = list(read_metrics(draft / METRICS)) if is_due else []
+                    if reason := watching.alarm(told_so_far, config.watch.alarm_steps):
+                        note(f"ALARM at step {state.step}: {reason}.")
+                kept = state, draft, config.state, before, signals, device
+                run.save_if_due(
+                    *kept,
+                    lambda: watch.sizes() | rollouts.sizes(),
+                    is_last=state.step == config.steps,
+                )
             setup.sampler.load(decoder, partial(every_weight, decoder))
             measured = runner.run(answer_heldout(config, setup, reporter, place))
             note(f"at the end: held-out score {measured['heldout/score']:.3f}")

@@ -25,6 +25,7 @@ from attending.shards import CONTEXT, ShardWriter, write_index
 MAX_BYTES = 20_000_000  # of a record
 SHARD_TOKENS = 50_000_000
 COUNTS = "counts.json"
+DOMAIN = "dialogues"
 
 
 class Dialogue(NamedTuple):
@@ -186,7 +187,7 @@ def _write(
     if shown is not None:
         # The first token of a dialogue is only read, like a beginning-of-text.
         facts: dict[str, Any] = {"begin_of_text": first, "end_of_text": first, "has_context": True}
-        facts |= {"sources": names, "domains": ["dialogue"], "tokenizer_sha256": tokenizer.sha256}
+        facts |= {"sources": names, "domains": [DOMAIN], "tokenizer_sha256": tokenizer.sha256}
         write_index(folder, writer.shards, **facts)
     return shown
 

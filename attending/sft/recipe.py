@@ -9,14 +9,7 @@ from attending.corpus.recipe import Format
 from attending.evaluate.forgetting import ForgettingConfig
 from attending.model.lora import LoraConfig
 from attending.sft.select import SelectConfig
-from attending.train.recipe import (
-    AssumedConfig,
-    BatchConfig,
-    ComputeConfig,
-    HeldoutConfig,
-    OptimizerConfig,
-    StateConfig,
-)
+from attending.train.recipe import TrainConfig
 from attending.train.schedule import Shape
 
 
@@ -49,7 +42,7 @@ class DialogueConfig(Config):
     """Only the first records of each file; 0 takes all."""
 
 
-class SftConfig(Config):
+class SftConfig(TrainConfig):
     """From a model and dialogues to a model that answers like them."""
 
     model: str
@@ -70,20 +63,8 @@ class SftConfig(Config):
     """Train adapters instead of all weights; they are merged at the end, and kept beside."""
     schedule: Shape = "cosine"
     """The learning rate after the warm-up stays, or falls to the final one."""
-    batch: BatchConfig
-    """Room of a step, in tokens; rows are not quite full."""
-    optimizer: OptimizerConfig
-    """AdamW, schedule, guards."""
-    compute: ComputeConfig = ComputeConfig()
-    """How it is computed."""
-    state: StateConfig
-    """What it can be resumed from."""
-    heldout: HeldoutConfig
-    """Watching, by kind of dialogue: bits of the held-out answers."""
     forgetting: ForgettingConfig = ForgettingConfig()
     """What is compared before and after."""
-    assumed: AssumedConfig = AssumedConfig()
-    """For `--dry-run`."""
     seed: NonNegativeInt = 0
     """Of order and adapters."""
 

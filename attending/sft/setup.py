@@ -20,21 +20,13 @@ from attending.train import run
 from attending.train.heldout import Heldout
 from attending.train.optimizer import adamw
 from attending.train.parallel import barrier, build
-from attending.train.reader import PackedReader, by_part
+from attending.train.reader import PackedReader
 from attending.train.rows import require_even
 from attending.train.start import Start
 from attending.train.state import TrainState
 from attending.train.watch import Watched
 
 DATA = "data"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A group of the reader: a kind of dialogue."""
-
-    sources: tuple[str, ...]
-    domain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +99,7 @@ def prepare(
 
 def open_reader(shards: Shards, config: SftConfig) -> PackedReader:
     """Rows of whole dialogues of all kinds."""
-    groups = by_part(shards.index, {"dialogues": Source(tuple(config.data))})
-    return PackedReader(shards, {"dialogues": 1.0}, config.seed, groups, cuts=False)
+    return PackedReader(shards, {data.DOMAIN: 1.0}, config.seed, cuts=False)
 
 
 def count_rows(reader: PackedReader, config: SftConfig) -> int:

@@ -66,10 +66,9 @@ class BatchConfig(Config):
     micro_tokens: PositiveInt
     """Targets of one forward pass of one rank; memory grows with it, the result does not change."""
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Of a step and of a pass."""
-        return self.tokens, self.micro_tokens
+    def rows(self, context: int) -> tuple[int, int]:
+        """Of a step over all ranks, and of a pass of one."""
+        return self.tokens // context, self.micro_tokens // context
 
 
 class ComputeConfig(Config):
@@ -130,3 +129,20 @@ class AssumedConfig(Config):
     """Products of each at the run's precision, in 10^12 operations a second."""
     share_of_peak: PositiveFloat = Field(0.4, le=1)
     """Of the peak, that training reaches."""
+
+
+class TrainConfig(Config):
+    """What every stage over packed rows is told, beside its own."""
+
+    batch: BatchConfig
+    """Tokens of a step; where nothing is cut, rows are not quite full."""
+    optimizer: OptimizerConfig
+    """AdamW, schedule, guards."""
+    compute: ComputeConfig = ComputeConfig()
+    """How it is computed."""
+    state: StateConfig
+    """What it can be resumed from."""
+    heldout: HeldoutConfig
+    """Watching on what is held out."""
+    assumed: AssumedConfig = AssumedConfig()
+    """What `--dry-run` reckons with."""

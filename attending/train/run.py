@@ -20,6 +20,8 @@ from attending.errors import CheckpointError, TrainingError, UsageError
 from attending.mesh import World
 from attending.model.weights import save_model
 from attending.train.parallel import barrier, total, whole_weights
+from attending.train.recipe import StateConfig
+from attending.train.schedule import due
 from attending.train.state import MODEL, STATES, TOLD, TrainState, require_unchanged, states
 from attending.train.step import Gradients
 
@@ -151,6 +153,43 @@ def settle(draft: Path, out: Path, record: Record, note: str, metrics: Mapping[s
     artifact.finish(draft, record, title=out.name, note=note, metrics=metrics)
     artifact.settle(draft, out)
     shutil.rmtree(out / STATES)  # not before all else is safe
+
+
+def save_if_due(
+    state: TrainState,
+    draft: Path,
+    told: StateConfig,
+    before: int,
+    signals: Signals,
+    device: torch.device,
+    files: Callable[[], dict[str, int]],
+    *,
+    is_last: bool,
+    is_end: bool = False,
+) -> None:
+    """The end of a step; every rank calls it.
+
+    Args:
+        state: Saved at the end, where a multiple of `told.every_tokens` was passed, and if asked to
+            stop.
+        draft: The run's folder.
+        told: How often, and how many are kept.
+        before: Tokens before the step.
+        signals: Whether to stop.
+        device: Of this rank.
+        files: Sizes of what grows with the run.
+        is_last: There is no further step.
+        is_end: Of a stage: save in any case.
+
+    Raises:
+        Stopped: A signal asked for it, and the state is saved.
+    """
+    is_stopping = signals.stop_asked(device)
+    if is_last or is_end or is_stopping or due(told.every_tokens, before, state.tokens):
+        state.files = files()
+        state.save(draft, told.keep)
+    if is_stopping and not is_last:
+        raise Stopped(f"stopped after step {state.step}; --resume goes on.")
 
 
 def require_finite(found: Gradients, step: int, data: Callable[[], str]) -> None:

@@ -29,7 +29,7 @@ ROOMS = {
     "model": Room(1, 2_280),
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_260),
-    "train": Room(2, 1_960),
+    "train": Room(2, 2_000),
     "engine": Room(2, 4_850),
     "evaluate": Room(3, 3_720),
     "pretrain": Room(4, 470),
