@@ -76,7 +76,7 @@ class ComputeConfig(Config):
 
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of products; the weights that are updated are never in half precision. bfloat16 is slower
-    than float32 on CPUs without AMX."""
+    than float32 on CPUs without AVX512-BF16 or AMX."""
     recompute: bool = False
     """Keep only the blocks' inputs and compute the rest again in the backward pass: a third more
     work, and a small part of the activations' memory."""
