@@ -15,6 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from attending.artifact import write_json
 from attending.config import Config
+from attending.endpoint import EndpointOptions
 from attending.errors import CheckFailed, ConfigError
 from attending.evaluate import results
 from attending.evaluate.page import Change, changes, draw_changes
@@ -180,10 +181,11 @@ def of_suite(
     tasks = suite.model_dump(mode="json")["tasks"]
     for task in tasks.values():
         task["limit"] = config.limit or task["limit"]
-    suite = suite.replace(tasks=tasks)
+    suite = suite.replace(tasks=tasks, concurrency=config.concurrency)
     built = [build(one, Path(config.data)) for one in suite.tasks.values()]
-    how = {"engine": suite.engine, "model_id": ""}
-    models = [ModelSetup(BEFORE, start, dict(how)), ModelSetup(AFTER, str(folder), dict(how))]
+    options = EndpointOptions(max_concurrency=suite.concurrency, price_per_million=(0.0, 0.0))
+    how = {"engine": suite.engine, "model_id": "", "options": options}
+    models = [ModelSetup(BEFORE, start, how), ModelSetup(AFTER, str(folder), how)]
     place = folder / "forgetting"
     store = Store(place, resume=(place / PLAN).exists())
     run = Run(suite, built, models, None, store, progress, note)

@@ -1,0 +1,49 @@
+"""The suite of a model before and after, asked of this machine's engine."""
+
+import json
+from pathlib import Path
+
+from attending.evaluate.forgetting import ForgettingConfig, check, compare
+from tests.train.making import CHATML, LLAMA, make_model, make_tokenizer
+
+SUITE = """
+[tasks.letters]
+kind = "choice"
+data = "letters.jsonl"
+prompt = "mmlu"
+columns = { id = "id" }
+
+[tasks.text]
+kind = "text"
+data = "text.jsonl"
+"""
+
+
+def test_a_suite_is_asked_of_both_and_kept_with_the_run(tmp_path: Path) -> None:
+    tokenizer, data, told = make_tokenizer(tmp_path / "tokenizer"), tmp_path / "data", list[str]()
+    (tokenizer / "chat_template.jinja").write_text(CHATML, "utf-8")
+    shape = {**LLAMA, "max_position_embeddings": 256}
+    before, after = (make_model(tmp_path / name, tokenizer, shape) for name in ("before", "after"))
+    data.mkdir()
+    questions = [
+        {"id": str(i), "question": f"Which is {i}?", "options": ["a", "b", "c"], "answer_idx": "ABC"[i % 3]}
+        for i in range(6)
+    ]
+    texts = [{"id": str(i), "text": f"the mill by the river, {i}"} for i in range(4)]
+    for name, rows in (("letters", questions), ("text", texts)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / f"{name}.jsonl").write_text(lines, "utf-8")
+    suite = tmp_path / "suite.toml"
+    suite.write_text(SUITE, "utf-8")
+    config = ForgettingConfig(suite=str(suite), data=str(data), limit=3, max_forgetting=0.01)
+    found = compare(config, str(before), after, frozenset(), lambda *_: None, told.append)
+    assert {one.task for one in found.changes} == {"letters", "text"}
+    for model in ("before", "after"):
+        asked = sorted((after / "forgetting" / model).glob("*.answers.jsonl"))
+        assert [len(one.read_text("utf-8").splitlines()) for one in asked] == [3, 3]
+    # Of the same weights nothing is lost, to the last bit.
+    assert all(one.before == one.after and one.gain == 0 for one in found.changes)
+    assert found.kept == {"letters", "text"} and any("letters" in line for line in told)
+    written = json.loads((after / "forgetting.json").read_text("utf-8"))
+    assert [one["task"] for one in written["changes"]] == [one.task for one in found.changes]
+    check(found, config.max_forgetting)
