@@ -146,7 +146,11 @@ class TrainState:
             torch.manual_seed(torch.initial_seed() + self.step + self.place.rank)
 
     def _tensors(self, of_rank: int | None = None) -> dict[str, Any]:
+        is_new = not self.optimizer.state
         model, optimizer = get_state_dict(self.decoder, self.optimizer)
+        if is_new:  # torch makes one by a step of zeros, which no bias correction may count
+            for slots in self.optimizer.state.values():
+                slots["step"].zero_()
         rank = self.place.rank if of_rank is None else of_rank
         random: dict[str, Tensor] = {f"rank_{rank}": torch.get_rng_state()}
         return {"model": model, "optimizer": optimizer, "random": random}
