@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812  (the field's name for it)
 from attending.artifact import write_json
 from attending.config import Config, suggest
 from attending.errors import CheckpointError, ConfigError
+from attending.model.architecture import Architecture
 from attending.model.checkpoint import require_exact
 from attending.model.decoder import Decoder, Linear, at_least_float32
 from attending.model.files import read_json
@@ -89,6 +90,17 @@ def add(decoder: Decoder, config: LoraConfig) -> None:
     for name, layer in layers.items():
         if name.rpartition(".")[2] in (config.targets or known):
             decoder.set_submodule(name, LoraLinear(layer, config))
+
+
+def count(arch: Architecture, config: LoraConfig) -> int:
+    """Weights that `add` adds."""
+    sizes = [
+        sum(shape)
+        for name, shape in arch.tensor_shapes().items()
+        if name.startswith(OURS) and len(shape) == 2
+        if not config.targets or name.split(".")[-2] in config.targets
+    ]
+    return config.rank * sum(sizes)
 
 
 @torch.no_grad()

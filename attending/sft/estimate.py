@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from attending.model import lora
 from attending.model.architecture import parse_config
 from attending.model.files import read_config
 from attending.sft import data
@@ -31,6 +32,7 @@ def estimate(config: SftConfig) -> dict[str, Any]:
         config.batch,
         config.compute,
         config.assumed,
+        adapter=lora.count(arch, config.lora) if config.lora else None,
     )
     about = f"about {CHARACTERS} characters a token; what is chosen or too long is not left out"
     return found | {"dialogues": count, "unreadable": len(dropped), "tokens_arithmetic": about}

@@ -49,8 +49,10 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def flops(arch: Architecture, lengths: Sequence[int]) -> float:
+def flops(arch: Architecture, lengths: Sequence[int], adapter: int | None = None) -> float:
     """Of forward and backward over segments: six a matrix weight and token, and attention.
+
+    Under an adapter of so many weights the others are frozen: four, as they have no gradient.
 
     The embedding is looked up, not multiplied. A token of a full layer sees what is before it in
     its segment, of a windowed layer at most its window. Norms, rotations and the like are left out.
@@ -58,7 +60,8 @@ def flops(arch: Architecture, lengths: Sequence[int]) -> float:
     matrices = sum(math.prod(shape) for shape in _matrices(arch))
     seen = {spec.window: _pairs(lengths, spec.window) for spec in arch.layers}
     attention = sum(2 * s.num_heads * s.head_dim * seen[s.window] for s in arch.layers)
-    return 6.0 * (matrices * sum(lengths) + attention)
+    each = 6.0 * matrices if adapter is None else 4.0 * matrices + 6.0 * adapter
+    return each * sum(lengths) + 6.0 * attention
 
 
 def _pairs(lengths: Sequence[int], window: int | None) -> int:
@@ -71,29 +74,42 @@ def _pairs(lengths: Sequence[int], window: int | None) -> int:
 
 
 def memory(
-    arch: Architecture, micro_tokens: int, ranks: int, *, half: bool, recompute: bool
+    arch: Architecture,
+    micro_tokens: int,
+    ranks: int,
+    *,
+    half: bool,
+    recompute: bool,
+    adapter: int | None = None,
 ) -> Memory:
-    """Of one rank under FSDP2; with one rank nothing is cut or gathered."""
+    """Of one rank under FSDP2; with one rank nothing is cut or gathered.
+
+    `adapter`: weights that are trained beside the frozen ones; None: all are trained.
+    """
     weights = arch.num_parameters()
+    trained = weights if adapter is None else adapter
     size = 2 if half else 4
     block = max(_block_weights(arch, index) for index in range(len(arch.layers)))
     outside = weights - sum(_block_weights(arch, index) for index in range(len(arch.layers)))
+    layers = len(arch.layers)
     # Whole for a moment: two blocks and the head's unit as products read them, and their
     # gradients as they are reduced.
-    gathered = (2 * block + outside) * size + (block + outside) * 4 if ranks > 1 or half else 0
+    reduced = block + outside if adapter is None else adapter // layers
+    gathered = (2 * block + outside) * size + reduced * 4 if ranks > 1 or half else 0
     per_layer = max(_kept_per_token(arch, index) for index in range(len(arch.layers)))
-    layers = len(arch.layers)
     kept = arch.hidden_size * layers + per_layer if recompute else per_layer * layers
     chunk = min(CHUNK, micro_tokens) * arch.vocab_size
+    # Copies of the head's weight: for M1's, which is also normalised, seven were measured; for
+    # others three are counted by hand: gradient, gradient times the loss's, what is cast. Of a
+    # frozen head what is cast, and M1's normalised one.
+    copies = (7 if arch.is_m1 else 3) if adapter is None else 1 + arch.is_m1
     return Memory(
-        weights=4 * weights // ranks,
-        gradients=4 * weights // ranks,
-        optimizer=8 * weights // ranks,
+        weights=4 * (weights + (adapter or 0)) // ranks,
+        gradients=4 * trained // ranks,
+        optimizer=8 * trained // ranks,
         gathered=gathered,
         activations=(kept + 3 * arch.hidden_size) * size * micro_tokens,
-        # Copies of the head's weight: for M1's, which is also normalised, seven were measured; for
-        # others three are counted by hand: gradient, gradient times the loss's, what is cast.
-        head=3 * 4 * chunk + (7 if arch.is_m1 else 3) * 4 * arch.vocab_size * arch.hidden_size,
+        head=3 * 4 * chunk + copies * 4 * arch.vocab_size * arch.hidden_size,
     )
 
 
@@ -104,15 +120,19 @@ def takes(
     compute: ComputeConfig,
     assumed: AssumedConfig,
     beside: Beside = Beside(),  # noqa: B008  (a tuple of numbers)
+    adapter: int | None = None,
 ) -> dict[str, Any]:
-    """For `--dry-run`: memory of a rank and time, with the arithmetic."""
-    half, ranks = compute.precision == "bfloat16", assumed.devices
-    need = memory(arch, batch.micro_tokens, ranks, half=half, recompute=compute.recompute)
+    """For `--dry-run`: memory of a rank and time, with the arithmetic; `adapter` as `memory`'s."""
+    half, ranks, micro = compute.precision == "bfloat16", assumed.devices, batch.micro_tokens
+    how: dict[str, Any] = {"half": half, "recompute": compute.recompute, "adapter": adapter}
+    need = memory(arch, micro, ranks, **how)
+    weights = arch.num_parameters() + (adapter or 0)
+    trained = weights if adapter is None else adapter
     frozen = beside.models * 4 * arch.num_parameters() // ranks
     rate = ranks * assumed.peak_tflops * 1e12 * assumed.share_of_peak
     rows, seconds = [], 0.0
     for name, steps, context in stretches:
-        per_token = flops(arch, [context]) / context * (1 + beside.forwards / 3)
+        per_token = flops(arch, [context], adapter) / context * (1 + beside.forwards / 3)
         tokens = steps * batch.tokens
         seconds += tokens * per_token / rate
         rows.append(
@@ -129,7 +149,8 @@ def takes(
     gib |= {"frozen_gib": round(frozen / GIB, 3)} if beside.models else {}
     kept = "the blocks' inputs and one block's" if compute.recompute else "what blocks keep"
     return {
-        "parameters": arch.num_parameters(),
+        "parameters": weights,
+        "trained_parameters": trained,
         "stages": rows,
         "steps": sum(stretch.steps for stretch in stretches),
         "passes_per_step_and_rank": batch.tokens / (batch.micro_tokens * ranks),
@@ -138,9 +159,9 @@ def takes(
             "total_gib": round((need.total + frozen) / GIB, 3),
             "fits": (need.total + frozen) / GIB <= assumed.memory_gib,
             "arithmetic": (
-                f"weights 4 B, gradients 4 B and AdamW 8 B x {arch.num_parameters():,} parameters "
+                f"weights 4 B x {weights:,}, gradients 4 B and AdamW 8 B x {trained:,} parameters "
                 f"/ {ranks} ranks; gathered: two blocks and the head's unit whole, and gradients; "
-                f"activations: {kept} of {batch.micro_tokens:,} tokens; head: copies of its "
+                f"activations: {kept} of {micro:,} tokens; head: copies of its "
                 f"weight, {CHUNK:,} tokens' logits; frozen: 4 B x parameters of each other model"
             ),
         },

@@ -13,6 +13,7 @@ import torch
 
 from attending.chat import Tokenizer
 from attending.logs import MetricLog, cut
+from attending.model.lora import ADDED
 from attending.model.scoring import bits_interval, bits_per_byte
 from attending.train.heldout import DocumentScore, Heldout, sample, score_documents
 from attending.train.plan import flops, matrix_ceiling
@@ -78,6 +79,8 @@ class Watch:
         self._show = show if self._is_first else None
         self._ceiling = matrix_ceiling(watched.device, watched.dtype) * state.place.size
         self._recent: list[tuple[int, float, float]] = []
+        added = [p.numel() for n, p in state.decoder.named_parameters() if n.endswith(ADDED)]
+        self._adapter = sum(added) or None
         if self._is_first:
             cut(draft / SAMPLES, state.files.get(SAMPLES, 0))
             self._log = MetricLog(draft / METRICS, state.files.get(METRICS, 0))
@@ -98,7 +101,7 @@ class Watch:
         `lengths`: of this rank's segments; the others' are much the same.
         """
         state = self._state
-        operations = flops(state.decoder.arch, lengths) * state.place.size
+        operations = flops(state.decoder.arch, lengths, self._adapter) * state.place.size
         now = found.tokens, operations, time.monotonic() - began
         self._recent = [*self._recent[1 - RECENT :], now]
         tokens, operations, seconds = (sum(column) for column in zip(*self._recent, strict=True))

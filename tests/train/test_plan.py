@@ -4,8 +4,10 @@ from typing import Any
 import pytest
 import torch
 
+from attending.model import lora
 from attending.model.architecture import parse_config
 from attending.model.decoder import Decoder
+from attending.model.lora import LoraConfig
 from attending.sources import shipped_config
 from attending.train.plan import flops, matrix_ceiling, memory
 from tests.train.making import LLAMA, M1
@@ -52,6 +54,28 @@ def test_memory_is_cut_among_ranks_and_m1_is_as_large_as_published() -> None:
     block, outside = 330_311_712, 2 * 133_120 * 5120 + 5120
     assert cut.gathered == (2 * block + outside) * 2 + (block + outside) * 4
     assert cut.head == 12 * 1024 * 133_120 + 7 * 4 * 133_120 * 5120
+
+
+def test_an_adapter_leaves_the_rest_without_gradient() -> None:
+    # Of rank 3 on o (32 to 32) and down (48 to 32), in two blocks: 3 x (64 + 80) x 2.
+    arch, config = parse_config(LLAMA), LoraConfig(rank=3, alpha=6, targets=("o_proj", "down_proj"))
+    adapter = lora.count(arch, config)
+    assert adapter == 864
+    for some in (config, LoraConfig(rank=2, alpha=2)):
+        for values in (LLAMA, M1):
+            decoder = Decoder(parse_config(values))
+            lora.add(decoder, some)
+            added = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+            assert lora.count(decoder.arch, some) == added
+    whole, own = (
+        memory(arch, 64, 1, half=False, recompute=False, adapter=one) for one in (None, adapter)
+    )
+    assert own.weights == whole.weights + 4 * 864 and own.activations == whole.activations
+    assert (own.gradients, own.optimizer) == (4 * 864, 8 * 864)
+    assert whole.head - own.head == 2 * 4 * 384 * 32
+    # A frozen weight is multiplied forward and for what is below it: 4 of 6. Tied head: 384 x 32.
+    matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) + 384 * 32
+    assert flops(arch, [4, 4]) - flops(arch, [4, 4], adapter) == 8 * (2 * matrices - 6 * 864)
 
 
 @pytest.mark.parametrize("values", [M1, LLAMA])
