@@ -111,7 +111,7 @@ class RlConfig(Config):
     template: dict[str, Any] = Field(default={})
     """What the chat template is told, such as `enable_thinking = false`."""
     judge: str | None = None
-    """Who judges rubrics: `embedded`, an address, or a model on this machine."""
+    """Who judges rubrics: `embedded`, `embedded:FOLDER`, an address, or a model on this machine."""
     reporter: str | None = None
     """Another judge, of held-out cases only; None: the same."""
     judging: JudgeOptions = JudgeOptions()
@@ -130,6 +130,8 @@ class RlConfig(Config):
     """Cases with longer prompts are left out and counted."""
     micro_tokens: PositiveInt
     """Rows of a forward pass, at most; a group with its one prompt is never split."""
+    share_prompts: bool = True
+    """A group's prompt is computed once; False, for measuring what that saves, once an answer."""
     sampler: SamplerConfig = SamplerConfig()
     """Who writes."""
     dialogue: DialogueConfig = DialogueConfig()

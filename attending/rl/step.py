@@ -14,7 +14,7 @@ from attending.mesh import World
 from attending.model.decoder import Decoder
 from attending.rl.advantage import METHODS, Advantages, advantages
 from attending.rl.batch import collate, passes
-from attending.rl.fragments import play, turns_of
+from attending.rl.fragments import Fragment, play, turns_of
 from attending.rl.loss import Objective, differentiated
 from attending.rl.recipe import RlConfig
 from attending.rl.reward import answer_length, combine
@@ -52,14 +52,18 @@ def batches_of(
     kinds: Sequence[str],
     most_rows: int,
     device: torch.device,
+    *,
+    share: bool = True,
 ) -> list[Batch]:
     """The groups that teach something, as forward passes, as many on every rank.
 
     A group whose advantages are all 0 has no gradient and is not computed; it counts in the loss's
-    normaliser all the same. A rank with fewer passes than another makes empty ones.
+    normaliser all the same. A rank with fewer passes than another makes empty ones. Unless prompts
+    are to `share`, each answer has its own.
     """
     numbers = {name: kinds.index(case.kind) for name, case in cases.items()}
     taught = [group for group in groups if any(one.advantage for one in group)]
+    taught = taught if share else [[one] for group in taught for one in group]
     found = [collate(part, numbers, device) for part in passes(taught, most_rows)]
     most = torch.tensor(len(found), device=device)
     if dist.is_initialized():
@@ -92,24 +96,29 @@ def draw(
     """Ask a group of answers to each of the next cases, judge them, and make passes of them."""
     step, size = setup.state.step, config.group
     own = setup.prompts.draw(config.prompts)[place.rank :: place.size]
-    told: dict[str, float] = {}
+    played: list[Fragment] = []
     if spoken := [one for one in own if one.case.patient]:
         turns = turns_of(spoken, config, step)
         playing = play(
             spoken, setup.patients, setup.sampler, setup.room, turns, seed=config.seed, version=step
         )
-        verifier.fragments = {one.prompt.case.id: one for one in runner.run(playing)}
-        found_out = [*verifier.fragments.values()]
-        told["rl/fragment_turns"] = sum(len(one.said) for one in found_out) / len(found_out)
-        told["rl/cut_fragments"] = sum(one.is_cut for one in found_out)
-        own = [one for one in own if not one.case.patient] + [one.prompt for one in found_out]
+        played = runner.run(playing)
+        verifier.fragments = {one.prompt.case.id: one for one in played}
+        own = [one for one in own if not one.case.patient] + [one.prompt for one in played]
     flat = [one for group in setup.prompts.asked(own, size, step) for one in group]
     found = runner.run(collect(setup.sampler, verifier, flat, step))
     judged = [found.judged[i : i + size] for i in range(0, len(flat), size)]
     groups, worth = samples_of(judged, config, setup.watched.tokenizer)
     device = setup.watched.device
-    batches = batches_of(groups, setup.cases, setup.kinds, config.micro_tokens, device)
-    told |= figures(judged, groups, setup.cases, worth) | found.seconds
+    batches = batches_of(
+        groups,
+        setup.cases,
+        setup.kinds,
+        config.micro_tokens,
+        device,
+        share=config.share_prompts,
+    )
+    told = figures(judged, groups, setup.cases, worth, played) | found.seconds
     return Drawn(judged, batches, told)
 
 

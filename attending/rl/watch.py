@@ -11,6 +11,7 @@ import jinja2
 from attending.errors import CheckFailed
 from attending.logs import cut, read_metrics
 from attending.rl.advantage import Advantages
+from attending.rl.fragments import Fragment
 from attending.rl.recipe import RlConfig, WatchConfig
 from attending.rl.types import Case, Sample
 from attending.rl.verify import Judged
@@ -25,6 +26,7 @@ def figures(
     groups: Sequence[Sequence[Sample]],
     cases: Mapping[str, Case],
     found: Advantages,
+    played: Sequence[Fragment] = (),
 ) -> dict[str, float]:
     """Of all ranks' answers: scores by kind and part, lengths, stops, what taught nothing."""
     answers = [one for group in judged for one in group]
@@ -47,6 +49,9 @@ def figures(
             add(f"rl/score_{metric_name(cases[one.rollout.case].kind)}", one.verdict.score)
         for part, value in one.verdict.parts.items():
             add(f"rl/part_{metric_name(part)}", value)
+    for fragment in played:
+        add("rl/fragment_turns", len(fragment.said))
+        add("rl/cut_fragment_share", fragment.is_cut)
     for name, count in (("flat", found.num_flat), ("lone", found.num_lone)):
         add(f"rl/{name}_group_share", count, found.num_groups)
     add("rl/zero_advantage_share", found.num_flat + found.num_lone, found.num_groups)

@@ -121,7 +121,7 @@ class Watch:
             }
         )
         if self._show:
-            left = (self._num_steps - state.step) * found.tokens / speed
+            left = (self._num_steps - state.step) * seconds / len(self._recent)
             self._show(Progress(state.step, self._num_steps, found.loss, speed, share, left))
 
     def measure(self, context: int) -> None:

@@ -16,6 +16,7 @@ from attending.midtrain.loop import midtrain
 from attending.midtrain.recipe import MidtrainConfig
 from attending.train import run
 from tests.train.making import HaltedError, halt_at, make_corpus, make_model, make_tokenizer
+from tests.train.ranks import require_two_equal_one
 
 PARTS = {
     "medical": {"share": 2, "domain": "medical"},
@@ -97,6 +98,13 @@ def test_resume_is_bitwise(text: Text, tmp_path: Path) -> None:
         for out in (whole, cut)
     )
     assert first == second and len(first) == 8
+
+
+def test_two_ranks_equal_one(text: Text, tmp_path: Path) -> None:
+    batch = {"tokens": 256, "micro_tokens": 64}
+    config = recipe(text, tokens=768, compute={"precision": "float64"}, batch=batch)
+    names = ("train/loss", "train/medical", "train/maths", "train/gradient", "heldout/")
+    require_two_equal_one("midtrain", config, tmp_path, names)
 
 
 def test_a_limit_on_forgetting_fails_the_run_and_keeps_the_model(

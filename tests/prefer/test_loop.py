@@ -1,8 +1,5 @@
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from attending.train import run
 from attending.train.watch import Notes, Progress
 from tests.prefer.making import ask, make_model, make_pairs, recipe, write
 from tests.train.making import HaltedError, halt_at
+from tests.train.ranks import require_two_equal_one
 
 CLOCKS = ("run/elapsed_seconds", "train/tokens_per_second", "train/ceiling_share")
 CLOCKS += ("train/peak_memory_bytes",)
@@ -180,21 +178,7 @@ def test_what_was_forgotten_is_told_and_may_fail_the_run(
 
 def test_two_ranks_equal_one(model: Path, pairs: Path, tmp_path: Path) -> None:
     config = recipe(model, pairs, "tdpo2", compute={"precision": "float64"}, steps=3)
-    alone, file = prefer(config, tmp_path / "alone"), tmp_path / "recipe.json"
-    file.write_text(json.dumps(config.model_dump(mode="json")), "utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "tests.prefer.ranks", str(file), str(tmp_path / "two")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert not done.returncode, done.stderr[-3000:]
-    one, two = (load_file(path / "model.safetensors") for path in (alone, tmp_path / "two"))
-    assert all(torch.allclose(one[key], two[key], rtol=1e-9, atol=1e-12) for key in one)
-    for first, second in zip(told(alone), told(tmp_path / "two"), strict=True):
-        assert second == pytest.approx(first, rel=1e-9, abs=1e-12)
+    require_two_equal_one("prefer", config, tmp_path, ("train/loss", "train/gradient", "prefer/"))
 
 
 def test_a_stop_saves_and_says_so(model: Path, pairs: Path, tmp_path: Path) -> None:

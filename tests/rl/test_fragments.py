@@ -135,7 +135,7 @@ def test_the_stage_runs_and_goes_on_where_it_was(folder: Path, tmp_path: Path) -
     )
     out = rl(config, tmp_path / "out")
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "rl/reward" in row]
-    assert len(rows) == 2 and {"rl/fragment_turns", "rl/cut_fragments"} <= {*rows[0]}
+    assert len(rows) == 2 and {"rl/fragment_turns", "rl/cut_fragment_share"} <= {*rows[0]}
     key = "heldout/score"
     held = [row[key] for row in read_metrics(out / "metrics.jsonl") if key in row]
     assert len(held) == 3 and all(0 <= one <= 1 for one in held)

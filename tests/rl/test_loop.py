@@ -13,14 +13,17 @@ from safetensors.torch import load_file
 import attending
 from attending.errors import CheckFailed, ConfigError, EndpointError, UsageError
 from attending.logs import read_metrics
-from attending.rl import loop, watch
+from attending.rl import loop, vllm, watch
 from attending.rl.estimate import estimate
 from attending.rl.loop import rl
 from attending.rl.recipe import RlConfig, WatchConfig
 from attending.train import run
+from attending.train.watch import Progress
 from attending.verifier.judge.verdict import Verdict
 from tests.pretrain.conftest import one_thread  # noqa: F401  (a fixture)
+from tests.rl.test_vllm import Server, server  # noqa: F401  (a fixture)
 from tests.train.making import CHATML, LLAMA, HaltedError, halt_at, make_model, make_tokenizer
+from tests.train.ranks import require_two_equal_one
 
 RULE = {"kind": "regex", "pattern": "e"}
 Made = tuple[Path, Path]
@@ -117,13 +120,33 @@ def test_resume_is_bitwise_and_samples_the_same(
     assert told(whole) == told(cut)
 
 
+def test_two_ranks_equal_one(made: Made, tmp_path: Path) -> None:
+    own = {"weights": "w8", "threads": 1}
+    config = recipe(made, steps=3, compute={"precision": "float64"}, sampler=own)
+    names = ("train/loss", "train/gradient", "rl/", "heldout/")
+    require_two_equal_one("rl", config, tmp_path, names)
+
+
+def test_an_answer_each_with_its_own_prompt_teaches_the_same(made: Made, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"steps": 2, "compute": {"precision": "float64"}}
+    outs = [
+        rl(recipe(made, share_prompts=share, **how), tmp_path / str(share))
+        for share in (True, False)
+    ]
+    one, other = (load_file(out / "model.safetensors") for out in outs)
+    assert all(torch.allclose(one[key], other[key], rtol=1e-6, atol=1e-7) for key in one)
+
+
 def test_groups_that_agree_teach_nothing_and_are_counted(made: Made, tmp_path: Path) -> None:
     cases = tmp_path / "cases.jsonl"
     lines = (made[0] / "train.jsonl").read_text("utf-8").splitlines()
     told = [json.loads(line) | {"rule": {"kind": "regex", "pattern": "(?s).*"}} for line in lines]
     cases.write_text("".join(json.dumps(row) + "\n" for row in told), "utf-8")
-    out = rl(recipe(made, cases=str(cases)), tmp_path / "out")
+    told_of: list[Any] = []
+    out = rl(recipe(made, cases=str(cases)), tmp_path / "out", show=told_of.append)
     assert all(row["rl/zero_advantage_share"] == 1 for row in rows(out))
+    left = [one.seconds_left for one in told_of if isinstance(one, Progress)]
+    assert len(left) == 4 and left[0] > left[-1] == 0
     one, other = (load_file(path / "model.safetensors") for path in (made[1], out))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -152,6 +175,12 @@ def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(json.dumps(row | {"rubrics": rubric}) + "\n", "utf-8")
     with pytest.raises(UsageError, match="1 cases have rubrics, 'x' first, and no judge"):
         rl(recipe(made, cases=str(tmp_path / "r.jsonl"), prompts=1), tmp_path / "out")
+    (tmp_path / "n.jsonl").write_text(
+        json.dumps(row | {"rubrics": [rubric[0] | {"points": -5}]}) + "\n", "utf-8"
+    )
+    clipped = recipe(made, cases=str(tmp_path / "n.jsonl"), reward={"form": "clipped"})
+    with pytest.raises(ConfigError, match="1 cases have rubrics without positive points, 'x' firs"):
+        rl(clipped, tmp_path / "out")
 
 
 def test_changed_cases_are_told_on_resume(made: Made, tmp_path: Path) -> None:
@@ -161,8 +190,9 @@ def test_changed_cases_are_told_on_resume(made: Made, tmp_path: Path) -> None:
     with pytest.raises(HaltedError):
         rl(config, tmp_path / "out", show=halt_at(3))
     cases.write_text(cases.read_text("utf-8").replace('"a"', '"A"'), "utf-8")
-    with pytest.raises(ConfigError, match="sha256"):
-        rl(config, tmp_path / "out", resume=True)
+    for accept in (False, True):
+        with pytest.raises(ConfigError, match=r"sha256(.|\n)*cannot change on the way"):
+            rl(config, tmp_path / "out", resume=True, accept_changes=accept)
 
 
 def test_a_limit_on_forgetting_that_measures_nothing_is_refused(made: Made, tmp_path: Path) -> None:
@@ -230,6 +260,29 @@ def test_a_judge_that_dies_ends_the_run_with_its_state(
         rl(config, tmp_path / "out")
     assert run.newest(tmp_path / "out.tmp")
     left = 1000
+    out = rl(config, tmp_path / "out", resume=True)
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
+
+
+def test_a_server_that_dies_ends_the_run_with_its_state(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: Server,  # noqa: F811
+) -> None:
+    def dies(told: Any) -> None:
+        if isinstance(told, Progress) and told.step == 2:
+            server.fails = 10**6
+
+    monkeypatch.setattr(vllm, "PAUSE_SECONDS", 0.0)
+    served = {"address": server.address, "folder": str(tmp_path / "served")}
+    server.varies, limits = True, {"every_steps": 2, "max_mismatch": 100.0}
+    config = recipe(made, sampler=served, state={"every_tokens": 1}, watch=limits)
+    with pytest.raises(EndpointError, match=r"sampling server failed \(500\).*--resume goes on"):
+        rl(config, tmp_path / "out", show=dies)
+    newest = run.newest(tmp_path / "out.tmp")
+    assert newest and newest.name == "step_000000002"
+    server.fails = 0
     out = rl(config, tmp_path / "out", resume=True)
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4]
 

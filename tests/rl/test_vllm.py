@@ -26,12 +26,15 @@ ALONE = World(0, 0, 1)
 
 
 class Server(ThreadingHTTPServer):
-    """Writes back the prompt's first ids; `fails` answers are errors, `spoils` lack their ids."""
+    """Writes back the prompt's first ids, or if it `varies` the next ones to odd seeds.
+
+    `fails` answers are errors, those that it `spoils` lack their ids.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.seen: list[tuple[str, dict[str, Any], str]] = []
-        self.fails, self.spoils, self.status = 0, False, 500
+        self.fails, self.spoils, self.status, self.varies = 0, False, 500, False
 
     @property
     def address(self) -> str:
@@ -52,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         reply: dict[str, Any] = {}
         if self.path == "/v1/completions":
-            ids = body["prompt"][:2]
+            at = 2 * (self.server.varies and body["seed"] % 2)
+            ids = body["prompt"][at : at + 2]
             choice = {
                 "token_ids": None if self.server.spoils else ids,
                 "logprobs": {"token_logprobs": [-0.5] * len(ids)},

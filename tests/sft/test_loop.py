@@ -17,14 +17,8 @@ from attending.sft.estimate import estimate
 from attending.sft.loop import sft
 from attending.sft.recipe import SftConfig
 from attending.shards import Shards
-from tests.train.making import (
-    CHATML,
-    LLAMA,
-    HaltedError,
-    halt_at,
-    make_model,
-    make_tokenizer,
-)
+from tests.train.making import CHATML, LLAMA, HaltedError, halt_at, make_model, make_tokenizer
+from tests.train.ranks import require_two_equal_one
 
 DRUGS = ("aspirin", "insulin", "heparin", "digoxin", "codeine", "lithium")
 Made = tuple[Path, Path]
@@ -194,6 +188,14 @@ def test_clusters_are_drawn_from_and_told(made: Made, tmp_path: Path) -> None:
     assert sum(one["drawn"] for one in clusters) == 30
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}])
+def test_two_ranks_equal_one(made: Made, tmp_path: Path, lora: Any) -> None:
+    qa = recipe(made).data["qa"].model_dump() | {"limit": 60}
+    config = recipe(made, compute={"precision": "float64"}, lora=lora, data={"qa": qa})
+    names = ("train/loss", "train/gradient", "heldout/", "train/consumed")
+    require_two_equal_one("sft", config, tmp_path, names)
+
+
 def test_without_a_dialogue_the_reasons_are_told(made: Made, tmp_path: Path) -> None:
     tokenizer = attending.load(made[1]).tokenizer
     config = recipe(made, data={"talks": {"path": "talks.jsonl"}}, context=16)
@@ -205,3 +207,10 @@ def test_the_estimate_counts_dialogues(made: Made) -> None:
     told = estimate(recipe(made, epochs=3.0))
     assert told["dialogues"] == 205 and told["unreadable"] == 1
     assert told["steps"] > 10
+    assert told["trained_parameters"] == told["parameters"]
+    adapted = estimate(recipe(made, epochs=3.0, lora={"rank": 2, "alpha": 4}))
+    added = adapted["parameters"] - told["parameters"]
+    assert adapted["trained_parameters"] == added and 0 < added < told["parameters"] / 4
+    for name in ("gradients_gib", "optimizer_gib"):
+        assert adapted["memory_per_rank"][name] <= told["memory_per_rank"][name] / 4
+    assert adapted["time"]["hours"] <= told["time"]["hours"]
