@@ -27,7 +27,8 @@ class JudgeSetup:
     """Which judge, and how it is opened."""
 
     source: str
-    """`embedded`, an endpoint's address, or a model on this machine."""
+    """`embedded`, or `embedded:FOLDER` of one's own training, an endpoint's address, or a model on
+    this machine."""
     how: Mapping[str, Any] = field(default_factory=dict)
     """What `endpoint.open` takes besides."""
     template: str | None = None
@@ -36,6 +37,11 @@ class JudgeSetup:
     """A report.json of a meta-evaluation of this judge."""
     allow_self: bool = False
     """It may be a model that it judges."""
+
+    @property
+    def is_embedded(self) -> bool:
+        """It needs no endpoint."""
+        return self.source.partition(":")[0] == EMBEDDED
 
 
 @asynccontextmanager
@@ -52,7 +58,7 @@ async def open_judge(
     Raises:
         UsageError: It would judge itself, or its agreement was measured of another judge.
     """
-    if setup.source == EMBEDDED:
+    if setup.is_embedded:
         from attending.verifier.judge.embedded import SHIPPED, EmbeddedJudge
 
         if setup.template or setup.agreement:
@@ -60,12 +66,13 @@ async def open_judge(
                 "the embedded judge has no template and knows its own agreement: leave --template "
                 "and --agreement out."
             )
-        own = EmbeddedJudge()
-        found = json.loads((SHIPPED / "report.json").read_text("utf-8"))
+        folder = Path(setup.source.partition(":")[2] or SHIPPED)
+        own = EmbeddedJudge(folder=folder)
+        found = json.loads((folder / "report.json").read_text("utf-8"))
         value, *interval = found["embedded"]["macro-F1"]
         agreement = {"value": value, "interval": interval, "n": sum(found["pairs"].values())}
         agreement |= {"metric": "macro-F1", "against": "constructed labels"}
-        sha256 = hashlib.sha256((SHIPPED / "judge.safetensors").read_bytes()).hexdigest()
+        sha256 = hashlib.sha256((folder / "judge.safetensors").read_bytes()).hexdigest()
         facts = _facts(own, f"embedded@{sha256[:12]}", None) | {"agreement": agreement}
         yield own, facts
         return
@@ -91,8 +98,8 @@ async def open_judge(
 
 def check_judge(setup: JudgeSetup) -> None:
     """What can be said without opening it: SourceError or UsageError where it could not be."""
-    sources.resolve("judge" if setup.source == EMBEDDED else setup.source)
-    if setup.source != EMBEDDED and setup.template != SIGNED:
+    sources.resolve("judge" if setup.is_embedded else setup.source)
+    if not setup.is_embedded and setup.template != SIGNED:
         read_template(setup.template)
 
 

@@ -16,7 +16,7 @@ from attending.evaluate import contamination, scores
 from attending.evaluate.healthbench.grader import read_template
 from attending.evaluate.healthbench.task import HealthBench
 from attending.evaluate.healthbench.task import recorded as read_recorded
-from attending.evaluate.judging import EMBEDDED, JudgeSetup
+from attending.evaluate.judging import JudgeSetup
 from attending.evaluate.page import write_page
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.run import (
@@ -237,7 +237,7 @@ def pairs(
 def _warnings(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What a reader must know before the numbers."""
     found = [DEMONSTRATION] if any(one.source == "default" for one in run.models) else []
-    if run.judge and run.judge.source == EMBEDDED:
+    if run.judge and run.judge.is_embedded:
         kinds = {told.kind for told in run.config.tasks.values()}
         found += [UNMEASURED] if kinds & {"healthbench", "meta"} else []
     for task, told in zip(run.tasks, run.config.tasks.values(), strict=True):

@@ -14,7 +14,7 @@ from attending.endpoint import Endpoint, is_address
 from attending.errors import CheckFailed, ContextError, EndpointError, ReplyError, UsageError
 from attending.evaluate.estimate import Meter, Work, answering, grading, probe, total
 from attending.evaluate.identity import path_of
-from attending.evaluate.judging import EMBEDDED, JudgeSetup, check_judge, open_judge
+from attending.evaluate.judging import JudgeSetup, check_judge, open_judge
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.sample import Answer, Example, Grade, Key, Sample, Task
 from attending.evaluate.store import Store
@@ -157,7 +157,7 @@ async def _meet_judge(run: Run, judge: JudgeSetup) -> None:
         judged = [str(model.how.get("model_id") or "") for model in run.models]
         async with open_judge(judge, run.config.judge, judged) as (_, run.facts):
             run.store.hold("judge", {key: run.facts[key] for key in JUDGE_IDENTITY})
-    if judge.source == EMBEDDED:
+    if judge.is_embedded:
         return
     parts = [
         grading(task, _missing(run, model, task, graded=True), told, run.config.judge.max_tokens)

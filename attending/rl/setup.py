@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from attending import artifact
 from attending.errors import ConfigError
-from attending.evaluate.judging import EMBEDDED, JudgeSetup, open_judge
+from attending.evaluate.judging import SIGNED, JudgeSetup, open_judge
 from attending.mesh import World
 from attending.model.decoder import Decoder
 from attending.rl.cases import is_affine_only, read_cases
@@ -138,7 +138,8 @@ async def _judge(config: RlConfig, source: str | None, judged: str) -> AsyncIter
     if source is None:
         yield None
         return
-    setup = JudgeSetup(source) if source == EMBEDDED else JudgeSetup(source, template="signed")
+    setup = JudgeSetup(source)
+    setup = setup if setup.is_embedded else JudgeSetup(source, template=SIGNED)
     async with open_judge(setup, config.judging, [judged]) as (judge, _):
         yield judge
 

@@ -1,20 +1,28 @@
 """The embedded judge's training: pairs by hand, resume bit for bit, figures with known values."""
 
+import asyncio
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from attending import sources
 from attending.cli import app
-from attending.errors import UsageError
+from attending.errors import CheckpointError, UsageError
+from attending.evaluate.judging import JudgeSetup, open_judge
 from attending.verifier.judge import pairs, training
+from attending.verifier.judge.ask import JudgeOptions
 from attending.verifier.judge.encoder import Bert, load_bert
 from attending.verifier.judge.pairs import Pair, Supported
 from attending.verifier.judge.recipe import JudgeConfig
+from attending.verifier.judge.verdict import Judge
 from tests.conftest import SHARED
 from tests.verifier.tiny_bert import save_tiny_bert
 
@@ -74,6 +82,39 @@ def test_the_loss_falls_and_a_resumed_run_gives_the_same_weights(
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     other = training.fit(config(seed=1), tiny, made, nothing, state)
     assert not torch.equal(whole["head.hidden"], other["head.hidden"])
+
+
+@pytest.mark.parametrize("reads", ["text", "measures"])
+def test_a_judge_that_reads_one_thing_learns_that_alone(
+    reads: str, tiny: Bert, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.safetensors"
+    weights = training.fit(config(reads=reads, epochs=2), tiny, some_pairs(), nothing, state)
+    by_text = [name for name in weights if name.endswith(".up")] + ["head.hidden"]
+    assert bool(weights["head.features"].any()) == (reads == "measures")
+    assert any(bool(weights[name].any()) for name in by_text) == (reads == "text")
+
+
+def test_a_run_may_be_judged_by_a_judge_of_ones_own(
+    tiny: Bert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (bert,) = tmp_path / "own", [path for path in tmp_path.iterdir() if path.is_dir()]
+    folder.mkdir()
+    save_file(training.start(config(), tiny), folder / "judge.safetensors")
+    told = {"embedded": {"macro-F1": [0.5, 0.25, 0.75]}, "pairs": {"plain": 3}}
+    (folder / "report.json").write_text(json.dumps(told), "utf-8")
+    monkeypatch.setattr(sources, "resolve", lambda _: SimpleNamespace(path=bert))
+
+    judge, facts = asyncio.run(opened(f"embedded:{folder}"))
+    assert judge.name == "embedded" and "macro-F1 0.50 (0.25 to 0.75)" in judge.caution
+    assert facts["agreement"]["value"] == 0.5
+    with pytest.raises(CheckpointError, match="no judge in none"):
+        asyncio.run(opened(f"embedded:{tmp_path / 'none'}"))
+
+
+async def opened(source: str) -> tuple[Judge, dict[str, Any]]:
+    async with open_judge(JudgeSetup(source), JudgeOptions(), []) as found:
+        return found
 
 
 def test_calibration_finds_the_slope_and_shift_that_made_the_labels() -> None:

@@ -1,5 +1,7 @@
 """What training the embedded judge is told: the record behind `recipes/judge/NAME.toml`."""
 
+from typing import Literal
+
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from attending.config import Config
@@ -20,5 +22,7 @@ class JudgeConfig(Config):
     """Of the adapter of each linear layer."""
     rate: PositiveFloat
     """Peak learning rate, after a twentieth of the steps; it then falls to 0 linearly."""
+    reads: Literal["both", "text", "measures"] = "both"
+    """What decides: the texts, what is measured on them, or both."""
     seed: int = 0
     """Of the pairs, their order and the first weights."""

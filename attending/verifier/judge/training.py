@@ -7,6 +7,7 @@ to report. A killed run goes on from its last state and gives the same weights, 
 import logging
 import math
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from attending.verifier.judge.encoder import Bert, Weights
 from attending.verifier.judge.pairs import Pair
 from attending.verifier.judge.recipe import JudgeConfig
 
-FITTED = ("platt", "threshold")  # after the training, on the tune part
+LEARNT = {"both": r".*\.", "text": r"(?!head\.f).*\.", "measures": r"head\.[fb]"}  # by name
 SAVE_SECONDS, WARM_UP, DRAWS = 120, 0.05, 1000
 KINDS = ("plain", "elsewhere", "negated", "removed", "contradicted", "sibling")
 Values = NDArray[np.float64]
@@ -87,7 +88,7 @@ def fit(
     """Adam on the weighted cross-entropy, in bfloat16; `state` is written every two minutes."""
     found = embedded.gather(bert, [pair[:2] for pair in made])
     weights = start(config, bert)
-    trained = [value.requires_grad_() for name, value in weights.items() if name not in FITTED]
+    trained = [v.requires_grad_() for k, v in weights.items() if re.match(LEARNT[config.reads], k)]
     optimizer = torch.optim.Adam(trained, config.rate, betas=(0.9, 0.98))
     batches = _batches([len(one.criterion) + len(one.text) for one in found], config)
     first = _load(state, trained, optimizer) if resume and state.is_file() else 0
@@ -117,7 +118,7 @@ def start(config: JudgeConfig, bert: Bert) -> dict[str, Tensor]:
     """An adapter that changes nothing yet, and a head that reads little."""
     rng, weights = torch.Generator().manual_seed(config.seed), dict[str, Tensor]()
     for name, shape in embedded.shapes(bert, config.rank).items():
-        is_drawn = name.endswith(".down") or name == "head.hidden"
+        is_drawn = name.endswith(".down") or (name == "head.hidden" and config.reads != "measures")
         scale = (0.1 if name == "head.hidden" else 1.0) / math.sqrt(shape[-1]) if is_drawn else 0.0
         weights[name] = torch.zeros(shape).normal_(0, 1, generator=rng) * scale
     return weights | {"platt": torch.tensor([1.0, 0.0]), "threshold": torch.tensor(0.5)}
