@@ -10,7 +10,9 @@ from attending.errors import UsageError
 
 
 def cases(
-    kind: Annotated[str, typer.Argument(help="dosage, format, options or rubric.")],
+    kind: Annotated[
+        str, typer.Argument(help="dosage, format, options, rubric, patient or interview.")
+    ],
     to: Annotated[Path, typer.Option("--out", help="JSONL file to write.")],
     count: Annotated[int, typer.Option(min=1, help="Of cases.")] = 200,
     level: Annotated[int, typer.Option(min=1, help="From 1, the easiest.")] = 1,
@@ -22,6 +24,9 @@ def cases(
     medquad: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="MedQuAD's JSONL file.")
     ] = None,
+    patients: Annotated[
+        Path | None, typer.Option(exists=True, help="DDXPlus' folder, or vignettes' JSONL file.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Keep cases that this model passes sometimes: a source or an address."),
@@ -30,23 +35,39 @@ def cases(
     low: Annotated[float, typer.Option(min=0, max=1, help="Least pass rate.")] = 0.2,
     high: Annotated[float, typer.Option(min=0, max=1, help="Greatest pass rate.")] = 0.8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 48,
+    recipe: Annotated[
+        str | None, typer.Option(help="The run's recipe: its template is what the model is told.")
+    ] = None,
 ) -> None:
-    """Make cases with exact answers, or criteria, for `attending rl`."""
+    """Make cases with exact answers, criteria or patients for `attending rl`.
+
+    `interview` makes dialogues for `attending sft` instead: a scripted doctor interviews patients.
+    """
     import asyncio
 
     from attending import endpoint
     from attending.rl import cases as own
+    from attending.rl import interviews
+    from attending.rl.recipe import RlConfig
     from attending.rl.tasks import make
 
     if to.exists():
         raise UsageError(f"{to.name} exists; choose another name or remove it first.")
-    made = list(make(kind, count, seed, level, medquad, part))
+    if kind == "interview":
+        own.write_rows(to, asyncio.run(interviews.interviews(patients, count, seed, part)))
+        out.print(str(to), markup=False)
+        return
+    template = RlConfig.load(recipe, "rl", ()).template if recipe else {}
+    if kind == "patient":
+        made = list(interviews.patients(patients, count, seed, part))
+    else:
+        made = list(make(kind, count, seed, level, medquad, part))
     if model is not None:
 
         async def ask() -> dict[str, list[str]]:
             async with endpoint.open(model) as opened:
                 with progress_bar(of_bytes=False) as progress:
-                    return await own.measure(opened, made, answers, max_tokens, progress)
+                    return await own.measure(opened, made, answers, max_tokens, progress, template)
 
         rates = own.pass_rates(made, asyncio.run(ask()))
         chosen = own.choose(made, rates, low, high)
@@ -60,6 +81,5 @@ def cases(
         made = chosen.cases
     if not made:
         raise UsageError("no case is left: take another level, or a wider band.")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    own.write_cases(to, made)
+    own.write_rows(to, map(own.line_of, made))
     out.print(str(to), markup=False)

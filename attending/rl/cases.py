@@ -100,11 +100,12 @@ def line_of(case: Case) -> dict[str, Any]:
     return {"id": case.id, "messages": turns, "kind": case.kind, **told}
 
 
-def write_cases(path: Path, cases: Iterable[Case]) -> None:
-    """One case a line; a reader never sees half a file."""
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One a line, in a folder that is made; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     with disk_has_room(path), draft.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line_of(one), ensure_ascii=False) + "\n" for one in cases)
+        file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
     draft.replace(path)
 
 
@@ -147,16 +148,19 @@ async def measure(
     samples: int,
     max_tokens: int,
     progress: Progress = lambda *_: None,
+    template: Mapping[str, Any] | None = None,
     concurrency: int = 16,
 ) -> dict[str, list[str]]:
     """So many answers of a model to each case with a rule, at temperature 1; by id.
 
+    `template` is what the run will tell the chat template, as without it other answers are passed.
     A case to which a reply failed has fewer, or none, and is unmeasured then.
     """
     found: dict[str, list[str]] = {case.id: [] for case in cases}
     todo = [(case, seed) for case in cases if case.rule for seed in range(samples)]
     pending, done = iter(todo), 0
-    how = {"temperature": 1.0, "top_p": 1.0, "max_tokens": max_tokens}
+    how: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "max_tokens": max_tokens}
+    how |= {"chat_template_kwargs": dict(template)} if template else {}
 
     async def work() -> None:
         nonlocal done

@@ -3,15 +3,19 @@
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 from random import Random
 from string import Template
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from attending import endpoint
+from attending.cli import practice
 from attending.corpus.split import is_held_out
 from attending.errors import ConfigError, UsageError
 from attending.rl import tasks
@@ -22,7 +26,7 @@ from attending.rl.cases import (
     parse_case,
     pass_rates,
     read_cases,
-    write_cases,
+    write_rows,
 )
 from attending.rl.tasks import DATA, SUBJECTS, make
 from attending.rl.types import Case
@@ -66,7 +70,7 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
         {"id": "c", "messages": [], "kind": "visits", "patient": "appendicitis"},
     )
     cases = read_cases(written(tmp_path / "cases.jsonl", *rows))
-    write_cases(tmp_path / "again.jsonl", cases)
+    write_rows(tmp_path / "again.jsonl", map(line_of, cases))
     assert [json.loads(line) for line in (tmp_path / "again.jsonl").open()] == list(rows)
     assert read_cases(tmp_path / "again.jsonl") == cases
     assert cases[0].rule == NUMBER
@@ -133,6 +137,31 @@ def test_cases_are_chosen_by_the_measured_pass_rate() -> None:
     chosen = choose(cases, rates, 0.3, 0.8)
     assert [one.id for one in chosen.cases] == ["end"]
     assert chosen[1:] == (2, 1, 1)
+
+
+def test_the_model_is_told_what_the_runs_recipe_tells_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Model:
+        async def chat(self, _: Any, **how: Any) -> Any:
+            asked.append(how)
+            return SimpleNamespace(text="The answer is 3." if how["seed"] else "none")
+
+    @asynccontextmanager
+    async def opened(_: str) -> AsyncIterator[Model]:
+        yield Model()
+
+    monkeypatch.setattr(endpoint, "open", opened)
+    told, out = tmp_path / "own.toml", tmp_path / "cases.jsonl"
+    told.write_text('base = "rules"\n[template]\nenable_thinking = false\n', "utf-8")
+    how: dict[str, Any] = {"model": "m", "answers": 2, "low": 0.0, "high": 1.0, "max_tokens": 5}
+    practice.cases("dosage", out, count=3, recipe=str(told), **how)
+    assert len(read_cases(out)) == 3 and len(asked) == 6
+    assert all(one["chat_template_kwargs"] == {"enable_thinking": False} for one in asked)
+    practice.cases("dosage", tmp_path / "plain.jsonl", count=3, **how)
+    assert all("chat_template_kwargs" not in one for one in asked[6:])
 
 
 ORACLE: dict[str, Callable[[Any], float]] = {
