@@ -12,7 +12,7 @@ import typer
 
 from attending.cli.build import DryRunOption, ResumeOption, SetOption
 from attending.cli.terminal import JsonFlag, err, escape, out, print_json
-from attending.errors import CheckFailed
+from attending.errors import CheckFailed, UsageError
 from attending.mesh import world
 
 if TYPE_CHECKING:
@@ -28,6 +28,14 @@ AcceptOption = Annotated[
 ForgettingOption = Annotated[
     float | None,
     typer.Option(help="Fail (exit 3) where something kept is worse by more than this share."),
+]
+
+ExportOption = Annotated[
+    str | None, typer.Option("--export", help="Write a folder for `verl` instead of training.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option("--ray", help="Place trainers and vLLM on the Ray cluster there; `auto`: here."),
 ]
 
 
@@ -71,10 +79,73 @@ midtrain = _tuning(
 )
 sft = _tuning("sft", "Tune a model on dialogues, all weights or adapters; the same under torchrun.")
 prefer = _tuning("prefer", "Tune a model on preferences: DPO, TDPO, ELO, a reward model, PPO.")
-rl = _tuning(
-    "rl",
-    "Reinforce what a verifier rewards: Baichuan-M2's improved GRPO; the same under torchrun.",
-)
+_reinforced = _tuning("rl", "")
+
+
+def rl(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out_dir: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    accept_changes: AcceptOption = False,
+    max_forgetting: ForgettingOption = None,
+    export: ExportOption = None,
+    ray: RayOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Reinforce what a verifier rewards: Baichuan-M2's improved GRPO; the same under torchrun."""
+    if export:
+        _export(export, recipe, set_ or (), out_dir, as_json)
+        return
+    if ray and not dry_run:
+        flags = {"--resume": resume, "--accept-changes": accept_changes}
+        pairs = [*(set_ or ()), *_limit(max_forgetting)]
+        words = [word for one in pairs for word in ("--set", one)]
+        words += [flag for flag, is_on in flags.items() if is_on]
+        _place(recipe, pairs, words, out_dir, ray, as_json)
+        return
+    how = resume, dry_run, accept_changes, max_forgetting, as_json
+    _reinforced(recipe, set_, out_dir, *how)
+
+
+def _place(
+    recipe: str,
+    pairs: Sequence[str],
+    words: Sequence[str],
+    out_dir: Path | None,
+    address: str,
+    as_json: bool,
+) -> None:
+    """Its processes are this verb's own, without `--ray`."""
+    from attending.rl.launch import launch
+    from attending.rl.recipe import RlConfig
+
+    target = out_dir or Path("out") / f"rl-{Path(recipe).stem}"
+    config = RlConfig.load(recipe, "rl", pairs)
+    try:
+        launch(config, [recipe, *words], target, address, _note)
+    except CheckFailed:
+        _tell(target, as_json)  # where it is made all the same
+        raise
+    _tell(target, as_json)
+
+
+def _export(
+    what: str, recipe: str, pairs: Sequence[str], out_dir: Path | None, as_json: bool
+) -> None:
+    """For another trainer; nothing is trained here."""
+    from attending.rl.export_verl import export_verl
+    from attending.rl.recipe import RlConfig
+
+    if what != "verl":
+        raise UsageError(f"--export {what!r}: only verl is known.")
+    target = out_dir or Path("out") / f"{what}-{Path(recipe).stem}"
+    made = export_verl(RlConfig.load(recipe, "rl", pairs), target, _note)
+    if as_json:
+        print_json({"folder": str(made)})
+    else:
+        out.print(str(made), markup=False)
 
 
 def _train(

@@ -145,7 +145,7 @@ def _ask(matcher: Matcher, fact: Fact, told: set[str], rng: Random) -> str:
     own = own or WORDS["kind"].get(fact.kind, WORDS["open"])
     for text in rng.sample(own, min(len(own), TRIES)):
         end = "." if text.startswith("Tell") else "?"
-        asked = text[:1].upper() + text[1:].rstrip(" ?.") + end
+        asked: str = text[:1].upper() + text[1:].rstrip(" ?.") + end
         heard = matcher.heard(asked, told)
         if heard.is_open or any(fact.id == one.id for one in heard.told):
             return asked

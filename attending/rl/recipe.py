@@ -28,16 +28,16 @@ class SamplerConfig(Config):
     """Answers side by side."""
     threads: PositiveInt | None = None
     """None takes every core."""
-    address: str | None = None
-    """Of a vLLM server instead; the weights are written to `folder`, which it serves from."""
+    address: str | tuple[str, ...] | None = None
+    """Of vLLM's servers instead; the weights are written to `folder`, which they serve from."""
     folder: str | None = None
-    """Model folder that both see."""
+    """Model folder that all see."""
     api_key_variable: str | None = None
     """Environment variable with the server's key."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
-        if (self.address is None) != (self.folder is None):
+        if bool(self.address) != bool(self.folder):
             raise ValueError("address and folder belong together: give both or neither")
         return self
 
@@ -75,6 +75,19 @@ class DialogueConfig(Config):
     """Of the doctor, before the reply that is reinforced: from 0 to one less; in watching, all."""
     most_facts: PositiveInt = 2
     """New facts that a reply is worth 1 for."""
+
+
+class ClusterConfig(Config):
+    """Roles on a Ray cluster, for `--ray`."""
+
+    trainers: PositiveInt = 1
+    """Ranks, a GPU each."""
+    generator_gpus: PositiveInt = 1
+    """Of a vLLM server: its tensor parallelism. There are as many as the GPUs left over hold."""
+    verifier_gpus: NonNegativeInt = 0
+    """Of a vLLM server of the model that `judge` names; rules need none."""
+    port: Annotated[int, Field(ge=1024, le=60_000)] = 29500
+    """Of the rendezvous; servers take those behind it."""
 
 
 class WatchConfig(Config):
@@ -151,6 +164,8 @@ class RlConfig(Config):
     """When to look, to warn and to stop."""
     forgetting: ForgettingConfig = ForgettingConfig()
     """What is compared before and after."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Who takes how many GPUs, for `--ray`."""
     assumed: AssumedConfig = AssumedConfig()
     """For `--dry-run`."""
     seed: NonNegativeInt = 0

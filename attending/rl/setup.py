@@ -75,7 +75,7 @@ def prepare(
         )
     run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
     own, watched = (read_cases(Path(one)) for one in (config.cases, config.heldout))
-    _require_scorable(config, [*own, *watched])
+    require_scorable(config, [*own, *watched])
     cases = {case.id: case for case in (*own, *watched)}
     if len(cases) < len(own) + len(watched):
         raise ConfigError(f"{config.cases} and {config.heldout} share cases: hold them apart.")
@@ -103,7 +103,7 @@ def prepare(
     return Setup(state, prompts, heldout, cases, kinds, sampler, patients, room, looked)
 
 
-def _require_scorable(config: RlConfig, cases: Sequence[Case]) -> None:
+def require_scorable(config: RlConfig, cases: Sequence[Case]) -> None:
     """ConfigError for what would fail when its first answer is judged."""
     lacking = [case.id for case in cases if is_affine_only(case)]
     if lacking and config.reward.form == "clipped":

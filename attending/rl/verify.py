@@ -55,27 +55,31 @@ class Verifier:
         if case.patient:
             fragment = self.fragments[case.id]
             return Judged(rollout, text, await judge_reply(fragment, text, self._most_facts))
-        if case.rule is not None:
-            return Judged(rollout, text, by_rule(str(case.rule["kind"]), check(case.rule, text)))
-        answer = answer_of(text)
-        if not answer:
-            return Judged(rollout, text, Verdict(0.0, "no answer"))
-        assert self._judge is not None
-        try:
-            found = await self._judge(case.rubric, answer)
-        except ReplyError as error:
-            return Judged(rollout, text, Verdict(None, f"the judge failed: {error}"))
-        except EndpointError as error:
-            raise EndpointError(
-                f"the judge is gone: {error} The last saved state is whole; --resume goes on."
-            ) from None
-        met = [one.met for one in found]
-        return Judged(rollout, text, by_rubric(case, met, self._reward.form))
+        return Judged(rollout, text, await judge_text(case, text, self._judge, self._reward))
 
     def text_of(self, rollout: Rollout) -> str:
         """What was written, with the `<think>` that the prompt opened."""
         opened = self._tokenizer.opens_reasoning(rollout.prompt)
         return (THINK_OPEN if opened else "") + self._tokenizer.decode(rollout.ids)
+
+
+async def judge_text(case: Case, text: str, judge: Judge | None, reward: RewardConfig) -> Verdict:
+    """Of an answer to a case with a rule or criteria; unscored where the judge gives no word."""
+    if case.rule is not None:
+        return by_rule(str(case.rule["kind"]), check(case.rule, text))
+    answer = answer_of(text)
+    if not answer:
+        return Verdict(0.0, "no answer")
+    assert judge is not None
+    try:
+        found = await judge(case.rubric, answer)
+    except ReplyError as error:
+        return Verdict(None, f"the judge failed: {error}")
+    except EndpointError as error:
+        raise EndpointError(
+            f"the judge is gone: {error} The last saved state is whole; --resume goes on."
+        ) from None
+    return by_rubric(case, [one.met for one in found], reward.form)
 
 
 class Collected(NamedTuple):

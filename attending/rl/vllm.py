@@ -1,6 +1,6 @@
-"""Answers by a vLLM server over HTTP, which is given the weights after every update.
+"""Answers by vLLM's servers over HTTP, which are given the weights after every update.
 
-The run makes a model folder that both see (`sampler.folder`) and waits for the server, which is to
+The run makes a model folder that all see (`sampler.folder`) and waits for each server, which is to
 be started on it with `VLLM_SERVER_DEV_MODE=1`. After an update the weights are written whole and
 renamed; `POST /collective_rpc` asks the workers to `reload_weights`, and what was cached of the old
 ones is dropped. Prompts go as ids and answers come back as ids (`return_token_ids`), each with its
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,8 +53,13 @@ class RemoteSampler:
         assert config.address is not None and config.folder is not None
         key = os.environ.get(config.api_key_variable or "", "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        address = config.address.rstrip("/").removesuffix("/v1")
-        self._client = httpx.Client(base_url=address, headers=headers, timeout=SECONDS)
+        addresses = (config.address,) if isinstance(config.address, str) else config.address
+        self._clients = [
+            httpx.Client(
+                base_url=one.rstrip("/").removesuffix("/v1"), headers=headers, timeout=SECONDS
+            )
+            for one in addresses
+        ]
         self._folder, self._start, self._place = Path(config.folder), start, place
         self._stops, self._max_tokens, self._running = stop_ids, max_tokens, config.running
 
@@ -81,14 +87,19 @@ class RemoteSampler:
             for file in draft.iterdir():
                 file.replace(self._folder / file.name)
             draft.rmdir()
-            self._post("/collective_rpc", {"method": "reload_weights"})
-            self._post("/reset_prefix_cache", {})  # keys and values of the weights before
+            for client in self._clients:
+                self._post(client, "/collective_rpc", {"method": "reload_weights"})
+                self._post(client, "/reset_prefix_cache", {})  # keys and values of those before
         barrier()
 
     def sample(self, asked: Sequence[Asked], version: int) -> Iterator[tuple[int, Rollout]]:
-        """As many requests at once as `sampler.running` says."""
+        """As many requests at once as `sampler.running` says, dealt to the servers in turn."""
         with ThreadPoolExecutor(max_workers=self._running) as threads:
-            waiting = {threads.submit(self._one, one, version): at for at, one in enumerate(asked)}
+            each = cycle(self._clients)
+            waiting = {
+                threads.submit(self._one, next(each), one, version): at
+                for at, one in enumerate(asked)
+            }
             try:
                 for done in as_completed(waiting):
                     yield waiting[done], done.result()
@@ -96,7 +107,7 @@ class RemoteSampler:
                 for one in waiting:
                     one.cancel()
 
-    def _one(self, asked: Asked, version: int) -> Rollout:
+    def _one(self, client: httpx.Client, asked: Asked, version: int) -> Rollout:
         body = {
             "model": str(self._folder),
             "prompt": list(asked.prompt),
@@ -110,7 +121,7 @@ class RemoteSampler:
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,
         }
-        reply = self._post("/v1/completions", body)
+        reply = self._post(client, "/v1/completions", body)
         try:
             (choice,) = reply["choices"]
             ids = tuple(int(token) for token in choice["token_ids"])
@@ -124,12 +135,12 @@ class RemoteSampler:
             ) from None
         return Rollout(asked.case, asked.prompt, ids, logprobs, stop, asked.seed, version)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    def _post(self, client: httpx.Client, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """EndpointError after some tries, or at once where trying again would not help."""
         tries, deadline = 0, time.monotonic() + WAIT_SECONDS
         while True:
             try:
-                reply = self._client.post(path, json=body)
+                reply = client.post(path, json=body)
                 if reply.status_code < 500:
                     break
                 tries, told = tries + 1, str(reply.status_code)

@@ -26,7 +26,7 @@ def test_a_suite_is_asked_of_both_and_kept_with_the_run(tmp_path: Path) -> None:
     before, after = (make_model(tmp_path / name, tokenizer, shape) for name in ("before", "after"))
     data.mkdir()
     questions = [
-        {"id": str(i), "question": f"Which is {i}?", "options": ["a", "b", "c"], "answer_idx": "ABC"[i % 3]}
+        {"id": f"{i}", "question": f"Is it {i}?", "options": [*"abc"], "answer_idx": "ABC"[i % 3]}
         for i in range(6)
     ]
     texts = [{"id": str(i), "text": f"the mill by the river, {i}"} for i in range(4)]
