@@ -27,8 +27,7 @@ class JudgeSetup:
     """Which judge, and how it is opened."""
 
     source: str
-    """`embedded`, or `embedded:FOLDER` of one's own training, an endpoint's address, or a model on
-    this machine."""
+    """`embedded`, `embedded:FOLDER`, an endpoint's address, or a model on this machine."""
     how: Mapping[str, Any] = field(default_factory=dict)
     """What `endpoint.open` takes besides."""
     template: str | None = None

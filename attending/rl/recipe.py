@@ -144,7 +144,8 @@ class RlConfig(Config):
     micro_tokens: PositiveInt
     """Rows of a forward pass, at most; a group with its one prompt is never split."""
     share_prompts: bool = True
-    """A group's prompt is computed once; False, for measuring what that saves, once an answer."""
+    """A group's prompt is computed once, and groups that agree are not; False, for measuring what
+    that saves: all answers, each behind a prompt of its own."""
     sampler: SamplerConfig = SamplerConfig()
     """Who writes."""
     dialogue: DialogueConfig = DialogueConfig()

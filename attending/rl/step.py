@@ -58,12 +58,12 @@ def batches_of(
     """The groups that teach something, as forward passes, as many on every rank.
 
     A group whose advantages are all 0 has no gradient and is not computed; it counts in the loss's
-    normaliser all the same. A rank with fewer passes than another makes empty ones. Unless prompts
-    are to `share`, each answer has its own.
+    normaliser all the same. A rank with fewer passes than another makes empty ones. Unless they are
+    to `share` prompts, all answers are computed, each behind its own.
     """
     numbers = {name: kinds.index(case.kind) for name, case in cases.items()}
     taught = [group for group in groups if any(one.advantage for one in group)]
-    taught = taught if share else [[one] for group in taught for one in group]
+    taught = taught if share else [[one] for group in groups for one in group]
     found = [collate(part, numbers, device) for part in passes(taught, most_rows)]
     most = torch.tensor(len(found), device=device)
     if dist.is_initialized():

@@ -74,41 +74,30 @@ def _pairs(lengths: Sequence[int], window: int | None) -> int:
 
 
 def memory(
-    arch: Architecture,
-    micro_tokens: int,
-    ranks: int,
-    *,
-    half: bool,
-    recompute: bool,
-    adapter: int | None = None,
+    arch: Architecture, micro: int, ranks: int, compute: ComputeConfig, adapter: int | None = None
 ) -> Memory:
-    """Of one rank under FSDP2; with one rank nothing is cut or gathered.
-
-    `adapter`: weights that are trained beside the frozen ones; None: all are trained.
-    """
-    weights = arch.num_parameters()
+    """Of one rank under FSDP2, with passes of `micro` tokens; `adapter` as `flops` has it."""
+    weights, size = arch.num_parameters(), 2 if compute.precision == "bfloat16" else 4
     trained = weights if adapter is None else adapter
-    size = 2 if half else 4
     block = max(_block_weights(arch, index) for index in range(len(arch.layers)))
     outside = weights - sum(_block_weights(arch, index) for index in range(len(arch.layers)))
     layers = len(arch.layers)
     # Whole for a moment: two blocks and the head's unit as products read them, and their
     # gradients as they are reduced.
     reduced = block + outside if adapter is None else adapter // layers
-    gathered = (2 * block + outside) * size + reduced * 4 if ranks > 1 or half else 0
+    gathered = (2 * block + outside) * size + reduced * 4 if ranks > 1 or size == 2 else 0
     per_layer = max(_kept_per_token(arch, index) for index in range(len(arch.layers)))
-    kept = arch.hidden_size * layers + per_layer if recompute else per_layer * layers
-    chunk = min(CHUNK, micro_tokens) * arch.vocab_size
-    # Copies of the head's weight: for M1's, which is also normalised, seven were measured; for
-    # others three are counted by hand: gradient, gradient times the loss's, what is cast. Of a
-    # frozen head what is cast, and M1's normalised one.
+    kept = arch.hidden_size * layers + per_layer if compute.recompute else per_layer * layers
+    chunk = min(CHUNK, micro) * arch.vocab_size
+    # Copies of the head: for M1's, which is also normalised, seven were measured; for others three
+    # are counted: gradient, that times the loss's, what is cast; of a frozen one that alone.
     copies = (7 if arch.is_m1 else 3) if adapter is None else 1 + arch.is_m1
     return Memory(
         weights=4 * (weights + (adapter or 0)) // ranks,
         gradients=4 * trained // ranks,
         optimizer=8 * trained // ranks,
         gathered=gathered,
-        activations=(kept + 3 * arch.hidden_size) * size * micro_tokens,
+        activations=(kept + 3 * arch.hidden_size) * size * micro,
         head=3 * 4 * chunk + copies * 4 * arch.vocab_size * arch.hidden_size,
     )
 
@@ -123,9 +112,8 @@ def takes(
     adapter: int | None = None,
 ) -> dict[str, Any]:
     """For `--dry-run`: memory of a rank and time, with the arithmetic; `adapter` as `memory`'s."""
-    half, ranks, micro = compute.precision == "bfloat16", assumed.devices, batch.micro_tokens
-    how: dict[str, Any] = {"half": half, "recompute": compute.recompute, "adapter": adapter}
-    need = memory(arch, micro, ranks, **how)
+    ranks, micro = assumed.devices, batch.micro_tokens
+    need = memory(arch, micro, ranks, compute, adapter)
     weights = arch.num_parameters() + (adapter or 0)
     trained = weights if adapter is None else adapter
     frozen = beside.models * 4 * arch.num_parameters() // ranks

@@ -10,7 +10,10 @@ from attending.model.decoder import Decoder
 from attending.model.lora import LoraConfig
 from attending.sources import shipped_config
 from attending.train.plan import flops, matrix_ceiling, memory
+from attending.train.recipe import ComputeConfig
 from tests.train.making import LLAMA, M1
+
+HALF = ComputeConfig(precision="bfloat16", recompute=True)
 
 
 def test_operations_by_hand() -> None:
@@ -44,11 +47,11 @@ def test_memory_is_cut_among_ranks_and_m1_is_as_large_as_published() -> None:
     found = shipped_config("m1")
     assert found is not None
     arch = parse_config(found)
-    alone, cut = (memory(arch, 8192, n, half=True, recompute=True) for n in (1, 8))
+    alone, cut = (memory(arch, 8192, n, HALF) for n in (1, 8))
     assert alone.weights == 4 * 14_470_764_320
     assert cut.weights == alone.weights // 8 and cut.optimizer == alone.optimizer // 8
     assert cut.activations == alone.activations
-    kept = memory(arch, 8192, 8, half=True, recompute=False)
+    kept = memory(arch, 8192, 8, ComputeConfig(precision="bfloat16"))
     assert kept.activations > 10 * cut.activations
     # Whole for a moment: two blocks in half precision, one's gradients in full; the head's unit.
     block, outside = 330_311_712, 2 * 133_120 * 5120 + 5120
@@ -67,9 +70,7 @@ def test_an_adapter_leaves_the_rest_without_gradient() -> None:
             lora.add(decoder, some)
             added = sum(p.numel() for p in decoder.parameters() if p.requires_grad)
             assert lora.count(decoder.arch, some) == added
-    whole, own = (
-        memory(arch, 64, 1, half=False, recompute=False, adapter=one) for one in (None, adapter)
-    )
+    whole, own = (memory(arch, 64, 1, ComputeConfig(), one) for one in (None, adapter))
     assert own.weights == whole.weights + 4 * 864 and own.activations == whole.activations
     assert (own.gradients, own.optimizer) == (4 * 864, 8 * 864)
     assert whole.head - own.head == 2 * 4 * 384 * 32
@@ -99,7 +100,7 @@ def test_kept_activations_are_near_what_autograd_keeps(values: dict[str, Any]) -
     ids = torch.randint(arch.vocab_size, (512,))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = decoder(ids, Packed([64] * 8))
-    planned = memory(arch, 512, 1, half=False, recompute=False).activations
+    planned = memory(arch, 512, 1, ComputeConfig()).activations
     assert hidden.requires_grad
     assert 0.75 < planned / sum(kept.values()) < 1.35
 
