@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from safetensors import SafetensorError
 
 from attending.errors import CheckpointError, UsageError
 from attending.mesh import hardware
@@ -78,8 +79,9 @@ def disk_has_room(target: Path) -> Iterator[None]:
     """Around what writes `target`: a full disk is a CheckpointError that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:  # the latter keeps the number in its text alone
+        told = f"(os error {errno.ENOSPC})" in str(error)
+        if not told and getattr(error, "errno", None) != errno.ENOSPC:
             raise
         free = shutil.disk_usage(target.parent).free
         raise CheckpointError(

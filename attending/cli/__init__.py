@@ -12,6 +12,7 @@ import typer
 from attending import __version__, logs
 from attending.cli import (
     build,
+    compress,
     evaluating,
     interview,
     judging,
@@ -49,6 +50,7 @@ for verb in (
     train.prefer,
     practice.cases,
     train.rl,
+    compress.quantize,
 ):
     app.command()(verb)
 app.command("eval")(evaluating.evaluate)

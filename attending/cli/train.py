@@ -171,12 +171,13 @@ def _train(
         try:
             run(config, target, show=show, **how)
         except CheckFailed:
-            _tell(target, as_json)  # where it is made all the same
+            tell_made(target, as_json)  # where it is made all the same
             raise
-    _tell(target, as_json)
+    tell_made(target, as_json)
 
 
-def _tell(made: Path, as_json: bool) -> None:
+def tell_made(made: Path, as_json: bool) -> None:
+    """Where it is, or its metrics."""
     if world().rank or not (made / "run.json").exists():
         return
     if as_json:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,7 +49,8 @@ class ComputeOptions(Config):
     activations: str | None = None
     """`int8` (the default) or `float32`."""
     kv: str | None = None
-    """Of keys and values in the cache: `float16` (the default) or `int8`."""
+    """Of keys and values in the cache: `float16` or `int8`; None: what a quantised folder's
+    `kv_cache_scheme` says, else float16."""
     threads: PositiveInt | None = None
     """Of the CPU; None takes every core."""
 
@@ -127,7 +128,9 @@ def open_native(
     from attending.engine.native.runner import NativeRunner
 
     require_memory(checkpoint, options, native=True)
-    chosen = options.native_options()
+    chosen = options.replace(kv=kv_of(checkpoint.arch, options)).native_options()
+    if options.kv is None and _cache_scheme(checkpoint.arch).get("type") == "float":
+        log.warning("the folder asks for a cache in FP8, which this engine has not: float16 it is")
     folder = packed_folder(files)
     packed = open_packed(checkpoint, folder / chosen.weights, chosen.weights)
     for old in folder.parent.iterdir():  # of the same model, before its files changed
@@ -151,7 +154,8 @@ def weight_bytes(checkpoint: Checkpoint, options: ComputeOptions, *, native: boo
         return arch.num_parameters() * VALUE_BYTES[torch_dtype(arch, options)]
     from attending.engine.native.pack import FORMATS
 
-    stored = "w4-32" if checkpoint.stored in ("Q4_0", "Q4_1") else "w8"
+    in_four = ("Q4_0", "Q4_1", "GPTQ int4", "compressed-tensors int4")
+    stored = "w4-32" if checkpoint.stored in in_four else "w8"
     chosen = options.weights if options.weights in FORMATS else stored
     total = 0.0
     for name, shape in arch.tensor_shapes().items():
@@ -160,6 +164,16 @@ def weight_bytes(checkpoint: Checkpoint, options: ComputeOptions, *, native: boo
         width = bits + (16 if symmetric else 32) / group if len(shape) == 2 else 32
         total += math.prod(shape) * width / 8
     return int(total)
+
+
+def kv_of(arch: Architecture, options: ComputeOptions) -> str:
+    """Of the native runner's cache: as asked; else what a quantised folder was measured with."""
+    return options.kv or ("int8" if _cache_scheme(arch).get("type") == "int" else "float16")
+
+
+def _cache_scheme(arch: Architecture) -> Mapping[str, Any]:
+    """As compressed-tensors says it; empty where nothing is said."""
+    return (arch.source.get("quantization_config") or {}).get("kv_cache_scheme") or {}
 
 
 def torch_dtype(arch: Architecture, options: ComputeOptions) -> str:

@@ -143,8 +143,8 @@ class Model:
     @property
     def page_bytes(self) -> tuple[int, ...]:
         """Memory of a page of the cache of each group, about."""
-        kv = self._options.kv or "float16"
-        kv = kv if self.is_native else loading.torch_dtype(self.arch, self._options)
+        find = loading.kv_of if self.is_native else loading.torch_dtype
+        kv = find(self.arch, self._options)
         return page_bytes(self.arch, loading.VALUE_BYTES[kv])
 
     @cached_property

@@ -27,7 +27,7 @@ from attending.sources import Progress
 
 REPORT, FIGURE = "forgetting.json", "forgetting.svg"
 RESAMPLES = 1000
-BEFORE, AFTER = "before", "after"
+SIDES = BEFORE, AFTER = "before", "after"
 
 
 class ForgettingConfig(Config):
@@ -168,6 +168,8 @@ def of_suite(
     note: Callable[[str], object],
 ) -> list[Change]:
     """The suite's scores of the model that was gone on from and of a run's, task by task.
+
+    What was asked and answered lies in the folder's `forgetting/`, by `BEFORE` and `AFTER`.
 
     Args:
         config: Names suite and data.

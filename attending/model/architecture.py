@@ -25,6 +25,9 @@ CLASS_NAMES: dict[Family, str] = {
     "baichuan_m1": "BaichuanM1ForCausalLM",
 }
 
+QUANTISED = ("gptq", "compressed-tensors", "qqq", "auto-round")
+"""The quantised folders that `quantized.py` reads, by `quant_method`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rope:
@@ -74,6 +77,8 @@ class Architecture:
     tied: bool
     conv_window: int
     """Tokens that Baichuan-M1's convolution over K and V mixes: 2, or 1 for none (an ablation)."""
+    norm_head: bool
+    """The output head's rows are used at unit length (Baichuan-M1's NormHead)."""
     eos_ids: tuple[int, ...]
     initializer_range: float
     dtype: str
@@ -83,7 +88,7 @@ class Architecture:
 
     @property
     def is_m1(self) -> bool:
-        """Baichuan-M1: packed projections, K/V short convolution, NormHead."""
+        """Baichuan-M1: packed projections, K/V short convolution."""
         return self.family == "baichuan_m1"
 
     @property
@@ -124,10 +129,11 @@ class Architecture:
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())
 
     def to_config(self) -> dict[str, Any]:
-        """The `config.json` to write: the one read, under names every reader knows."""
+        """The `config.json` to write: the one read, of floats, under names every reader knows."""
         scaling = _rope_values(self.source) | {"rope_type": self.rope.kind}
         scaling.pop("rope_theta", None)
-        plain = {k: v for k, v in self.source.items() if k not in ("rope_parameters", "dtype")}
+        other = ("rope_parameters", "dtype", "quantization_config")
+        plain = {k: v for k, v in self.source.items() if k not in other}
         return {
             **plain,
             "architectures": [CLASS_NAMES[self.family]],
@@ -201,6 +207,8 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
         mlp_bias=family == "llama" and read.flag("mlp_bias", False),
         tied=read.flag("tie_word_embeddings", False),
         conv_window=read.integer("conv_window", 2) if family == "baichuan_m1" else 1,
+        # False is ours alone: what a rotation was folded into, see quantize/rotate.py.
+        norm_head=family == "baichuan_m1" and read.flag("norm_head", True),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         initializer_range=read.number("initializer_range", 0.02),
         dtype=_dtype(config, "bfloat16" if qwen else "float32"),
@@ -243,10 +251,11 @@ def _refuse_unimplemented(config: Mapping[str, Any], family: Family) -> None:
         raise CheckpointError(f"config.json: hidden_act is {act!r}; only 'silu' is implemented.")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"this checkpoint is quantised ({method}); only unquantised safetensors and GGUF are "
-            "read. Use the unquantised model or a GGUF file of it."
-        )
+        if method not in QUANTISED:
+            raise CheckpointError(
+                f"this checkpoint is quantised by {method!r}, which is not implemented."
+                f"{suggest(method, QUANTISED)} Use the unquantised model or a GGUF file of it."
+            )
     if (config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor other than 1 is not implemented.")
     if family == "baichuan_m1":

@@ -1,4 +1,4 @@
-"""Checkpoints in, without torch: safetensors (one file or sharded) and GGUF, memory-mapped.
+"""Checkpoints in, without torch: safetensors (float or quantised) and GGUF, memory-mapped.
 
 Opening is strict: a tensor that is missing, left over or of another shape is an error that lists
 them all. There is no partial load, and no format that can run code.
@@ -20,9 +20,11 @@ from attending.model.architecture import Architecture, parse_config
 from attending.model.files import first, gguf_in, read_config, weight_files
 from attending.model.gguf_file import Blocks, open_gguf
 from attending.model.gguf_tokenizer import tokenizer_config, tokenizer_json
+from attending.model.quantized import INTEGER_PARTS, NAMES, Quantized, read_layers
 
-# Tables that old exports stored although they follow from the configuration.
-DERIVED = (".rotary_emb.inv_freq",)
+# Tables that old exports stored although they follow from the configuration; and the scales of an
+# FP8 cache, which no runner here has.
+DERIVED = (".rotary_emb.inv_freq", ".self_attn.k_scale", ".self_attn.v_scale")
 # numpy has no bfloat16, so these are its bits; no other tensor is of this type.
 BFLOAT16 = np.dtype("<u2")
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -31,6 +33,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": BFLOAT16,
 }
+INTEGERS: dict[str, np.dtype[Any]] = {
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}  # in quantised folders alone
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -42,13 +48,16 @@ class Checkpoint:
     shapes: Shapes
     raw: Callable[[str], NDArray[Any]]
     """Name -> values as stored and mapped from the file, bfloat16 as `BFLOAT16` bits; changing them
-    does not change the file. GGUF: dequantised to float32."""
+    does not change the file. Quantised ones and GGUF: dequantised to float32."""
     tokenizer: Callable[[], Tokenizer]
     """Reads the tokenizer; not before it is called, since weights do not need one."""
     stored: str
-    """What most weights are stored as: a dtype, or a GGUF type such as Q4_1."""
+    """What most weights are stored as: a dtype, a GGUF type such as Q4_1, or `GPTQ int4`."""
     blocks: Callable[[str], Blocks | None]
-    """Name -> a matrix of Q4_0, Q4_1 or Q8_0 as stored; None for any other."""
+    """Name -> a matrix' integers as stored (Q4_0, Q4_1, Q8_0, a quantised folder's in groups that
+    the native kernel has); None for any other."""
+    quantized: Callable[[str], Quantized | None] = lambda name: None
+    """Name -> a layer of a quantised folder as stored; None for any other."""
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor in float32, which holds float16 and bfloat16 exactly."""
@@ -65,18 +74,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: No weights, a damaged header, or tensors that do not fit `config.json`.
     """
     gguf = gguf_in(path)
-    if gguf is not None:
-        checkpoint = _open_gguf(gguf)
-    else:
-        checkpoint = _open_safetensors(path, read_config(path))
-    arch, expected = checkpoint.arch, checkpoint.arch.tensor_shapes()
-    require_exact(
-        f"{path.name}: the tensors do not fit its configuration "
-        f"({arch.family}, {len(expected)} tensors).",
-        expected,
-        checkpoint.shapes,
-    )
-    return checkpoint
+    return _open_safetensors(path, read_config(path)) if gguf is None else _open_gguf(gguf)
 
 
 def require_exact(complaint: str, expected: Shapes, found: Shapes) -> None:
@@ -124,7 +122,38 @@ def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
     def tokenizer() -> Tokenizer:
         return Tokenizer.from_folder(folder)
 
-    return Checkpoint(arch, kept, found.__getitem__, tokenizer, arch.dtype, lambda name: None)
+    layers = read_layers(arch, found) if arch.source.get("quantization_config") else {}
+    shapes = arch.tensor_shapes()
+    expected = {name: shape for name, shape in shapes.items() if name not in layers}
+    expected |= {name: shape for one in layers.values() for name, shape in one.parts.items()}
+    if layers:  # AutoGPTQ gave every layer a bias
+        extra = [n for n in kept.keys() - expected.keys() if n.endswith("_proj.bias")]
+        kept = {n: shape for n, shape in kept.items() if n not in extra or found[n].any()}
+    what = f"its configuration ({arch.family}, {len(expected)} tensors)"
+    require_exact(f"{folder.name}: the tensors do not fit {what}.", expected, kept)
+    integers = {n for one in layers.values() for n in one.parts if n.endswith(INTEGER_PARTS)}
+    if wrong := [n for n in kept if (found[n].dtype.kind == "i") != (n in integers)]:
+        raise CheckpointError(
+            f"{folder.name}: {len(wrong)} tensors are stored as integers that should be floats, or "
+            f"the other way round: {first(wrong)}. Get the model again."
+        )
+    if not layers:
+        return Checkpoint(arch, kept, found.__getitem__, tokenizer, arch.dtype, lambda name: None)
+
+    def quantized(name: str) -> Quantized | None:
+        return layers[name].read(found) if name in layers else None
+
+    def raw(name: str) -> NDArray[Any]:
+        layer = quantized(name)
+        return found[name] if layer is None else layer.dequantise()
+
+    def blocks(name: str) -> Blocks | None:
+        layer = quantized(name)
+        return None if layer is None else layer.blocks()
+
+    one = next(iter(layers.values()))
+    stored = f"{NAMES[one.method]} int{one.scheme.bits}"
+    return Checkpoint(arch, shapes, raw, tokenizer, stored, blocks, quantized)
 
 
 def _map(file: Path) -> dict[str, NDArray[Any]]:
@@ -139,14 +168,14 @@ def _map(file: Path) -> dict[str, NDArray[Any]]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
-    tensors = {}
+    tensors, known = {}, DTYPES | INTEGERS
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in known:
             raise CheckpointError(
                 f"{file.name}: {name} is stored as {entry['dtype']}; expected {', '.join(DTYPES)}. "
                 "Use the unquantised model."
             )
         begin, end = (start + offset for offset in entry["data_offsets"])
-        values = data[begin:end].view(np.ndarray).view(DTYPES[entry["dtype"]])
+        values = data[begin:end].view(np.ndarray).view(known[entry["dtype"]])
         tensors[name] = np.require(values.reshape(entry["shape"]), requirements="A")
     return tensors

@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         self.arch = arch
         self.model = Backbone(arch)
         if not arch.tied:
-            head = NormHead if arch.is_m1 else Linear
+            head = NormHead if arch.norm_head else Linear
             self.lm_head = head(arch.hidden_size, arch.vocab_size, bias=False)
 
     def forward(self, ids: Tensor, attend: Attend) -> Tensor:
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         """[V, D]: hidden states times its transpose are the logits."""
         if self.arch.tied:
             return self.model.embed_tokens.weight
-        if not self.arch.is_m1:
+        if not self.arch.norm_head:
             return self.lm_head.weight
         weight = self.lm_head.weight
         return (at_least_float32(weight) / vocabulary_norms(weight)[:, None]).to(weight.dtype)

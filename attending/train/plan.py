@@ -86,7 +86,7 @@ def memory(
     # gradients as they are reduced.
     reduced = block + outside if adapter is None else adapter // layers
     gathered = (2 * block + outside) * size + reduced * 4 if ranks > 1 or size == 2 else 0
-    per_layer = max(_kept_per_token(arch, index) for index in range(len(arch.layers)))
+    per_layer = max(kept_per_token(arch, index) for index in range(len(arch.layers)))
     kept = arch.hidden_size * layers + per_layer if compute.recompute else per_layer * layers
     chunk = min(CHUNK, micro) * arch.vocab_size
     # Copies of the head: for M1's, which is also normalised, seven were measured; for others three
@@ -191,7 +191,7 @@ def _block_weights(arch: Architecture, index: int) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _kept_per_token(arch: Architecture, index: int) -> int:
+def kept_per_token(arch: Architecture, index: int) -> int:
     """Values that the backward pass of one block needs of each token.
 
     Around the attention: input, normed, its scale's product; q, k, v before and after the rotation

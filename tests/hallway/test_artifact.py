@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from attending import artifact
 from attending.artifact import Record
@@ -41,11 +42,21 @@ def test_nothing_is_overwritten_but_a_dead_draft(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_a_clear_error(tmp_path: Path, error: Exception) -> None:
     full = pytest.raises(CheckpointError, match=r"disk is full .* model was not written")
     with full, artifact.publish(tmp_path / "model"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert not (tmp_path / "model").exists()
+    other = SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+    with pytest.raises(SafetensorError), artifact.publish(tmp_path / "model"):
+        raise other
 
 
 def test_the_record_and_the_card_say_how_it_was_made(

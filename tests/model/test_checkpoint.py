@@ -134,6 +134,15 @@ def test_a_dtype_that_is_no_float_is_named(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "m")
 
 
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    write(tmp_path / "m", BASE)
+    weights = load_file(tmp_path / "m" / SINGLE)
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int32)
+    save_file(weights, tmp_path / "m" / SINGLE)
+    with pytest.raises(CheckpointError, match=r"1 tensors are stored as integers .* lm_head\.wei"):
+        open_checkpoint(tmp_path / "m")
+
+
 def rename(weights: dict[str, Tensor]) -> None:
     weights["model.layers.0.attn.q.weight"] = weights.pop("model.layers.0.self_attn.q_proj.weight")
 
@@ -202,7 +211,7 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE kind 'dynamic'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantised by 'awq'.*Known: .*gptq"),
         ({"num_key_value_heads": 3}, "heads must divide"),
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
         ({"model_type": "baichuan_m1", "conv_window": 3}, "conv_window is 3"),

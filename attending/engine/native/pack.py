@@ -1,8 +1,9 @@
 """Weights as the kernel reads them: packed once into a file, memory-mapped ever after.
 
-The stored integers of a GGUF file in Q4_0, Q4_1 or Q8_0 are kept exactly; everything else becomes
-8 bits in groups of 32, or what is asked for, by plain rounding. Query, key and value lie in one
-matrix, gate and up in another; this exists here only. `kernel.cpp` describes the layout.
+The stored integers of a GGUF file in Q4_0, Q4_1 or Q8_0, and of a quantised folder in groups of a
+multiple of 32, are kept exactly; everything else becomes 8 bits in groups of 32, or what is asked
+for, by plain rounding. Query, key and value lie in one matrix, gate and up in another; this exists
+here only. `kernel.cpp` describes the layout.
 """
 
 import fcntl
@@ -295,7 +296,7 @@ def _matrices(arch: Architecture) -> dict[str, list[str]]:
 
 def _stored_or_rounded(weights: Weights, name: str, form: str) -> Blocks:
     outside = name in ("model.embed_tokens.weight", "lm_head.weight")
-    is_norm_head = name == "lm_head.weight" and weights.arch.is_m1
+    is_norm_head = name == "lm_head.weight" and weights.arch.norm_head
     stored = weights.blocks(name) if form == "stored" and not is_norm_head else None
     if stored is not None:
         for halves in (stored.scale, stored.minimum):
@@ -317,16 +318,25 @@ def _require_finite(name: str, values: NDArray[Any] | None) -> None:
 
 
 def _alike(parts: Sequence[Blocks]) -> list[Blocks]:
-    """The same bits and kind in all parts of a matrix, without changing any weight."""
-    same = {(part.bits, part.minimum is None, group_of(part)) for part in parts}
-    if len(same) == 1:
-        return list(parts)
+    """The same bits, kind and groups in all parts of a matrix, without changing any weight."""
+    unit = min(map(group_of, parts))
+    parts = [_in_groups(part, unit) for part in parts]
+    if len({(part.bits, part.minimum is None) for part in parts}) == 1:
+        return parts
     return [
         part._replace(bits=8, minimum=_half(part.scale.astype(np.float32) * -(1 << part.bits - 1)))
         if part.minimum is None
         else part._replace(bits=8)
         for part in parts
     ]
+
+
+def _in_groups(part: Blocks, unit: int) -> Blocks:
+    """Smaller groups, that is the same scales several times."""
+    times, count = group_of(part) // unit, -(-part.values.shape[1] // unit)
+    halves = [part.scale] if part.minimum is None else [part.scale, part.minimum]
+    finer = [np.repeat(half, times, 1)[:, :count] for half in halves]
+    return part._replace(scale=finer[0], minimum=None if part.minimum is None else finer[1])
 
 
 def _joined(parts: Sequence[Blocks]) -> Blocks:

@@ -1,0 +1,315 @@
+"""Four bits by our methods and by others', at equal calibration: what is lost, time, memory.
+
+python benchmarks/quantize.py DATA_DIR WORK_DIR [FLOAT_MODEL] [--peers PYTHON] [--first MODEL]
+
+rounds the default model in groups of 64 and FLOAT_MODEL (a folder whose weights were never rounded)
+in groups of 32 and 128 and, rotated, in QQQ's format; then serves the default model's folder beside
+8 bits and floats, and checks the arithmetic of `--dry-run` against measured memory on three sizes.
+PYTHON is an interpreter that has the peers and torch; a peer that is not there is said and left
+out. --first names another model than the default one, --set changes every arm's recipe. An arm's
+figures are kept in WORK_DIR as they come: what was stopped is gone on with. Writes quantize.md and
+quantize.svg.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from page import HERE, Measure, facts, write
+
+import attending
+from attending.logs import read_metrics
+from attending.model.architecture import parse_config
+from attending.model.checkpoint import open_checkpoint
+from attending.model.decoder import Decoder
+from attending.model.weights import read_tensor, save_model
+from attending.quantize import calibration, gate
+from attending.quantize.estimate import memory
+from attending.quantize.recipe import QuantizeConfig
+from attending.quantize.stream import Stream, matched
+from attending.sources import resolve
+from attending.train.plan import GIB
+from attending.train.start import open_start
+
+METHODS: dict[str, list[str]] = {
+    "plain": ["method=plain"],
+    "GPTQ": ["method=gptq"],
+    "signed": ["method=signed", "signed.steps=200"],
+    "GPTQ, then signed": ["method=gptq+signed", "signed.steps=100", "signed.rate=0.005"],
+    "rotation + GPTQ": ["method=gptq", "rotate=true"],
+}
+PEERS = {"llm-compressor GPTQ": "llmcompressor", "HQQ": "hqq", "auto-round light": "autoround"}
+SIZES = (256, 512, 1024)
+Figures = dict[str, Any]
+
+
+class Bench(NamedTuple):
+    """Where everything is."""
+
+    data: Path
+    work: Path
+    first: str
+    """The model of the first table."""
+    pairs: list[str]
+    """`--set` of every arm."""
+
+
+class Watched(NamedTuple):
+    """A command that has ended well."""
+
+    output: str
+    peak_bytes: int
+    """Of its own pages (RssAnon), looked at twenty times a second."""
+
+
+def watched(words: Sequence[str]) -> Watched:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    status, peak = Path(f"/proc/{process.pid}/status"), 0
+
+    def look() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            try:
+                told = re.search(r"RssAnon:\s+(\d+) kB", status.read_text("utf-8"))
+            except OSError:  # it has just ended
+                return
+            peak = max(peak, 1024 * int(told[1]) if told else 0)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    output = process.communicate()[0]
+    thread.join()
+    if process.returncode not in (0, 3):  # 3: the gate says no, and the folder is there
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+    return Watched(output, peak)
+
+
+def kept(file: Path, make: Callable[[], Figures]) -> Figures:
+    """What was measured, now or before."""
+    if not file.is_file():
+        found = make()
+        draft = file.with_suffix(".tmp")
+        draft.write_text(json.dumps(found, indent=1), "utf-8")
+        draft.replace(file)
+    told: Figures = json.loads(file.read_text("utf-8"))
+    return told
+
+
+def settings(bench: Bench, model: str, *own: str) -> list[str]:
+    replies = bench.work / f"replies-{Path(model).name}.jsonl"
+    fixed = [f"calibration.root={bench.data}", f"calibration.replies={replies}", f"model={model}"]
+    return [*fixed, *bench.pairs, *own]
+
+
+def samples(bench: Bench, model: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The file that peers read, and the held-out ids that all are judged by."""
+    config = QuantizeConfig.load("open", "quantize", settings(bench, model))
+    folder = bench.work / f"samples-{Path(model).name}"
+    folder.mkdir(exist_ok=True)
+    silent = (lambda *_: None, lambda line: print(line, file=sys.stderr))
+    start = open_start(model)
+    found = calibration.prepare(config.calibration, start, folder, config.seed, *silent)
+    return folder / calibration.SAMPLES, {"all": torch.cat([*found.evaluation.values()])}
+
+
+def judged(model: str, folder: Path, evaluation: dict[str, torch.Tensor], **how: Any) -> Figures:
+    streams = []
+    for path, told in ((resolve(model).path, {}), (folder, how)):
+        found = open_checkpoint(path)
+        streams.append(Stream(found.arch, partial(read_tensor, found), **told))
+    (one,), _ = gate.compare(streams[0], streams[1], evaluation)
+    return {"before": one.before, "perplexity": one.after, "divergence": one.divergence} | {
+        "tail": one.tail,
+        "flips": one.flips,
+    }
+
+
+def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
+    """An arm of ours, by the command that users have."""
+    slug = re.sub(r"\W+", "-", f"{Path(model).name} {name}".lower())
+    evaluation = samples(bench, model)[1]
+
+    def make() -> Figures:
+        out, peak = bench.work / slug, 0
+        if not out.exists():
+            pairs = settings(bench, model, *own)
+            words = [word for pair in pairs for word in ("--set", pair)]
+            command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
+            peak = watched([*command, "--out", str(out), "--resume"]).peak_bytes
+        blocks = [row["quantize/block_seconds"] for row in read_metrics(out / "metrics.jsonl")]
+        is_qqq = "form=qqq" in own
+        found = judged(model, out, evaluation, rounds_activations=is_qqq)
+        return found | {"seconds": sum(blocks), "peak_bytes": peak, "version": "attending"}
+
+    return kept(bench.work / f"{slug}.json", make)
+
+
+def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) -> Figures | None:
+    """A peer's arm; None, and why, where it is not there."""
+    name = PEERS[peer]
+    file, evaluation = samples(bench, model)
+    source = bench.work / f"float-{Path(model).name}"
+    if not source.exists():
+        attending.load(model, dtype="float32").save(source)
+    module = {"autoround": "auto_round"}.get(name, name)
+    probe = [python or "", "-c", f"import {module}"]
+    if python is None or subprocess.run(probe, capture_output=True).returncode:
+        print(f"{peer} is left out: {python or 'no --peers PYTHON'} has no {module}.")
+        return None
+
+    def make() -> Figures:
+        out = bench.work / f"{Path(model).name}-{name}-{group}"
+        script = HERE / "quantize" / f"run_{name}.py"
+        done = watched([python, str(script), str(source), str(file), str(group), str(out)])
+        told: Figures = json.loads(done.output.strip().splitlines()[-1])
+        return judged(model, out, evaluation) | told | {"peak_bytes": done.peak_bytes}
+
+    return kept(bench.work / f"{Path(model).name}-{name}-{group}.json", make)
+
+
+def measures(arms: dict[str, Figures]) -> list[Measure]:
+    """Of each arm, beside the first one, which is plain rounding."""
+    first, found = next(iter(arms.values())), []
+    rise = first["perplexity"] - first["before"]
+    for name, one in arms.items():
+        closed = (first["perplexity"] - one["perplexity"]) / rise
+        columns = {
+            "perplexity": one["perplexity"],
+            "gap closed, %": 100 * closed,
+            "KL, nats": one["divergence"],
+            "KL, 99.9th percentile": one["tail"],
+            "top-1 flips, %": 100 * one["flips"],
+            "minutes": one["seconds"] / 60,
+            "peak memory, GiB": one["peak_bytes"] / GIB,
+        }
+        found += [Measure(quantity, name, [value]) for quantity, value in columns.items()]
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def rows(arms: dict[str, Figures]) -> list[str]:
+    found: dict[str, list[str]] = {name: [name] for name in arms}
+    every = measures(arms)
+    for one in every:
+        found[one.subject].append(one.text)
+    return table(["", *dict.fromkeys(one.quantity for one in every)], [*found.values()])
+
+
+def served(bench: Bench) -> list[str]:
+    """The folder in the engine, beside 8 bits and floats."""
+    arms = {
+        "4 bits, groups of 64": [str(bench.work / f"{Path(bench.first).name}-gptq")],
+        "8 bits": [bench.first, "--weights", "w8"],
+        "float32 (torch)": [bench.first, "--dtype", "float32"],
+    }
+    found = []
+    for at, (name, words) in enumerate(arms.items()):
+        command = [sys.executable, "-m", "attending.cli", "bench", *words, "--json"]
+        command += ["--batch", "1", "--repeats", "3"]
+        make = partial(lambda command: json.loads(watched(command).output), command)
+        told = kept(bench.work / f"served-{at}.json", make)
+        speed, peak = told["decode_tok_s"]["1"]["median"], told["peak_mib"]["median"]
+        found.append([name, f"{speed:.1f}", f"{peak:,.0f}"])
+    return table(["served", "tokens/s, one user", "peak memory, MiB"], found)
+
+
+def grown(bench: Bench) -> list[str]:
+    """Measured growth of memory beside `--dry-run`'s arithmetic, without torch itself."""
+    idle = watched([sys.executable, "-c", "import attending.quantize.loop"]).peak_bytes
+    found = []
+    for hidden in SIZES:
+        source = random_model(bench, hidden)
+        for method in ("gptq", "signed"):
+            own = [f"method={method}", "signed.steps=3", "calibration.samples=32"]
+            own += ["calibration.evaluation=3", "group=64", 'layers=".*"']
+            pairs = settings(bench, str(source), *own)
+            config = QuantizeConfig.load("open", "quantize", pairs)
+            arch = open_checkpoint(source).arch
+            layers = matched(arch, ".*", False, config.scheme, config.form)
+            planned = memory(arch, config, layers).total
+
+            def make(pairs: list[str] = pairs, name: str = f"grown-{hidden}-{method}") -> Figures:
+                words = [word for pair in pairs for word in ("--set", pair)]
+                command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
+                done = watched([*command, "--out", str(bench.work / name), "--resume"])
+                return {"peak_bytes": done.peak_bytes}
+
+            peak = kept(bench.work / f"grown-{hidden}-{method}.json", make)["peak_bytes"] - idle
+            cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
+            found.append([f"{hidden}, {method}", *cells, f"{peak / planned:.2f}"])
+    return table(["hidden size, method", "planned, MiB", "measured, MiB", "ratio"], found)
+
+
+def random_model(bench: Bench, hidden: int) -> Path:
+    """Two blocks of random weights with the default model's tokenizer."""
+    folder = bench.work / f"random-{hidden}"
+    if not folder.exists():
+        start = open_start(bench.first)
+        values = dict(start.arch.to_config()) | {"hidden_size": hidden, "num_hidden_layers": 2}
+        values |= {"intermediate_size": 3 * hidden, "num_attention_heads": hidden // 64}
+        values |= {"num_key_value_heads": hidden // 64, "head_dim": 64, "torch_dtype": "float32"}
+        arch = parse_config(values)
+        decoder = Decoder(arch)
+        decoder.init_weights(torch.Generator().manual_seed(0))
+        draft = folder.with_suffix(".tmp")
+        draft.mkdir(exist_ok=True)
+        save_model(draft, arch, dict(decoder.named_parameters()), start.tokenizer, start.generation)
+        draft.replace(folder)
+    return folder
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--first", default="default")
+    parser.add_argument("--peers")
+    parser.add_argument("--set", action="append", default=[])
+    told = parser.parse_args()
+    bench = Bench(told.data.resolve(), told.work.resolve(), told.first, told.set)
+    bench.work.mkdir(parents=True, exist_ok=True)
+    arms = {name: ours(bench, bench.first, name, *own) for name, own in METHODS.items()}
+    for peer in PEERS:
+        if found := theirs(bench, bench.first, told.peers, peer, 64):
+            arms[peer] = found
+    more = [f"Float perplexity {arms['plain']['before']:.3f}.", ""]
+    if told.model:
+        model = str(Path(told.model).resolve())
+        for group in (32, 128):
+            own = {
+                name: ours(bench, model, f"{name} {group}", *pairs, f"group={group}")
+                for name, pairs in METHODS.items()
+            }
+            if group == 128:
+                qqq = ["method=gptq", "rotate=true", "form=qqq", "group=128"]
+                own["rotation + GPTQ, QQQ (W4A8)"] = ours(bench, model, "qqq", *qqq)
+            before = own["plain"]["before"]
+            more += [f"{Path(model).name}, groups of {group}; float perplexity {before:.3f}:", ""]
+            more += [*rows(own), ""]
+    more += ["Served:", "", *served(bench), ""]
+    more += ["Memory, beside `--dry-run`'s arithmetic:", "", *grown(bench), ""]
+    versions = ", ".join(sorted({str(one["version"]) for one in arms.values()}))
+    more += [f"Peers: {versions}. Seed 0.", ""]
+    notes = (HERE / "quantize" / "notes.md").read_text("utf-8")
+    title = f"Four bits: {Path(bench.first).name} in symmetric groups of 64"
+    write("quantize", title, notes, measures(arms), rows_are_subjects=True)  # for its figure
+    head = [f"# {title}", "", notes.strip(), "", *rows(arms), "", f"![{title}](quantize.svg)", ""]
+    (HERE / "quantize.md").write_text("\n".join([*head, *more, *facts(), ""]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""auto-round by its light recipe, 50 steps at rate 0.005: pip install auto-round."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import auto_round
+import torch
+import transformers
+from measuring import main
+
+
+def rounds(model: Any, samples: list[torch.Tensor], group: int) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+    rounding = auto_round.AutoRound(
+        model,
+        tokenizer,
+        bits=4,
+        group_size=group,
+        sym=True,
+        iters=50,
+        lr=5e-3,
+        nsamples=len(samples),
+        batch_size=8,
+        seqlen=samples[0].shape[1],
+        dataset=samples,
+        device_map="cpu",
+    )
+    rounding.quantize()
+
+    def save(out: Path) -> None:
+        rounding.save_quantized(str(out), format="auto_gptq")
+
+    return save
+
+
+if __name__ == "__main__":
+    main(rounds, f"auto-round {auto_round.__version__}")
