@@ -106,6 +106,8 @@ class Reply:
     model: str
     tries: int
     latency_seconds: float  # since the last try began
+    prompt_ids: Sequence[int] | None = field(default=None, repr=False)  # by `return_token_ids`
+    ids: Sequence[int] | None = field(default=None, repr=False)  # the same of the answer
 
 
 class Derived(NamedTuple):
@@ -468,4 +470,6 @@ def _read(value: Any, tries: int, start: float) -> Reply:
         model=value.get("model", ""),
         tries=tries,
         latency_seconds=time.monotonic() - start,
+        prompt_ids=choice.get("prompt_token_ids", value.get("prompt_token_ids")),
+        ids=choice.get("token_ids"),
     )

@@ -40,6 +40,22 @@ SPINNING = "78ef859"
 FIRST, PANELS, WHOLE, SOFTMAX = "025f7be", "2574f48", "fd4e2f3", "b7d864f"
 
 
+# Older kernels took numbers more, told of no failure, and knew no draft: their records as of today.
+OLDER = (
+    ("rope_sizes, page_groups;", "rope_sizes;"),
+    ("int8_kv, is_m1;", "int8_kv;"),
+    ("page_group, rope;", "page_group, rope, first; float eps;"),
+    ("layers, hidden, inner, vocab", "layers, hidden, vocab"),
+    ("int8_kv;\n    float norm_eps, rope_factor;", "int8_kv, kept_rows;\n    float norm_eps;"),
+    ("const float* const* frequencies;", "const float *rope_factors, *const* frequencies;"),
+    ("m_.rope_factor", "m_.rope_factors[i]"),
+    ("m_.inner", "m_.layer[0].down.inputs"),
+    ("m.inner", "m.layer[0].down.inputs"),
+    ("*ids, *positions;", "*ids;"),
+    ("b_->positions[row]", "places_[row].slot"),
+)
+
+
 class Rung(NamedTuple):
     """One step of the ladder: what changed, what was expected of it, and how to run it."""
 
@@ -82,10 +98,9 @@ def kernel(commit: str, path: str, folder: Path) -> ctypes.CDLL:
     source = folder / f"{commit}.cpp"
     command = ["git", "show", f"{commit or 'HEAD'}:attending/engine/native/kernel.cpp"]
     text = subprocess.run(command, cwd=HERE, capture_output=True, check=True, text=True).stdout
-    # Older kernels took two numbers more, which they did not read, and told of no failure.
-    text = text.replace("rope_sizes, page_groups;", "rope_sizes;").replace(
-        "int8_kv, is_m1;", "int8_kv;"
-    )
+    for old, new in OLDER if commit else ():
+        text = text.replace(old, new)
+    text += 'extern "C" int attending_propose() { return 1; }\n' if commit else ""
     source.write_text(text, encoding="utf-8")
     path = path or build.best_path()
     target = folder / f"kernel-{commit}-{path}.so"

@@ -51,6 +51,7 @@ for verb in (
     practice.cases,
     train.rl,
     compress.quantize,
+    train.draft,
 ):
     app.command()(verb)
 app.command("eval")(evaluating.evaluate)

@@ -5,7 +5,15 @@ from typing import Annotated, Any
 import typer
 
 from attending.cli.terminal import JsonFlag, out, print_json, print_table, progress_bar
-from attending.cli.use import ActivationsOption, KvOption, ThreadsOption, WeightsOption
+from attending.cli.use import (
+    ActivationsOption,
+    DraftOption,
+    KvOption,
+    NoDraftFlag,
+    ThreadsOption,
+    WeightsOption,
+    chosen_draft,
+)
 from attending.errors import UsageError
 
 
@@ -15,7 +23,8 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt that is read.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     repeats: Annotated[int, typer.Option(help="Of every measurement, taking turns.")] = 5,
-    draft: Annotated[str | None, typer.Option(help="Reserved: there are none yet.")] = None,
+    draft: DraftOption = None,
+    no_draft: NoDraftFlag = False,
     threads: ThreadsOption = None,
     weights: WeightsOption = None,
     activations: ActivationsOption = None,
@@ -37,9 +46,10 @@ def bench(
     work = benching.Work(sizes, prompt, tokens, repeats)
     given: dict[str, Any] = {"weights": weights, "activations": activations, "kv": kv}
     given |= {"dtype": dtype, "device": device, "threads": threads}
+    given["draft"] = chosen_draft(draft, no_draft=no_draft)
     options = {name: value for name, value in given.items() if value is not None}
     with progress_bar(of_bytes=False) as progress:
-        report = benching.bench(model, work, options=options, draft=draft, progress=progress)
+        report = benching.bench(model, work, options=options, progress=progress)
     if as_json:
         print_json(report.to_json())
         return

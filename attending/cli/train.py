@@ -126,9 +126,9 @@ def _place(
     try:
         launch(config, [recipe, *words], target, address, _note)
     except CheckFailed:
-        _tell(target, as_json)  # where it is made all the same
+        tell_made(target, as_json)  # where it is made all the same
         raise
-    _tell(target, as_json)
+    tell_made(target, as_json)
 
 
 def _export(
@@ -146,6 +146,20 @@ def _export(
         print_json({"folder": str(made)})
     else:
         out.print(str(made), markup=False)
+
+
+def draft(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    out_dir: OutOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    accept_changes: AcceptOption = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a model's EAGLE-3 draft on what the model writes."""
+    how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
+    _train("draft", recipe, set_ or (), out_dir, dry_run, as_json, how | {"note": _note})
 
 
 def _train(

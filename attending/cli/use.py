@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from attending.errors import AttendingError, UsageError
 
 if TYPE_CHECKING:
     from attending.engine.local import Answer, Model, Stream
+    from attending.gateway.serve import Announcement
     from attending.model.architecture import Architecture
 
 ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU; all by default.")]
@@ -33,6 +35,10 @@ WeightsOption = Annotated[
 ]
 ActivationsOption = Annotated[str | None, typer.Option(help="int8 or float32.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="Of the cache: float16 or int8.")]
+DraftOption = Annotated[
+    str | None, typer.Option(help="A draft's source; by default the one shipped for the model.")
+]
+NoDraftFlag = Annotated[bool, typer.Option("--no-draft", help="Write token by token.")]
 DtypeOption = Annotated[str | None, typer.Option(help="By torch: float32, bfloat16 or float16.")]
 CAUTION = "Its answers may be wrong. It is not a medical device and must not guide care."
 
@@ -61,6 +67,8 @@ def chat(
     threads: ThreadsOption = None,
     dtype: DtypeOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+    draft: DraftOption = None,
+    no_draft: NoDraftFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Ask a question, or talk: without a message, a conversation begins.
@@ -89,6 +97,7 @@ def chat(
 
     Sampling.build(sampling)  # a wrong option should not wait for the model to load
     native = {"weights": weights, "activations": activations, "kv": kv}
+    native |= {"draft": chosen_draft(draft, no_draft=no_draft)}
     assistant = load(model, dtype=dtype, device=device, threads=threads, **native)
     if context is not None:
         assistant.limit_context(context)
@@ -135,6 +144,8 @@ def serve(
     dtype: DtypeOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps.")] = None,
     threads: ThreadsOption = None,
+    draft: DraftOption = None,
+    no_draft: NoDraftFlag = False,
     drain_seconds: Annotated[float, typer.Option(help="Wait for answers at the end.")] = 30.0,
     new_key: Annotated[str | None, typer.Option(help="Make a key of this name, and end.")] = None,
     revoke_key: Annotated[str | None, typer.Option(help="Remove a key, and end.")] = None,
@@ -151,13 +162,14 @@ def serve(
     import asyncio
 
     from attending import endpoint
-    from attending.gateway.serve import Announcement, ServeOptions
+    from attending.gateway.serve import ServeOptions
     from attending.gateway.serve import serve as run
 
     engine: dict[str, Any] = {"context": context, "cache_tokens": cache_tokens}
     engine |= {"max_running": max_running, "max_waiting": max_waiting}
     engine |= {"weights": weights, "activations": activations, "kv": kv}
     engine |= {"dtype": dtype, "device": device, "threads": threads}
+    engine["draft"] = chosen_draft(draft, no_draft=no_draft)
     options = ServeOptions.build(
         {
             "model": model,
@@ -174,21 +186,7 @@ def serve(
         where="attending serve",
     )
 
-    def announce(told: Announcement) -> None:
-        if as_json:
-            print_json(dataclasses.asdict(told))
-            return
-        for warning in told.warnings:
-            err.print(f"[bold yellow]warning:[/] {escape(warning)}")
-        err.print(f"[dim]{escape(told.model)}: {escape(told.note or CAUTION)}[/]")
-        if told.new_key:
-            err.print("API key, shown this once:")
-            out.print(told.new_key, markup=False)
-        err.print("[dim]attending serve --new-key NAME makes another key.[/]")
-        err.print(f"API: {escape(told.url)}/v1   Ctrl-C ends.")
-        err.print("Chat page; this address signs in once:")
-        out.print(told.sign_in_url, markup=False)
-
+    announce = partial(_announce, as_json=as_json)
     asyncio.run(run(options, announce, endpoint.EngineProcess))
 
 
@@ -268,6 +266,30 @@ def report(
 
         page = write_report(folders[0])
     out.print(str(page), markup=False)
+
+
+def _announce(told: "Announcement", *, as_json: bool) -> None:
+    """What a person must know once the server is ready."""
+    if as_json:
+        print_json(dataclasses.asdict(told))
+        return
+    for warning in told.warnings:
+        err.print(f"[bold yellow]warning:[/] {escape(warning)}")
+    err.print(f"[dim]{escape(told.model)}: {escape(told.note or CAUTION)}[/]")
+    if told.new_key:
+        err.print("API key, shown this once:")
+        out.print(told.new_key, markup=False)
+    err.print("[dim]attending serve --new-key NAME makes another key.[/]")
+    err.print(f"API: {escape(told.url)}/v1   Ctrl-C ends.")
+    err.print("Chat page; this address signs in once:")
+    out.print(told.sign_in_url, markup=False)
+
+
+def chosen_draft(draft: str | None, *, no_draft: bool) -> str | None:
+    """What `ComputeOptions.draft` takes; a UsageError where both options are given."""
+    if draft is not None and no_draft:
+        raise UsageError(f"--draft {draft} and --no-draft: give one of them.")
+    return "none" if no_draft else draft
 
 
 def _architecture(model: str) -> "Architecture":

@@ -1,8 +1,9 @@
 """What may be asked of the engine and of the gateway: OpenAI's requests, checked field by field.
 
 Field names and meanings are OpenAI's; `top_k`, `min_p`, `repetition_penalty`, `prompt_logprobs`,
-`return_token_ids` and `chat_template_kwargs` are vLLM's. What OpenAI has and a private server has
-no use for is accepted at harmless values only; anything unknown is refused by name.
+`return_token_ids` and `chat_template_kwargs` are vLLM's, `speculate` is ours. What OpenAI has and a
+private server has no use for is accepted at harmless values only; anything unknown is refused by
+name.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -216,6 +217,8 @@ class Asked(Config):
     """Log-probabilities of the prompt's tokens, each beside this many likelier ones."""
     return_token_ids: bool | None = None
     """Also give the ids of the prompt and of the answer."""
+    speculate: bool | None = None
+    """False: without the draft, where there is one. The answer is the same."""
     user: str | None = None
     """Not used, kept or passed on."""
 

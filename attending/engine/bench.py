@@ -122,9 +122,10 @@ class Report:
     versions: dict[str, str]
     commit: str | None
     accept_length: Spread | None = None
-    """With a draft: tokens that a verification accepts."""
+    """With a draft: tokens of a round of the first batch, the model's own included. Answers to
+    random tokens are not what a draft was trained on."""
     speedup: Spread | None = None
-    """With a draft: over the same without it."""
+    """With a draft: of that batch, greedy, over the same without it."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`; a batch's size is text there."""
@@ -136,6 +137,9 @@ class Report:
         rows = [("prefill, tokens/s", f"1 x {self.work.prompt_tokens}", self.prefill_tok_s)]
         for how, found in (("greedy", self.decode_tok_s), ("sampled", self.sampled_tok_s)):
             rows += [(f"decode {how}, tokens/s", f"{n} users", s) for n, s in found.items()]
+        if self.speedup and self.accept_length:
+            rows.append(("tokens of a round", f"{self.work.batch[0]} users", self.accept_length))
+            rows.append(("over the same without a draft, x", "greedy", self.speedup))
         rows.append(("first token, cold, s", f"1 x {COLD_PROMPT}", self.ttft_s))
         if self.peak_mib:
             rows.append(("peak memory, MiB", f"{max(self.work.batch)} users", self.peak_mib))
@@ -150,7 +154,6 @@ def bench(
     work: Work,
     *,
     options: Mapping[str, Any] | None = None,
-    draft: str | None = None,
     progress: "Progress" = lambda done, total, what: None,
 ) -> Report:
     """Measure a model; repeats take turns over all that is measured.
@@ -159,7 +162,6 @@ def bench(
         source: As for `attending.engine.local.load`.
         work: Lengths, batches and repeats.
         options: Of `load`.
-        draft: Reserved.
         progress: Told of each finished measurement.
 
     Raises:
@@ -167,8 +169,6 @@ def bench(
         SourceError, CheckpointError: As `load` does.
     """
     work.validate()
-    if draft is not None:
-        raise UsageError(f"--draft {draft}: this engine runs no drafts yet; leave it away.")
     options = dict(options or {})
     model = _load(source, options, work)
     threads = options.get("threads") or cast(int, mesh.hardware()["available_cores"])
@@ -190,8 +190,15 @@ def bench(
         for batch in work.batch:
             for name, sampling in kinds.items():
                 prompts = decode_prompts(model.arch.vocab_size, work, repeat, batch, name)
-                rate = decode_rate(model.scheduler, prompts, work.answer_tokens, sampling)
+                length, rate = _drafted_rate(model.scheduler, prompts, work, sampling)
                 note(name, batch, rate)
+                if length is not None and (name, batch) == ("decode", work.batch[0]):
+                    other = decode_prompts(model.arch.vocab_size, work, repeat, batch, "plain")
+                    plain = decode_rate(
+                        model.scheduler, other, work.answer_tokens, sampling, speculate=False
+                    )
+                    found.setdefault(("length", 1), []).append(length)
+                    found.setdefault(("speedup", 1), []).append(rate / plain)
         ttft, peak = cold_start(source, options, work)
         found.setdefault(("peak", 1), []).extend([peak] if peak else [])
         note("ttft", 1, ttft)
@@ -219,6 +226,8 @@ def bench(
         hardware=mesh.hardware(),
         versions=artifact.versions(),
         commit=artifact.commit(),
+        accept_length=spreads.get(("length", 1)),
+        speedup=spreads.get(("speedup", 1)),
     )
 
 
@@ -231,7 +240,8 @@ def decode_prompts(
     vocab_size: int, work: Work, repeat: int, batch: int, kind: str
 ) -> list[tuple[int, ...]]:
     """A prompt a user; no two measurements of a run share one."""
-    places = ((repeat, batch, 1 + (kind == "sampled"), user) for user in range(batch))
+    number = 1 + ("decode", "sampled", "plain").index(kind)
+    places = ((repeat, batch, number, user) for user in range(batch))
     return [token_ids(vocab_size, work.decode_prompt, *place) for place in places]
 
 
@@ -252,10 +262,13 @@ def decode_rate(
     answer_tokens: int,
     sampling: Sampling,
     clock: Clock = time.perf_counter,
+    *,
+    speculate: bool = True,
 ) -> float:
     """Tokens a second of all users, from the moment when each has its first token."""
     sampling = sampling.replace(max_tokens=answer_tokens + 1, seed=0)
-    unbegun = {scheduler.submit(Request(ids, sampling, NO_STOP)) for ids in prompts}
+    requests = [Request(ids, sampling, NO_STOP, speculate=speculate) for ids in prompts]
+    unbegun = {scheduler.submit(request) for request in requests}
     tokens, start = 0, clock()
     while scheduler.num_running or scheduler.num_waiting:
         handles = _step(scheduler)
@@ -264,6 +277,20 @@ def decode_rate(
         elif not (unbegun := unbegun.difference(handles)):
             start = clock()
     return tokens / (clock() - start)
+
+
+def _drafted_rate(
+    scheduler: Scheduler, prompts: Sequence[tuple[int, ...]], work: Work, sampling: Sampling
+) -> tuple[float | None, float]:
+    """Tokens of a round, None without a draft, and tokens a second."""
+    told = scheduler.speculation
+    before = (told.rounds, told.accepted.sum()) if told else (0, 0)
+    rate = decode_rate(scheduler, prompts, work.answer_tokens, sampling)
+    if told is None:
+        return None, rate
+    if told.rounds == before[0]:  # it was left alone
+        return 1.0, rate
+    return 1 + float(told.accepted.sum() - before[1]) / (told.rounds - before[0]), rate
 
 
 def cold_start(source: str, options: Mapping[str, Any], work: Work) -> tuple[float, float | None]:

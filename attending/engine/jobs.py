@@ -157,8 +157,8 @@ class Jobs:
             self._check_room(len(ids), max_tokens)
             for copy in range(asked.n or 1):
                 own = sampling.replace(seed=((sampling.seed or 0) + copy) % 2**63)
-                stop_ids = self._model.stop_ids
-                requests.append(Request(ids, own, stop_ids, num_top, prompt_top, new_grammar()))
+                about = self._model.stop_ids, num_top, prompt_top, new_grammar()
+                requests.append(Request(ids, own, *about, asked.speculate is not False))
         return requests
 
     def _check_room(self, prompt: int, wanted: int | None) -> None:

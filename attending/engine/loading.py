@@ -9,18 +9,24 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from attending import mesh
+from attending.artifact import digest
 from attending.config import Config
+from attending.engine.runner import Shape
 from attending.errors import UsageError
 from attending.model.architecture import Architecture
 from attending.model.checkpoint import Checkpoint
-from attending.sources import cache_dir
+from attending.model.eagle_files import EagleConfig, open_eagle
+from attending.model.files import read_json
+from attending.sources import Resolved, cache_dir, resolve
 
 if TYPE_CHECKING:
     from attending.engine.native.runner import NativeOptions, NativeRunner
@@ -32,6 +38,9 @@ TORCH_FACTOR = 12
 
 DTYPES = ("float32", "bfloat16", "float16")
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+DRAFTS = resources.files("attending.engine") / "drafts"
+"""Those that are shipped, a folder each."""
+DEPTH, NO_DRAFT = 5, "none"
 TORCH_MISSING = "torch, which is not installed: pip install -e '.[train]' in the clone"
 
 
@@ -53,6 +62,11 @@ class ComputeOptions(Config):
     `kv_cache_scheme` says, else float16."""
     threads: PositiveInt | None = None
     """Of the CPU; None takes every core."""
+    draft: str | None = None
+    """Source of a draft that speeds answers up and changes none; `none` takes none, and None the
+    one that is shipped for this very model, if there is one."""
+    draft_depth: PositiveInt | None = None
+    """Tokens that it proposes at once; None: up to 5, by what was measured."""
 
     @property
     def native(self) -> dict[str, Any]:
@@ -99,6 +113,47 @@ class ComputeOptions(Config):
         return NativeOptions.build(given, where="what the native engine computes with")
 
 
+class Draft(NamedTuple):
+    """A draft that was trained for the model beside it."""
+
+    name: str
+    folder: Path
+    config: EagleConfig
+    tensors: dict[str, NDArray[Any]]
+    shape: Shape
+    """What it proposes."""
+
+
+def find_draft(origin: Resolved, arch: Architecture, options: ComputeOptions) -> Draft | None:
+    """The draft that was named, or the one that is shipped for this model.
+
+    Raises:
+        CheckpointError: It was trained for another model, or is damaged.
+        SourceError: It is not on this machine.
+        UsageError: A depth is asked for, and there is no draft.
+    """
+    found = _shipped(origin) if options.draft is None else None
+    if options.draft not in (None, NO_DRAFT):
+        found = resolve(options.draft)
+    if found is None:
+        if options.draft_depth:
+            raise UsageError(f"draft_depth {options.draft_depth}: there is no draft; name one.")
+        return None
+    config, tensors = open_eagle(found.path, arch)
+    config.require_target(origin.name, origin.sha256 or digest(origin.path), arch)
+    return Draft(found.name, found.path, config, tensors, Shape(options.draft_depth or DEPTH))
+
+
+def _shipped(origin: Resolved) -> Resolved | None:
+    for file in sorted(Path(str(DRAFTS)).glob("*/config.json")):
+        told = read_json(file)
+        if told.get("target") == origin.name:
+            sha256 = origin.sha256 or digest(origin.path)
+            if told.get("target_sha256") == sha256:
+                return Resolved(file.parent, str(file.parent), file.parent.name)
+    return None
+
+
 def is_native(arch: Architecture, options: ComputeOptions) -> bool:
     """Whether the native runner computes; a line in the log where it should and cannot.
 
@@ -121,7 +176,11 @@ def is_native(arch: Architecture, options: ComputeOptions) -> bool:
 
 
 def open_native(
-    checkpoint: Checkpoint, files: Iterable[Path], options: ComputeOptions, pages: Sequence[int]
+    checkpoint: Checkpoint,
+    files: Iterable[Path],
+    options: ComputeOptions,
+    pages: Sequence[int],
+    draft: Draft | None = None,
 ) -> "NativeRunner":
     """The native runner; its weights are packed at the first time and mapped after that."""
     from attending.engine.native.pack import open_packed
@@ -136,7 +195,12 @@ def open_native(
     for old in folder.parent.iterdir():  # of the same model, before its files changed
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
-    return NativeRunner(packed, pages, chosen)
+    if draft is None:
+        return NativeRunner(packed, pages, chosen)
+    from attending.engine.native.draft import pack_draft
+
+    own = pack_draft(draft.config, draft.tensors)
+    return NativeRunner(packed, pages, chosen, draft=own, shape=draft.shape)
 
 
 def packed_folder(files: Iterable[Path]) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from attending.engine import loading
 from attending.engine.answer import AnswerParser, AnswerWriter, FinishReason, Piece
 from attending.engine.loading import ComputeOptions
 from attending.engine.pages import pages_for
-from attending.engine.runner import Runner
+from attending.engine.runner import Drafter, Runner
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Output, Request, Scheduler
+from attending.engine.speculate import Speculation
 from attending.errors import UsageError
 from attending.model.architecture import page_bytes
 from attending.model.checkpoint import open_checkpoint
@@ -121,19 +122,31 @@ class Model:
         pages = pages_for(self.arch, tokens, self._max_running, self._step_tokens)
         if self.is_native:
             files = model_files(self.origin.path)
-            return loading.open_native(self._checkpoint, files, self._options, pages)
+            return loading.open_native(self._checkpoint, files, self._options, pages, self.draft)
         from attending.engine.torch_runner import TorchRunner
 
-        return TorchRunner(self.decoder, pages)
+        if self.draft is None:
+            return TorchRunner(self.decoder, pages)
+        from attending.model.eagle import load_eagle
+
+        weight = self.decoder.model.norm.weight
+        eagle = load_eagle(self.draft.folder, self.arch, weight.dtype).to(weight.device)
+        return TorchRunner(self.decoder, pages, eagle, self.draft.shape)
+
+    @cached_property
+    def draft(self) -> loading.Draft | None:
+        """What proposes tokens, see `loading.find_draft`."""
+        return loading.find_draft(self.origin, self.arch, self._options)
 
     @property
     def path(self) -> dict[str, str]:
         """What computes an answer, for whoever quotes a number: weights, activations, cache."""
+        draft = self.draft.name if self.draft else loading.NO_DRAFT
         if self.is_native:
-            return dict(self._runner.path)  # type: ignore[attr-defined]
+            return {**self._runner.path, "draft": draft}  # type: ignore[attr-defined]
         computed = loading.torch_dtype(self.arch, self._options)
         weights = " computed as ".join(dict.fromkeys((self._checkpoint.stored, computed)))
-        return {"weights": weights, "activations": computed, "kv": computed, "draft": "none"}
+        return {"weights": weights, "activations": computed, "kv": computed, "draft": draft}
 
     @property
     def weight_bytes(self) -> int:
@@ -144,14 +157,29 @@ class Model:
     def page_bytes(self) -> tuple[int, ...]:
         """Memory of a page of the cache of each group, about."""
         find = loading.kv_of if self.is_native else loading.torch_dtype
-        kv = find(self.arch, self._options)
-        return page_bytes(self.arch, loading.VALUE_BYTES[kv])
+        size, draft = loading.VALUE_BYTES[find(self.arch, self._options)], self.draft
+        if draft is None:
+            return page_bytes(self.arch, size)
+        sizes = [*page_bytes(self.arch, size, draft.shape.rows)]
+        group = 0 if None in self.arch.windows else -1
+        sizes[group] += sum(page_bytes(draft.config.arch, size))
+        sizes[group] += draft.shape.rows * self.arch.hidden_size * 4
+        return tuple(sizes)
 
     @cached_property
     def scheduler(self) -> Scheduler:
         """What runs the answers."""
-        limits = {"context": self._context_tokens, "max_running": self._max_running}
-        return Scheduler(self._runner, **limits, step_tokens=self._step_tokens)
+        speculation = None
+        if self.draft:
+            adapts = self._options.draft_depth is None
+            speculation = Speculation(cast(Drafter, self._runner), adapts=adapts)
+        return Scheduler(
+            self._runner,
+            context=self._context_tokens,
+            max_running=self._max_running,
+            step_tokens=self._step_tokens,
+            speculation=speculation,
+        )
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -4,6 +4,8 @@ One thread calls `step` again and again. Sequences join and leave between steps;
 in chunks beside the others' tokens; pages that begin alike are computed once. When pages run out,
 the youngest sequence gives its own back and is computed again later: its text, seed and place in
 the answer stay. An answer depends on its own request alone, never on what else is being served.
+
+With a draft (`speculate.py`), answers advance by as many tokens as it foresaw, and one.
 """
 
 import secrets
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from attending.engine.pages import Cache, Key, Table, page_keys
 from attending.engine.runner import Runner, Span
 from attending.engine.sampler import Sampling, Scored, choose, score
+from attending.engine.speculate import Speculation, extended, follower
 from attending.errors import AttendingError, ContextError, UsageError
 from attending.model.architecture import PAGE_TOKENS
 
@@ -46,6 +49,8 @@ class Request:
     num_prompt_top: int | None = None
     """The same for the prompt, which is then computed anew rather than found in the cache."""
     grammar: Grammar | None = None
+    speculate: bool = True
+    """Whether a draft may help, where there is one; the answer is the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,7 @@ class Scheduler:
         context: int | None = None,
         max_running: int = 32,
         step_tokens: int = 256,
+        speculation: Speculation | None = None,
     ) -> None:
         """The runner's pages are all this scheduler's.
 
@@ -121,12 +127,22 @@ class Scheduler:
             max_running: Most sequences in a step.
             step_tokens: Most tokens in a step; long prompts are cut there, so that the answers
                 beside them keep coming.
+            speculation: Of the same runner.
+
+        Raises:
+            UsageError: The draft proposes more than a step or the pages have room for.
         """
         self.counters = Counters()
         self.pages = Cache(runner.arch.windows, runner.num_pages, step_tokens)
         room = min(runner.arch.context, self.pages.context or runner.arch.context)
         self.context = min(context or room, room)
         """Most tokens of prompt and answer together."""
+        self.speculation = speculation
+        if speculation and speculation.shape.rows > min(step_tokens, self.context - 1):
+            raise UsageError(
+                f"a draft of {speculation.shape.rows - 1} tokens at once: a step has {step_tokens} "
+                f"and the context {self.context:,}; take fewer, or make room for more tokens."
+            )
         self._runner = runner
         self._max_running, self._step_tokens = max_running, step_tokens
         self._waiting: deque[_Sequence] = deque()
@@ -191,23 +207,71 @@ class Scheduler:
         work = self._plan()
         if not work:
             return []
-        rows = self._runner.step([span for _, span in work])
+        depth = 0
+        if self.speculation and all(_is_next(*each) for each in work):
+            depth, work = self._foresee(self.speculation, work)
+            rows = self.speculation.step([span for _, span in work], is_timed=True)
+        else:
+            rows = self._runner.step([span for _, span in work])
         self.counters.steps += 1
         outputs: list[Output] = []
         at = 0
         for sequence, span in work:
             mine = rows[at : at + span.num_logits]
             at += span.num_logits
-            self._keep(sequence, len(span.ids))
-            try:
-                output = self._read(sequence, span, mine)
-            except AttendingError as error:
-                output = Output(sequence.handle, error=error)
-            if output is not None:
-                outputs.append(output)
-                if output.finish or output.error:
-                    self._running.remove(sequence)
-                    self._give_back(sequence)
+            if depth and len(span.ids) > 1:
+                found = self._check(sequence, span, mine, depth)
+            else:
+                self._keep(sequence, len(span.ids))
+                found = self._read(sequence, span.cached, mine)
+            outputs += found
+            if found and (found[-1].finish or found[-1].error):
+                self._running.remove(sequence)
+                self._give_back(sequence)
+        return outputs
+
+    def _foresee(
+        self, speculation: Speculation, work: list[tuple[_Sequence, Span]]
+    ) -> tuple[int, list[tuple[_Sequence, Span]]]:
+        """The depth of what is proposed, and the work with it; no sequence gives way for it."""
+        able = [s for s, _ in work if s.cached and s.request.speculate and s.limit - len(s.ids) > 1]
+        depth = speculation.depth(len(work), len(able)) if able else 0
+        shape = speculation.shape
+        # Nothing is proposed for places that the answer cannot have.
+        left = min((s.limit - len(s.ids) - 1 for s in able), default=0)
+        if shape.nodes:
+            depth, rows = depth if depth <= left else 0, shape.rows
+        else:
+            depth = min(depth, left, (self._step_tokens - len(work)) // max(len(able), 1))
+            rows = 1 + depth
+        wanted = [(s.pages, s.cached + rows) for s in able]
+        if depth < 1 or len(able) * rows > self._step_tokens or not self.pages.fits(wanted):
+            return 0, work
+        if any(rows > self.pages.room(s.cached) for s in able):
+            return 0, work
+        if not all([self.pages.grow(*each) for each in wanted]):
+            return 0, work
+        asked = [self._span(sequence, 1, rows) for sequence in able]
+        proposed = speculation.propose(asked, depth)
+        longer = map(extended, asked, proposed)
+        spans = {s.handle: span for s, span in zip(able, longer, strict=True)}
+        return depth, [(s, spans.get(s.handle, span)) for s, span in work]
+
+    def _check(
+        self, sequence: _Sequence, span: Span, logits: NDArray[np.float32], depth: int
+    ) -> list[Output]:
+        """Choose token after token, as long as the one that was chosen had been proposed."""
+        outputs: list[Output] = []
+        row: int | None = 0
+        path: list[int] = []
+        while row is not None:
+            path.append(row)
+            self._keep(sequence, 1)
+            outputs += self._read(sequence, span.cached, logits[row : row + 1])
+            is_over = outputs[-1].finish or outputs[-1].error
+            row = None if is_over else follower(span, row, sequence.ids[-1])
+        assert self.speculation
+        self.speculation.keep(span, path, depth)
         return outputs
 
     def _admit(self) -> None:
@@ -253,11 +317,13 @@ class Scheduler:
             work.append((sequence, self._span(sequence, count)))
         return [(sequence, span) for sequence, span in work if sequence in self._running]
 
-    def _span(self, sequence: _Sequence, count: int) -> Span:
+    def _span(self, sequence: _Sequence, count: int, room: int = 0) -> Span:
+        """The next tokens; the pages of them, or of `room` slots."""
         end = sequence.cached + count
         num_logits = count if sequence.is_scoring else int(end == len(sequence.ids))
         ids = np.asarray(sequence.ids[sequence.cached : end], dtype=np.int64)
-        pages = tuple(np.asarray(held, dtype=np.int64) for held in sequence.pages)
+        used = -(-(sequence.cached + max(count, room)) // PAGE_TOKENS)
+        pages = tuple(np.asarray(held[:used], dtype=np.int64) for held in sequence.pages)
         return Span(ids, sequence.cached, pages, num_logits)
 
     def _has_pages(self, sequence: _Sequence, tokens: int) -> bool:
@@ -289,11 +355,21 @@ class Scheduler:
             self.pages.publish(sequence.pages, index, sequence.keys[index])
         self.pages.retire(sequence.pages, sequence.cached)
 
-    def _read(self, sequence: _Sequence, span: Span, logits: NDArray[np.float32]) -> Output | None:
+    def _read(self, sequence: _Sequence, cached: int, logits: NDArray[np.float32]) -> list[Output]:
+        """What the rows after `cached` tokens bring: an output, an error, or nothing yet."""
+        try:
+            output = self._chosen(sequence, cached, logits)
+        except AttendingError as error:
+            output = Output(sequence.handle, error=error)
+        return [] if output is None else [output]
+
+    def _chosen(
+        self, sequence: _Sequence, cached: int, logits: NDArray[np.float32]
+    ) -> Output | None:
         """Score a prompt's rows; choose the next token where all tokens have been run."""
         request = sequence.request
         if sequence.is_scoring:
-            nexts = sequence.ids[span.cached + 1 : span.cached + 1 + len(logits)]
+            nexts = sequence.ids[cached + 1 : cached + 1 + len(logits)]
             top = request.num_prompt_top or 0
             # The prompt's last row is about the answer: it has no next token in the prompt.
             pairs = zip(logits, nexts, strict=False)
@@ -322,6 +398,11 @@ class Scheduler:
             finish = "length"
         scored = None if request.num_top is None else score(logits[-1], token, request.num_top)
         return Output(sequence.handle, token, scored, finish, sequence.found, prompt)
+
+
+def _is_next(sequence: _Sequence, span: Span) -> bool:
+    """Whether it is the one token that an answer goes on from."""
+    return len(span.ids) == 1 and span.num_logits == 1 and not sequence.is_scoring
 
 
 def _soon(sequence: _Sequence) -> int:

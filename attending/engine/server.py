@@ -44,6 +44,7 @@ from attending.engine.local import Model, load
 from attending.engine.pages import pages_for
 from attending.engine.replying import Replying
 from attending.engine.scheduler import Output
+from attending.engine.speculate import Speculation
 from attending.engine.wire import GONE, ClientGone, error_response, unless_gone
 from attending.engine.worker import Ticket, Worker
 from attending.errors import AttendingError, ContextError, TokenizerError, UsageError
@@ -158,7 +159,28 @@ class Service:
         }
         for name, value in gauges.items():
             Gauge(f"attending_engine_{name}", name.replace("_", " "), registry=registry).set(value)
+        if scheduler.speculation:
+            _tell_speculation(scheduler.speculation, self._options.max_running, registry)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _tell_speculation(told: Speculation, most: int, registry: CollectorRegistry) -> None:
+    """How far the draft foresees, and up to how many answers at once it pays."""
+    name = "attending_engine_draft"
+    gauges = {
+        "acceptance_length": (
+            "tokens of a round, the model's own included",
+            told.acceptance_length,
+        ),
+        "break_even_batch": ("answers at once up to which drafting pays", told.break_even(most)),
+    }
+    for key, (text, value) in gauges.items():
+        Gauge(f"{name}_{key}", text, registry=registry).set(value)
+    Counter(f"{name}_rounds", "rounds with something proposed", registry=registry).inc(told.rounds)
+    text = "share accepted, where all before it were"
+    by_position = Gauge(f"{name}_acceptance", text, ["position"], registry=registry)
+    for position, share in enumerate(told.acceptance, start=1):
+        by_position.labels(str(position)).set(share)
 
 
 class _Running:

@@ -166,9 +166,9 @@ class Architecture:
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def page_bytes(arch: Architecture, value_bytes: int) -> tuple[int, ...]:
+def page_bytes(arch: Architecture, value_bytes: int, kept_rows: int = 1) -> tuple[int, ...]:
     """Memory of one page of each group over the group's layers, raw rows included."""
-    rows = PAGE_TOKENS + arch.is_m1
+    rows = PAGE_TOKENS + arch.is_m1 * kept_rows
     values = {window: 0 for window in arch.windows}
     for spec in arch.layers:
         values[spec.window] += 2 * spec.num_kv_heads * spec.head_dim * rows

@@ -3,8 +3,9 @@
 Both answer the decoder's two questions (which raw K and V came before; what does attention give)
 and own all that differs between training, chunked prefill and decode. Layers of one window share
 page numbers (a group, `Architecture.windows`); a page that left its group's window is never read.
-Baichuan-M1's raw K and V are part of the cache: one row per layer and page, the last one written,
-so that a continuation from any whole page (a shared prefix) or from the end is right.
+Baichuan-M1's raw K and V are part of the cache: of each layer and page the last row written, so
+that a continuation from any whole page (a shared prefix) or from the end is right; a few of the
+last, where rows of a draft may be taken back.
 """
 
 import functools
@@ -12,6 +13,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +109,7 @@ def _varlen_attention() -> Callable[..., Tensor] | None:
 class PagePool:
     """Keys and values of every layer, in pages of 64 tokens: [its group's pages, K, 64, H] each.
 
-    M1 adds one raw K and one raw V row [pages, K, H] per page and layer.
+    M1 adds the raw K and V of a page's last rows, [pages, rows kept, K, H] per layer.
     """
 
     def __init__(
@@ -116,9 +118,14 @@ class PagePool:
         num_pages: Sequence[int],
         dtype: torch.dtype,
         device: str = "cpu",
+        kept_rows: int = 1,
     ) -> None:
-        """Allocate so many pages for the layers of each group."""
-        self.windows = arch.windows
+        """Allocate so many pages for the layers of each group.
+
+        Slot s of a page has its raw row at s modulo `kept_rows`: with as many as a step may write
+        and take back again, the one before them is still there.
+        """
+        self.windows, self.kept_rows = arch.windows, kept_rows
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.raw_keys: list[Tensor] = []
@@ -129,7 +136,7 @@ class PagePool:
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
             if arch.is_m1:
-                raw = (count, spec.num_kv_heads, spec.head_dim)
+                raw = (count, kept_rows, spec.num_kv_heads, spec.head_dim)
                 self.raw_keys.append(torch.zeros(raw, dtype=dtype, device=device))
                 self.raw_values.append(torch.zeros(raw, dtype=dtype, device=device))
 
@@ -154,16 +161,32 @@ class Rows:
     """Draft tree: row that each row follows; -1 for the last cached token."""
 
 
+class Lineage(NamedTuple):
+    """Where each row's parent is, and which rows stay for those that come after."""
+
+    rows: Tensor  # [T]: the parent in this step
+    is_cached: Tensor  # [T]: it is in the cache instead
+    is_none: Tensor  # [T]: there is none
+    slots: Tensor  # [T]: of the parent in the cache
+    kept: Tensor  # rows of this step
+    kept_slots: Tensor
+
+
 class Paged:
     """A step over several sequences whose past lies in a `PagePool`; writes the new K and V."""
 
-    def __init__(self, pool: PagePool, rows: Sequence[Rows]) -> None:
+    def __init__(self, pool: PagePool, rows: Sequence[Rows], first: int = 0) -> None:
         """The rows of each sequence lie side by side in the flat row, in the order given.
+
+        Args:
+            pool: Of all sequences.
+            rows: What is new of each.
+            first: Slots before it are never seen.
 
         Raises:
             ValueError: A page list is too short for its sequence.
         """
-        self._pool = pool
+        self._pool, self._first = pool, first
         self._rows = list(rows)
         self._ends = list(accumulate(row.count for row in rows))
         self._singles = [i for i, row in enumerate(rows) if row.count == 1 and not row.parents]
@@ -185,27 +208,39 @@ class Paged:
             self._pages[window] = torch.cat(pages).to(device)
         starts = self._offsets == 0
         self._fresh = {window: pages[starts] for window, pages in self._pages.items()}
-        if pool.raw_keys:
-            self._prepare_raw(slots)
 
     def previous(self, spec: LayerSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's parent: in this step, in the cache, or none; then keep the new last rows."""
+        """Each row's parent's."""
         raw_k, raw_v = self._pool.raw_keys[spec.index], self._pool.raw_values[spec.index]
-        before = []
-        for raw, new in ((raw_k, k), (raw_v, v)):
-            from_cache = raw[self._parent_pages[spec.window]].masked_fill(self._is_first, 0)
-            from_step = new[self._parent_rows]
-            before.append(torch.where(self._parent_in_cache, from_cache, from_step))
-            raw[self._pages[spec.window][self._kept_rows]] = new[self._kept_rows]
-        return before[0], before[1]
+        return self.parents(raw_k, k, spec.window), self.parents(raw_v, v, spec.window)
 
-    def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v to their pages, then attend: single rows as one batch, others alone."""
+    def parents(self, kept: Tensor, new: Tensor, window: int | None) -> Tensor:
+        """Each row's parent's of `new` [T, ...]: from this step, from the cache, or zero.
+
+        `kept` [pages of the window's group, rows kept, ...] is the cache; the new last rows go
+        there afterwards.
+        """
+        at, count = self._lineage, kept.shape[1]
+        tables, shape = self._tables[window], (-1, *[1] * (new.dim() - 1))
+        slots = torch.split(at.slots, [row.count for row in self._rows])
+        pages = [t[one // PAGE_TOKENS] for t, one in zip(tables, slots, strict=True)]
+        cached = kept[torch.cat(pages).to(new.device), at.slots.to(new.device) % count]
+        cached = cached.masked_fill(at.is_none.view(shape), 0)
+        before = torch.where(at.is_cached.view(shape), cached, new[at.rows])
+        kept[self._pages[window][at.kept], at.kept_slots % count] = new[at.kept]
+        return before
+
+    def write(self, spec: LayerSpec, k: Tensor, v: Tensor) -> None:
+        """Rotated keys and values [T, K, H] to their pages."""
         slots, fresh = self._slots(spec.window, spec.num_kv_heads), self._fresh[spec.window]
         for pool, new in ((self._pool.keys, k), (self._pool.values, v)):
             if len(fresh):  # unseen slots are multiplied by 0, which only numbers survive
                 pool[spec.index][fresh] = 0
             pool[spec.index].flatten(0, 2).index_copy_(0, slots, new.flatten(0, 1))
+
+    def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v to their pages, then attend: single rows as one batch, others alone."""
+        self.write(spec, k, v)
         out = torch.empty_like(q)
         if self._singles:
             at = [self._ends[index] - 1 for index in self._singles]
@@ -248,7 +283,10 @@ class Paged:
         if (window, kv_heads) not in self._pasts:
             rows = [self._rows[index] for index in self._singles]
             tables = [self._tables[window][index] for index in self._singles]
-            firsts = [0 if window is None else max(0, r.cached + 1 - window) for r in rows]
+            firsts = [
+                self._first if window is None else max(self._first, r.cached + 1 - window)
+                for r in rows
+            ]
             starts = [first // PAGE_TOKENS for first in firsts]
             used = [
                 table[start : row.cached // PAGE_TOKENS + 1]
@@ -276,9 +314,10 @@ class Paged:
         keys = _contiguous(self._pool.keys[spec.index], pages)[:, : total - start]
         values = _contiguous(self._pool.values[spec.index], pages)[:, : total - start]
         mask = None
-        if row.count > 1 or spec.window is not None:
+        if row.count > 1 or spec.window is not None or self._first:
             past = torch.arange(start, row.cached, device=q.device)
             mask = visible(positions, torch.cat((past, positions)), spec.window)
+            mask[:, : max(self._first - start, 0)] = False
             if row.parents is not None:
                 mask[:, row.cached - start :] &= _ancestors(row.parents).to(q.device)
         out = F.scaled_dot_product_attention(
@@ -290,32 +329,26 @@ class Paged:
         )
         return out[0].transpose(0, 1)
 
-    def _prepare_raw(self, slots: list[Tensor]) -> None:
-        """Where each row's parent is, and which rows end a page or a sequence."""
-        parent_rows, in_cache, is_first, kept = [], [], [], []
-        for row, slot, end in zip(self._rows, slots, self._ends, strict=True):
-            base = end - row.count
-            parents = row.parents or tuple(range(-1, row.count - 1))
-            for index, parent in enumerate(parents):
+    @functools.cached_property
+    def _lineage(self) -> Lineage:
+        """Kept are, of each page, the last rows that fit the pool's place for them."""
+        parent_rows, in_cache, is_none, last, kept, kept_slots = [], [], [], [], [], []
+        for row, end in zip(self._rows, self._ends, strict=True):
+            base, stop = end - row.count, row.cached + row.count - 1
+            for index, parent in enumerate(row.parents or range(-1, row.count - 1)):
+                slot = row.cached + index
                 parent_rows.append(base + max(parent, 0))
                 in_cache.append(parent < 0)
-                is_first.append(parent < 0 and row.cached == 0)
-                if int(slot[index]) % PAGE_TOKENS == PAGE_TOKENS - 1 or index == row.count - 1:
+                is_none.append(parent < 0 and row.cached == 0)
+                last.append(max(row.cached - 1, 0))
+                page_end = slot // PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS - 1
+                if slot > min(page_end, stop) - self._pool.kept_rows:
                     kept.append(base + index)
+                    kept_slots.append(slot)
         device = self.positions.device
-        self._parent_rows = torch.tensor(parent_rows, device=device)
-        self._parent_pages = {
-            window: torch.cat(
-                [
-                    table[max(row.cached - 1, 0) // PAGE_TOKENS].expand(row.count)
-                    for table, row in zip(tables, self._rows, strict=True)
-                ]
-            ).to(device)
-            for window, tables in self._tables.items()
-        }
-        self._parent_in_cache = torch.tensor(in_cache, device=device)[:, None, None]
-        self._is_first = torch.tensor(is_first, device=device)[:, None, None]
-        self._kept_rows = torch.tensor(kept, device=device)
+        found = (parent_rows, in_cache, is_none, last, kept, kept_slots)
+        rows, cached, none, slots, stay, places = map(torch.tensor, found)
+        return Lineage(rows.to(device), cached.to(device), none.to(device), slots, stay, places)
 
 
 def _positions(row: Rows) -> Tensor:

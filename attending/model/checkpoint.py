@@ -61,10 +61,14 @@ class Checkpoint:
 
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor in float32, which holds float16 and bfloat16 exactly."""
-        values = self.raw(name)
-        if values.dtype == BFLOAT16:  # a float32's upper half
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32, copy=False)
+        return as_float32(self.raw(name))
+
+
+def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Stored values in float32, bfloat16 from its bits."""
+    if values.dtype == BFLOAT16:  # a float32's upper half
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -111,7 +115,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
     found: dict[str, NDArray[Any]] = {}
     for file in weight_files(folder):
-        found |= _map(file)
+        found |= map_tensors(file)
     kept = {name: values.shape for name, values in found.items() if not name.endswith(DERIVED)}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     # Some exports store a tied head a second time; that is harmless only if it is the same.
@@ -156,7 +160,9 @@ def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
     return Checkpoint(arch, shapes, raw, tokenizer, stored, blocks, quantized)
 
 
-def _map(file: Path) -> dict[str, NDArray[Any]]:
+def map_tensors(
+    file: Path, dtypes: Mapping[str, np.dtype[Any]] = DTYPES | INTEGERS
+) -> dict[str, NDArray[Any]]:
     """The tensors of a safetensors file; the library checks that the header tells the truth."""
     try:
         with safetensors.safe_open(file, framework="numpy"):
@@ -168,14 +174,14 @@ def _map(file: Path) -> dict[str, NDArray[Any]]:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
-    tensors, known = {}, DTYPES | INTEGERS
+    tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in known:
+        if entry["dtype"] not in dtypes:
             raise CheckpointError(
                 f"{file.name}: {name} is stored as {entry['dtype']}; expected {', '.join(DTYPES)}. "
                 "Use the unquantised model."
             )
         begin, end = (start + offset for offset in entry["data_offsets"])
-        values = data[begin:end].view(np.ndarray).view(known[entry["dtype"]])
+        values = data[begin:end].view(np.ndarray).view(dtypes[entry["dtype"]])
         tensors[name] = np.require(values.reshape(entry["shape"]), requirements="A")
     return tensors

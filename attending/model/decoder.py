@@ -10,7 +10,7 @@ vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -34,6 +34,27 @@ class Attend(Protocol):
 
     def __call__(self, spec: LayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention: q [T, N, H], k and v [T, K, H] -> [T, N, H]."""
+
+
+class Features:
+    """Asks a pass for the residual stream at the input of some layers, for an EAGLE draft.
+
+    An object and no mapping, since FSDP copies the collections that it is handed.
+    """
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        """Layers from 0; one more than the last means what the last norm reads."""
+        self.layers = tuple(layers)
+        self._states: dict[int, Tensor] = {}
+
+    def see(self, layer: int, x: Tensor) -> None:
+        """The stream [T, D] that a layer is about to read."""
+        if layer in self.layers:
+            self._states[layer] = x
+
+    def whole(self) -> Tensor:
+        """Side by side in the order asked for, [T, layers * D]."""
+        return torch.cat([self._states[layer] for layer in self.layers], dim=-1)
 
 
 class Linear(nn.Linear):
@@ -62,9 +83,9 @@ class Decoder(nn.Module):
             head = NormHead if arch.norm_head else Linear
             self.lm_head = head(arch.hidden_size, arch.vocab_size, bias=False)
 
-    def forward(self, ids: Tensor, attend: Attend) -> Tensor:
+    def forward(self, ids: Tensor, attend: Attend, features: Features | None = None) -> Tensor:
         """Hidden states after the last norm: ids [T] int64 -> [T, D]."""
-        hidden: Tensor = self.model(ids, attend)
+        hidden: Tensor = self.model(ids, attend, features)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -83,13 +104,17 @@ class Decoder(nn.Module):
         return (at_least_float32(weight) / vocabulary_norms(weight)[:, None]).to(weight.dtype)
 
     def measure(
-        self, ids: Tensor, attend: Attend, of: Callable[[Tensor, Tensor], Result]
+        self,
+        ids: Tensor,
+        attend: Attend,
+        of: Callable[[Tensor, Tensor], Result],
+        features: Features | None = None,
     ) -> Result:
         """What `of` makes of the hidden states [T, D] and the head's weight [V, D].
 
         A loss goes through here, so that under FSDP one forward holds all it needs.
         """
-        return of(self(ids, attend), self.head_weight())
+        return of(self(ids, attend, features), self.head_weight())
 
     def set_rope_theta(self, theta: float) -> None:
         """Another base from here on, as a stage with a longer context has it."""
@@ -142,14 +167,17 @@ class Backbone(nn.Module):
             size: torch.from_numpy(inverse_frequencies(rope, size)) for size in self.sizes
         }
 
-    def forward(self, ids: Tensor, attend: Attend) -> Tensor:
+    def forward(self, ids: Tensor, attend: Attend, features: Features | None = None) -> Tensor:
         rotations = {
             size: rotation(attend.positions, frequencies, self.rope.attention_factor)
             for size, frequencies in self.frequencies.items()
         }
         x = self.embed_tokens(ids)
-        for block in self.layers:
+        features = features or Features(())
+        for layer, block in enumerate(self.layers):
+            features.see(layer, x)
             x = block(x, rotations, attend)
+        features.see(len(self.layers), x)
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -201,11 +229,14 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], -1, self.spec.head_dim)
 
     def forward(self, x: Tensor, rotations: dict[int, "Rotation"], attend: Attend) -> Tensor:
+        out: Tensor = self.o_proj(self.mix(x, rotations, attend))
+        return out
+
+    def mix(self, x: Tensor, rotations: dict[int, "Rotation"], attend: Attend) -> Tensor:
+        """x [T, D] -> what the heads found, [T, N * H]."""
         q, k, v = self.project(x, attend)
         angles = rotations[self.spec.head_dim]
-        mixed = attend(self.spec, rotate(q, angles), rotate(k, angles), v)
-        out: Tensor = self.o_proj(mixed.flatten(-2))
-        return out
+        return attend(self.spec, rotate(q, angles), rotate(k, angles), v).flatten(-2)
 
 
 class M1Attention(Attention):

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -13,7 +14,8 @@ from attending.model.scoring import cross_entropy, over_logits
 from attending.train.parallel import attend_to, is_compiled, total
 from attending.train.reader import Batch
 
-Loss = Callable[[Decoder, Batch, float], tuple[Tensor, Tensor]]
+Trained = TypeVar("Trained", bound=nn.Module)
+Loss = Callable[[Trained, Batch, float], tuple[Tensor, Tensor]]
 """A batch and the scale of its weights -> a loss to differentiate, and each token's value [T]."""
 
 
@@ -42,7 +44,11 @@ def next_token_loss(decoder: Decoder, batch: Batch, scale: float) -> tuple[Tenso
 
 
 def accumulate(
-    decoder: Decoder, batches: Sequence[Batch], loss: Loss, num_ranks: int, names: Sequence[str]
+    decoder: Trained,
+    batches: Sequence[Batch],
+    loss: Loss[Trained],
+    num_ranks: int,
+    names: Sequence[str],
 ) -> Gradients:
     """Leave the gradients of the weighted mean loss over all batches and ranks in `.grad`.
 

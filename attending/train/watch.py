@@ -101,7 +101,7 @@ class Watch:
         `lengths`: of this rank's segments; the others' are much the same.
         """
         state = self._state
-        operations = flops(state.decoder.arch, lengths, self._adapter) * state.place.size
+        operations = self.operations(lengths) * state.place.size
         now = found.tokens, operations, time.monotonic() - began
         self._recent = [*self._recent[1 - RECENT :], now]
         tokens, operations, seconds = (sum(column) for column in zip(*self._recent, strict=True))
@@ -124,6 +124,10 @@ class Watch:
             left = (self._num_steps - state.step) * seconds / len(self._recent)
             self._show(Progress(state.step, self._num_steps, found.loss, speed, share, left))
 
+    def operations(self, lengths: Sequence[int]) -> float:
+        """Of a step over segments."""
+        return flops(self._state.decoder.arch, lengths, self._adapter)
+
     def measure(self, context: int) -> None:
         """Bits per byte by domain, of the first documents, and samples; every rank calls it."""
         found, lines = {}, []
@@ -133,14 +137,14 @@ class Watch:
             found[f"heldout/{domain}_bits_per_byte"] = value
             lines.append(f"{domain} {value:.3f} bits per byte")
         self.write(found)
-        self._tell([*lines, *self._samples()])
+        self.tell([*lines, *self._samples()])
 
     def baseline(self, context: int) -> None:
         """Before the first step, what `finish` is to be compared with; every rank calls it."""
         if self._state.step == 0:
             found, lines = self._measure_all(context, "_before")
             self.write(found)
-            self._tell([*lines, *self._samples()])
+            self.tell([*lines, *self._samples()])
             self._state.owes_measure = False
 
     def finish(self, context: int) -> dict[str, float]:
@@ -148,7 +152,7 @@ class Watch:
         found, lines = self._measure_all(context, "")
         if found:
             self.write(found)
-        self._tell([*lines, *self._samples()])
+        self.tell([*lines, *self._samples()])
         if self._is_first:
             self._log.close()
         return found
@@ -207,7 +211,8 @@ class Watch:
         if self._is_first:
             self._log.write(self._state.step, values)
 
-    def _tell(self, lines: Sequence[str]) -> None:
+    def tell(self, lines: Sequence[str]) -> None:
+        """Lines to print."""
         if self._show:
             self._show(Notes(self._state.step, lines))
 

@@ -239,7 +239,7 @@ def test_the_table_names_path_threads_model_and_date(model: str) -> None:
         (("MODEL", "--batch", "0"), 2, "--batch is 0; expected 1 or more"),
         (("MODEL", "--batch", "one"), 2, "--batch 'one': expected sizes as 1 or 1,8"),
         (("MODEL", "--prompt", "256"), 2, "this model's context is 256"),
-        (("MODEL", "--draft", "d"), 2, "--draft d: this engine runs no drafts yet"),
+        (("MODEL", "--draft", "d", "--no-draft"), 2, "--draft d and --no-draft: give one of them"),
         (("MODEL", "--prompt", "8", "--dtype", "int3"), 2, "dtype 'int3'"),
     ],
 )

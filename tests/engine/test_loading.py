@@ -52,7 +52,7 @@ def test_a_cpu_gets_the_native_runner_with_the_options_given(folder: Path) -> No
         "kv": "int8",
         "threads": 1,
     }
-    assert model.path == {"weights": "w4-64", "activations": "int8"}
+    assert model.path == {"weights": "w4-64", "activations": "int8", "draft": "none"}
     assert model.logits([[1, 2]]).dtype == model.decoder.model.norm.weight.dtype
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES = 500, 80, 120
-PYTHON_LINES, NATIVE_LINES = 37_000, 1_500
+PYTHON_LINES, NATIVE_LINES = 40_400, 1_500
 HALLWAY = ""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -26,11 +26,11 @@ ROOMS = {
     HALLWAY: Room(0, 2_530),
     "phi": Room(1, 2_110),
     "tokenizer": Room(2, 250),
-    "model": Room(1, 2_700),
+    "model": Room(1, 3_250),
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_260),
     "train": Room(2, 2_050),
-    "engine": Room(2, 4_870),
+    "engine": Room(2, 5_640),
     "evaluate": Room(3, 3_730),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 550),
@@ -38,7 +38,7 @@ ROOMS = {
     "prefer": Room(4, 1_080),
     "rl": Room(4, 3_500),
     "quantize": Room(4, 2_700),
-    "draft": Room(4, 590),
+    "draft": Room(4, 1_030),
     "gateway": Room(5, 1_400),
 }
 DATA = {"recipes", "configs"}  # folders without code

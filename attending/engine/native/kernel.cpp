@@ -1,4 +1,5 @@
-// One step of a decoder on a CPU: Llama, Qwen2, Qwen3 and Baichuan-M1, from ids to logits.
+// One step of a decoder on a CPU: Llama, Qwen2, Qwen3 and Baichuan-M1, from ids to logits; and of an
+// EAGLE-3 draft beside it, whose keys and values are kept with the target's.
 //
 // Compiled once for each instruction path; `build.py` loads the best one that this processor has.
 // No order of summation depends on how many rows a step has, and activations are quantised row by
@@ -221,25 +222,38 @@ struct Matrix {
 
 struct Layer {
     int32_t heads, kv_heads, head_dim, window, page_group, rope;  // window 0: all before
+    int32_t first;                                                // slots before it are not seen
+    float norm_eps;
     const float *input_norm, *post_norm, *q_norm, *k_norm, *conv_k, *conv_v;  // or null
     Matrix qkv, out, gate_up, down;  // gate and up by turns, a tile of each
 };
 
+// EAGLE-3 (arXiv 2503.01840). Its row at slot s takes token s beside what precedes it: `fc` of the
+// target's features of s - 1, or its own last state.
+struct Draft {
+    int32_t features, words;
+    const int32_t *feature_layers, *target_ids;  // [features] read before these layers, [words]
+    const float *hidden_norm, *norm;
+    Matrix fc, head, embedding;
+};
+
 struct Model {
-    int32_t layers, hidden, inner, vocab, threads, rope_sizes, int8_activations, int8_kv;
-    float norm_eps, rope_factor;
+    int32_t layers, hidden, vocab, threads, rope_sizes, int8_activations, int8_kv;
+    int32_t kept_rows;  // of a page's last raw rows and draft's states; slot s at s % kept_rows
+    float norm_eps;
     const int32_t* num_pages;         // of each page group
     const int32_t* rope_dims;         // [rope_sizes] head sizes
+    const float* rope_factors;        // [rope_sizes]
     const float* const* frequencies;  // [rope_sizes] -> [head size / 2]
-    const Layer* layer;
+    const Layer* layer;               // [layers], and the draft's
     const float* norm;
     Matrix embedding, head;
+    const Draft* draft;  // or null
 };
 
 struct Batch {
     int32_t rows, spans, wanted;
-    const int32_t *ids, *positions;  // [rows]
-    const int32_t *starts, *cached;  // [spans + 1], [spans]
+    const int32_t *ids, *starts, *cached;  // [rows], [spans + 1], [spans]
     const int32_t* const* pages;     // of each page group [spans][table], -1: given back
     int32_t table;
     const int32_t* wanted_rows;  // [wanted]
@@ -610,11 +624,11 @@ void mix_all(const float* x, int64_t xs, int64_t n, const T* m, int64_t ms, int6
 struct Pool {
     void *keys = nullptr, *values = nullptr;
     float *key_scales = nullptr, *value_scales = nullptr;  // [pages][kv heads][64]
-    float *raw_keys = nullptr, *raw_values = nullptr;      // M1: [pages][kv heads * head size]
+    float *raw_keys = nullptr, *raw_values = nullptr;      // M1: [pages][kept][heads * head size]
 };
 
 struct Scratch {  // of a thread
-    std::vector<float> queries, scores, mixed, peaks, sums, fades, gate, row;
+    std::vector<float> queries, scores, mixed, peaks, sums, fades, gate, row, embedded;
     Activations few;  // rows of a small step, which every thread makes ready for itself
 };
 
@@ -625,8 +639,17 @@ struct Place {  // of a row
 class Engine {
  public:
     explicit Engine(const Model& model)
-        : m_(model), crew_(model.threads), counters_(16 * (model.layers * 10 + 8)) {
-        for (int i = 0; i < m_.layers; ++i) {
+        : m_(model),
+          crew_(model.threads),
+          counters_(16 * ((model.layers + model.kept_rows + 1) * 12 + 16)),
+          hidden_stride_(padded(model.hidden, PAD)) {
+        widest_ = m_.hidden;
+        if (const Draft* draft = m_.draft) {
+            widest_ = std::max<int64_t>(2, draft->features) * m_.hidden;
+            size_t pages = m_.num_pages[m_.layer[m_.layers].page_group];
+            states_ = static_cast<float*>(take(pages * m_.kept_rows * hidden_stride_ * 4));
+        }
+        for (int i = 0; i < m_.layers + (m_.draft ? 1 : 0); ++i) {
             const Layer& layer = m_.layer[i];
             size_t pages = m_.num_pages[layer.page_group], heads = layer.kv_heads,
                    width = layer.head_dim;
@@ -639,13 +662,14 @@ class Engine {
                 pool.value_scales = static_cast<float*>(take(pages * heads * PAGE * 4));
             }
             if (layer.conv_k) {
-                pool.raw_keys = static_cast<float*>(take(pages * heads * width * 4));
-                pool.raw_values = static_cast<float*>(take(pages * heads * width * 4));
+                size_t bytes = pages * m_.kept_rows * heads * width * 4;
+                pool.raw_keys = static_cast<float*>(take(bytes));
+                pool.raw_values = static_cast<float*>(take(bytes));
             }
             pools_.push_back(pool);
             widest_qkv_ = std::max<int64_t>(widest_qkv_, layer.qkv.outputs);
             widest_ =
-                std::max<int64_t>({widest_, layer.heads * layer.head_dim, m_.inner, m_.hidden});
+                std::max<int64_t>({widest_, layer.heads * layer.head_dim, layer.down.inputs});
             largest_head_ = std::max<int64_t>(largest_head_, padded(layer.head_dim, TILE));
             most_groups_ = std::max<int64_t>(most_groups_, layer.heads / layer.kv_heads);
         }
@@ -658,7 +682,8 @@ class Engine {
             s.peaks.resize(queries);
             s.sums.resize(queries);
             s.fades.resize(queries + W);  // read by whole vectors
-            s.row.resize(padded(std::max<int64_t>(m_.hidden, largest_head_), PAD));
+            s.row.resize(std::max<int64_t>(2 * hidden_stride_, padded(largest_head_, PAD)));
+            s.embedded.resize(hidden_stride_);
             scratch_.push_back(std::move(s));
         }
     }
@@ -672,6 +697,15 @@ class Engine {
         crew_.run([this](int id) { Turn{*this, id, 0}.run(); });
     }
 
+    // Of spans of one token what the draft believes to follow: ids [spans][depth].
+    void propose(const Batch& batch, int64_t depth, int32_t* ids) {
+        b_ = &batch;
+        reserve(batch.rows);
+        prepare();
+        for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+        crew_.run([&](int id) { Turn{*this, id, 0}.propose(depth, ids); });
+    }
+
  private:
     void* take(size_t bytes) {  // zeroed, and not there before it is touched
         void* block = std::calloc(std::max<size_t>(bytes, 64), 1);
@@ -682,7 +716,6 @@ class Engine {
 
     void reserve(int64_t rows) {
         if (rows <= capacity_) return;
-        hidden_stride_ = padded(m_.hidden, PAD);
         qkv_stride_ = padded(widest_qkv_, TILE);
         wide_stride_ = padded(widest_, PAD);
         hidden_.assign(rows * hidden_stride_, 0.0f);
@@ -690,6 +723,10 @@ class Engine {
         wide_.assign(rows * wide_stride_, 0.0f);
         acts_.reserve(rows, widest_, m_.int8_activations);
         for (auto& s : scratch_) s.few.reserve(MOST_ROWS, widest_, m_.int8_activations);
+        if (m_.draft) {
+            features_.assign(rows * m_.draft->features * m_.hidden, 0.0f);
+            words_.assign(rows * padded(m_.draft->words, TILE), 0.0f);
+        }
         places_.resize(rows);
         order_.resize(rows);
         angles_.resize(m_.rope_sizes);
@@ -762,9 +799,10 @@ class Engine {
         }
 
         template <class Sink>
-        void products(const Matrix& m, int64_t rows, Sink&& sink) {
+        void products(const Matrix& m, int64_t rows, Sink&& sink, int64_t first = 0) {
             Tiles tiles(m);
-            each(tiles.count, grain(tiles.count), [&](int64_t tile) {
+            each(tiles.count - first, grain(tiles.count - first), [&](int64_t at) {
+                int64_t tile = first + at;
                 product(m, tiles, tile, acts(rows), rows, e.m_.int8_activations,
                         [&](int64_t row, int lane, F v) { sink(row, tile * TILE + lane, v); });
             });
@@ -778,44 +816,27 @@ class Engine {
                 read_row(m.embedding, b.ids[row], &e.hidden_[row * e.hidden_stride_]);
                 e.turn_angles(row);
             });
+            bool reads_last = e.is_feature(m.layers);
             for (int i = 0; i < m.layers; ++i) {
                 const Layer& layer = m.layer[i];
+                capture(i, rows);
                 ready(rows, [&](int64_t row, Activations& to) {
-                    e.normalise(id, row, rows, layer.input_norm, to);
+                    e.normalise(id, row, rows, layer.input_norm, m.norm_eps, to);
                 });
-                products(layer.qkv, rows, [&](int64_t row, int64_t column, F v) {
-                    store(&e.qkv_[row * e.qkv_stride_ + column], v);
-                });
+                project(layer, rows, 0);
                 bool alone = e.is_single_;  // no row reads what another one places
-                if (!alone)
-                    each(rows * layer.kv_heads, grain(rows) * layer.kv_heads, [&](int64_t at) {
-                        e.place(id, i, at / layer.kv_heads, at % layer.kv_heads);
-                    });
-                int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-                each(blocks * layer.kv_heads, 1, [&](int64_t task) {
-                    e.attend(id, i, task % layer.kv_heads, task / layer.kv_heads * BLOCK_ROWS,
-                             alone);
-                });
-                int64_t width = layer.heads * layer.head_dim;
+                if (!alone) place(i, rows);
+                attend(i, rows, alone);
                 if (layer.conv_k && id == 0) e.keep_raw(i);
-                if (i == m.layers - 1 && b.wanted < rows) rows = keep_wanted();
-                ready(rows,
-                      [&](int64_t row, Activations& to) { e.quantise(row, rows, width, to); });
-                auto add = [&](int64_t row, int64_t column, F v) {
-                    float* x = &e.hidden_[row * e.hidden_stride_ + column];
-                    store(x, load(x) + v);
-                };
-                products(layer.out, rows, add);
-                ready(rows, [&](int64_t row, Activations& to) {
-                    e.normalise(id, row, rows, layer.post_norm, to);
-                });
-                gate_up(layer.gate_up, rows);
-                ready(rows,
-                      [&](int64_t row, Activations& to) { e.quantise(row, rows, m.inner, to); });
-                products(layer.down, rows, add);
+                if (i == m.layers - 1 && b.wanted < rows && !reads_last) rows = keep_wanted();
+                finish(layer, rows);
             }
+            capture(m.layers, rows);
+            if (b.wanted < rows) keep_wanted();
             ready(b.wanted,
-                  [&](int64_t i, Activations& to) { e.normalise(id, i, b.wanted, m.norm, to); });
+                  [&](int64_t i, Activations& to) {
+                      e.normalise(id, i, b.wanted, m.norm, m.norm_eps, to);
+                  });
             products(m.head, b.wanted, [&](int64_t row, int64_t column, F v) {
                 float* to = e.logits_ + row * m.vocab + column;
                 if (column + W <= m.vocab)
@@ -823,6 +844,111 @@ class Engine {
                 else
                     for (int64_t j = 0; column + j < m.vocab; ++j) to[j] = v[j];
             });
+            if (m.draft) remember();
+        }
+
+        void project(const Layer& layer, int64_t rows, int64_t first) {
+            auto keep = [&](int64_t row, int64_t column, F v) {
+                store(&e.qkv_[row * e.qkv_stride_ + column], v);
+            };
+            products(layer.qkv, rows, keep, first);
+        }
+
+        void place(int index, int64_t rows) {
+            int64_t heads = e.m_.layer[index].kv_heads;
+            each(rows * heads, grain(rows) * heads,
+                 [&](int64_t at) { e.place(id, index, at / heads, at % heads); });
+        }
+
+        void attend(int index, int64_t rows, bool alone) {
+            int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS,
+                    heads = e.m_.layer[index].kv_heads;
+            each(blocks * heads, 1, [&](int64_t task) {
+                e.attend(id, index, task % heads, task / heads * BLOCK_ROWS, alone);
+            });
+        }
+
+        // What attention found goes into the residual stream, then through the MLP.
+        void finish(const Layer& layer, int64_t rows) {
+            int64_t width = layer.heads * layer.head_dim;
+            ready(rows, [&](int64_t row, Activations& to) { e.quantise(row, rows, width, to); });
+            auto add = [&](int64_t row, int64_t column, F v) {
+                float* x = &e.hidden_[row * e.hidden_stride_ + column];
+                store(x, load(x) + v);
+            };
+            products(layer.out, rows, add);
+            ready(rows, [&](int64_t row, Activations& to) {
+                e.normalise(id, row, rows, layer.post_norm, layer.norm_eps, to);
+            });
+            gate_up(layer.gate_up, rows);
+            ready(rows, [&](int64_t row, Activations& to) {
+                e.quantise(row, rows, layer.down.inputs, to);
+            });
+            products(layer.down, rows, add);
+        }
+
+        // A draft's features: the residual stream that a layer is about to read.
+        void capture(int layer, int64_t rows) {
+            const Draft* draft = e.m_.draft;
+            for (int64_t f = 0, size = e.m_.hidden; draft && f < draft->features; ++f)
+                if (draft->feature_layers[f] == layer)
+                    each(rows, grain(rows), [&](int64_t row) {
+                        std::copy_n(&e.hidden_[row * e.hidden_stride_], size,
+                                    &e.features_[(row * draft->features + f) * size]);
+                    });
+        }
+
+        // The draft's keys and values of all rows; its queries are not needed.
+        void remember() {
+            const Draft& draft = *e.m_.draft;
+            const Layer& layer = e.m_.layer[e.m_.layers];
+            int64_t rows = e.b_->rows, width = draft.features * e.m_.hidden;
+            ready(rows, [&](int64_t row, Activations& to) {
+                to.set(row, rows, &e.features_[row * width], width, e.m_.int8_activations);
+            });
+            products(draft.fc, rows, [&](int64_t row, int64_t column, F v) {
+                store(&e.hidden_[row * e.hidden_stride_ + column], v);
+            });
+            ready(rows, [&](int64_t row, Activations& to) {
+                e.beside(id, row, rows, e.b_->ids[row], e.state_before(row), to);
+            });
+            project(layer, rows, layer.heads * layer.head_dim / TILE);
+            place(e.m_.layers, rows);
+            if (id == 0) e.keep_states();
+        }
+
+        void propose(int64_t depth, int32_t* ids) {
+            const Draft& draft = *e.m_.draft;
+            int index = e.m_.layers;
+            const Layer& layer = e.m_.layer[index];
+            int64_t rows = e.b_->rows, stride = padded(draft.words, TILE);
+            each(rows, 1, [&](int64_t row) {
+                std::copy_n(e.state_before(row), e.hidden_stride_,
+                            &e.hidden_[row * e.hidden_stride_]);
+                e.turn_angles(row);
+            });
+            for (int64_t step = 0; step < depth; ++step) {
+                ready(rows, [&](int64_t row, Activations& to) {
+                    int32_t token = step ? ids[row * depth + step - 1] : e.b_->ids[row];
+                    e.beside(id, row, rows, token, &e.hidden_[row * e.hidden_stride_], to);
+                });
+                project(layer, rows, 0);
+                attend(index, rows, true);
+                finish(layer, rows);
+                ready(rows, [&](int64_t row, Activations& to) {
+                    e.normalise(id, row, rows, draft.norm, layer.norm_eps, to);
+                });
+                products(draft.head, rows, [&](int64_t row, int64_t column, F v) {
+                    store(&e.words_[row * stride + column], v);
+                });
+                each(rows, 1, [&](int64_t row) {
+                    const float* first = &e.words_[row * stride];
+                    auto word = std::max_element(first, first + draft.words) - first;
+                    ids[row * depth + step] = draft.target_ids[word];
+                    ++e.places_[row].slot;
+                    e.turn_angles(row);
+                });
+            }
         }
 
         // After the last attention only rows whose logits are asked for go on.
@@ -863,27 +989,77 @@ class Engine {
             int64_t half_size = m_.rope_dims[i] / 2;
             float* to = &angles_[i][row * m_.rope_dims[i]];
             for (int64_t d = 0; d < half_size; ++d) {
-                float angle = static_cast<float>(b_->positions[row]) * m_.frequencies[i][d];
-                to[d] = std::cos(angle) * m_.rope_factor;
-                to[half_size + d] = std::sin(angle) * m_.rope_factor;
+                float angle = static_cast<float>(places_[row].slot) * m_.frequencies[i][d];
+                to[d] = std::cos(angle) * m_.rope_factors[i];
+                to[half_size + d] = std::sin(angle) * m_.rope_factors[i];
             }
         }
     }
 
     // RMSNorm (Zhang and Sennrich 2019) of a hidden row, ready for a product.
-    void normalise(int id, int64_t row, int64_t rows, const float* weight, Activations& to) {
+    void normalise(int id, int64_t row, int64_t rows, const float* weight, float eps,
+                   Activations& to) {
         const float* x = &hidden_[row * hidden_stride_];
         float* out = scratch_[id].row.data();
-        norm(x, weight, out, m_.hidden, hidden_stride_);
+        norm(x, weight, out, eps);
         to.set(row, rows, out, m_.hidden, m_.int8_activations);
     }
 
-    void norm(const float* x, const float* weight, float* out, int64_t size, int64_t stride) const {
+    void norm(const float* x, const float* weight, float* out, float eps) const {
         F squares{};
+        int64_t stride = hidden_stride_;
         for (int64_t i = 0; i < stride; i += W) squares = fma(load(x + i), load(x + i), squares);
-        float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + m_.norm_eps);
+        float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(m_.hidden) + eps);
         for (int64_t i = 0; i < stride; i += W)
             store(out + i, load(x + i) * scale * load(weight + i));
+    }
+
+    // A token's embedding and what precedes it, both normed, ready for the draft's product.
+    void beside(int id, int64_t row, int64_t rows, int32_t token, const float* hidden,
+                Activations& to) {
+        const Layer& layer = m_.layer[m_.layers];
+        float *out = scratch_[id].row.data(), *embedded = scratch_[id].embedded.data();
+        read_row(m_.draft->embedding, token, embedded);
+        norm(embedded, layer.input_norm, out, layer.norm_eps);
+        norm(hidden, m_.draft->hidden_norm, out + m_.hidden, layer.norm_eps);
+        to.set(row, rows, out, 2 * m_.hidden, m_.int8_activations);
+    }
+
+    bool is_feature(int layer) const {
+        const Draft* draft = m_.draft;
+        return draft && std::count(draft->feature_layers,
+                                   draft->feature_layers + draft->features, layer);
+    }
+
+    // Whether later steps may go on from a row: its page has place for its last ones.
+    bool is_kept(int64_t row) const {
+        Place at = places_[row];
+        int32_t count = b_->starts[at.span + 1] - b_->starts[at.span],
+                last = b_->cached[at.span] + count - 1;
+        return at.slot > std::min(at.slot | (PAGE - 1), last) - m_.kept_rows;
+    }
+
+    // A slot's row among those that its page keeps.
+    int64_t kept_at(int group, int32_t span, int64_t slot) const {
+        return int64_t(page(group, span, slot / PAGE)) * m_.kept_rows + slot % m_.kept_rows;
+    }
+
+    // The draft's input of the slot before a row's. Slot 0 has none, and is never seen.
+    const float* state_before(int64_t row) const {
+        Place at = places_[row];
+        if (row > b_->starts[at.span] || !at.slot)
+            return &hidden_[(at.slot ? row - 1 : row) * hidden_stride_];
+        int group = m_.layer[m_.layers].page_group;
+        return states_ + kept_at(group, at.span, at.slot - 1) * hidden_stride_;
+    }
+
+    void keep_states() {
+        int group = m_.layer[m_.layers].page_group;
+        for (int64_t row = 0; row < b_->rows; ++row)
+            if (is_kept(row))
+                std::copy_n(&hidden_[row * hidden_stride_], hidden_stride_,
+                            states_ + kept_at(group, places_[row].span, places_[row].slot) *
+                                          hidden_stride_);
     }
 
     void quantise(int64_t row, int64_t rows, int64_t width, Activations& to) {
@@ -905,7 +1081,7 @@ class Engine {
                 k_before = k - qkv_stride_;
                 v_before = v - qkv_stride_;
             } else {
-                int64_t last = page(layer.page_group, at.span, (at.slot - 1) / PAGE);
+                int64_t last = kept_at(layer.page_group, at.span, at.slot - 1);
                 k_before = pool.raw_keys + last * keys;
                 v_before = pool.raw_values + last * keys;
             }
@@ -1003,14 +1179,14 @@ class Engine {
         pool.value_scales[block * PAGE + offset] = value_peak / 127.0f;
     }
 
-    // M1: the raw K and V of every row that ends a page or its span, for whoever continues there.
+    // M1: the raw K and V of the last rows of pages and spans, for whoever continues there.
     void keep_raw(int index) {
         const Layer& layer = m_.layer[index];
         int64_t queries = layer.heads * layer.head_dim, keys = layer.kv_heads * layer.head_dim;
         for (int64_t row = 0; row < b_->rows; ++row) {
             Place at = places_[row];
-            if (at.slot % PAGE != PAGE - 1 && row != b_->starts[at.span + 1] - 1) continue;
-            int64_t to = page(layer.page_group, at.span, at.slot / PAGE) * keys;
+            if (!is_kept(row)) continue;
+            int64_t to = kept_at(layer.page_group, at.span, at.slot) * keys;
             const float* k = &qkv_[row * qkv_stride_ + queries];
             std::copy(k, k + keys, pools_[index].raw_keys + to);
             std::copy(k + keys, k + 2 * keys, pools_[index].raw_values + to);
@@ -1031,7 +1207,7 @@ class Engine {
         for (int64_t i = 0; i < count; ++i) {
             int64_t row = order_[from + i], slot = places_[row].slot;
             if (is_placing) place(id, index, row, kv_head);
-            lows[i] = layer.window ? std::max<int64_t>(0, slot + 1 - layer.window) : 0;
+            lows[i] = std::max<int64_t>(layer.first, layer.window ? slot + 1 - layer.window : 0);
             firsts[i] = lows[i] / PAGE;
             lasts[i] = slot / PAGE;
             begin = std::min(begin, firsts[i]);
@@ -1129,9 +1305,10 @@ class Engine {
     std::vector<Pool> pools_;
     std::vector<std::unique_ptr<void, decltype(&std::free)>> blocks_;
     std::vector<Scratch> scratch_;
-    int64_t capacity_ = 0, hidden_stride_ = 0, qkv_stride_ = 0, wide_stride_ = 0;
+    int64_t hidden_stride_, capacity_ = 0, qkv_stride_ = 0, wide_stride_ = 0;
     int64_t widest_qkv_ = 0, widest_ = 0, largest_head_ = 0, most_groups_ = 0;
-    std::vector<float> hidden_, qkv_, wide_;
+    std::vector<float> hidden_, qkv_, wide_, features_, words_;
+    float* states_ = nullptr;  // the draft's: [pages][kept][hidden], `fc` of the features
     std::vector<std::vector<float>> angles_;  // by head size [rows][cosines, sines]
     std::vector<Place> places_;
     std::vector<int32_t> order_, span_order_;
@@ -1204,6 +1381,14 @@ void attending_close(void* engine) { delete static_cast<Engine*>(engine); }
 // logits [wanted][vocab]. 0, or 1 if there is not enough memory: then nothing was written.
 int attending_step(void* engine, const Batch* batch, float* logits) try {
     static_cast<Engine*>(engine)->step(*batch, logits);
+    return 0;
+} catch (...) {
+    return 1;
+}
+
+// ids [rows][depth] from a row of each span; 0, or 1 as above.
+int attending_propose(void* engine, const Batch* batch, int32_t depth, int32_t* ids) try {
+    static_cast<Engine*>(engine)->propose(*batch, depth, ids);
     return 0;
 } catch (...) {
     return 1;

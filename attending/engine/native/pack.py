@@ -234,7 +234,7 @@ def _write(file: IO[bytes], weights: Weights, form: str) -> dict[str, Any]:
         return [start, array.nbytes]
 
     def vector(values: Floats) -> list[int]:
-        start, size = put(_padded(values.astype(np.float32)))
+        start, size = put(padded_floats(values.astype(np.float32)))
         return [start, size // 4]
 
     vectors = {}
@@ -358,10 +358,12 @@ def _bias(weights: Weights, name: str, parts: Sequence[str]) -> Floats | None:
     values = [weights.read(each) for each in names]
     if not name.endswith("gate_up"):
         return np.concatenate(values)
-    return np.stack([_padded(each, TILE).reshape(-1, TILE) for each in values], axis=1).reshape(-1)
+    return np.stack(
+        [padded_floats(each, TILE).reshape(-1, TILE) for each in values], axis=1
+    ).reshape(-1)
 
 
-def _padded(values: Floats, multiple: int = 128) -> Floats:
+def padded_floats(values: Floats, multiple: int = 128) -> Floats:
     """Flat, with zeros to a multiple, as the kernel reads it."""
     flat = values.reshape(-1)
     return np.pad(flat, (0, -len(flat) % multiple))

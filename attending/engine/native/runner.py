@@ -3,7 +3,7 @@
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -13,8 +13,9 @@ from pydantic import PositiveInt
 from attending import mesh
 from attending.config import Config
 from attending.engine.native.build import library, status
+from attending.engine.native.draft import LAYER, PackedDraft
 from attending.engine.native.pack import Matrix, Packed
-from attending.engine.runner import Span
+from attending.engine.runner import Proposal, Shape, Span
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS, Architecture, LayerSpec
 from attending.model.rope import inverse_frequencies
@@ -39,8 +40,9 @@ class LayerArgument(C.Structure):
     _fields_ = (
         *(
             (name, C.c_int32)
-            for name in ("heads", "kv_heads", "head_dim", "window", "page_group", "rope")
+            for name in ("heads", "kv_heads", "head_dim", "window", "page_group", "rope", "first")
         ),
+        ("norm_eps", C.c_float),
         *(
             (name, Address)
             for name in ("input_norm", "post_norm", "q_norm", "k_norm", "conv_k", "conv_v")
@@ -49,20 +51,28 @@ class LayerArgument(C.Structure):
     )
 
 
+class DraftArgument(C.Structure):
+    """`Draft` of the kernel."""
+
+    _fields_ = (
+        *((name, C.c_int32) for name in ("features", "words")),
+        *((n, Address) for n in ("feature_layers", "target_ids", "hidden_norm", "norm")),
+        *((name, MatrixArgument) for name in ("fc", "head", "embedding")),
+    )
+
+
 class ModelArgument(C.Structure):
     """`Model` of the kernel."""
 
     _fields_ = (
-        *(
-            (name, C.c_int32)
-            for name in ("layers", "hidden", "inner", "vocab", "threads", "rope_sizes")
-        ),
-        *((name, C.c_int32) for name in ("int8_activations", "int8_kv")),
+        *((name, C.c_int32) for name in ("layers", "hidden", "vocab", "threads", "rope_sizes")),
+        *((name, C.c_int32) for name in ("int8_activations", "int8_kv", "kept_rows")),
         ("norm_eps", C.c_float),
-        ("rope_factor", C.c_float),
-        *((name, Address) for name in ("num_pages", "rope_dims", "frequencies", "layer", "norm")),
+        *((name, Address) for name in ("num_pages", "rope_dims", "rope_factors", "frequencies")),
+        *((name, Address) for name in ("layer", "norm")),
         ("embedding", MatrixArgument),
         ("head", MatrixArgument),
+        ("draft", Address),
     )
 
 
@@ -71,7 +81,7 @@ class BatchArgument(C.Structure):
 
     _fields_ = (
         *((name, C.c_int32) for name in ("rows", "spans", "wanted")),
-        *((name, Address) for name in ("ids", "positions", "starts", "cached", "pages")),
+        *((name, Address) for name in ("ids", "starts", "cached", "pages")),
         ("table", C.c_int32),
         ("wanted_rows", Address),
     )
@@ -104,7 +114,7 @@ def obstacle(arch: Architecture) -> str | None:
 
 
 class NativeRunner:
-    """See `Runner`; one decoder in the kernel's hands."""
+    """See `Runner`; one decoder in the kernel's hands. With a draft a `Drafter` of chains."""
 
     def __init__(
         self,
@@ -113,6 +123,8 @@ class NativeRunner:
         options: NativeOptions | None = None,
         *,
         kernel: ctypes.CDLL | None = None,
+        draft: PackedDraft | None = None,
+        shape: Shape | None = None,
     ) -> None:
         """Reserve pages beside packed weights.
 
@@ -121,16 +133,22 @@ class NativeRunner:
             num_pages: Of each of the architecture's page groups.
             options: What is computed with.
             kernel: Another than this processor's best.
+            draft: Of this model.
+            shape: The longest chain that the draft may propose; needed with one.
 
         Raises:
-            UsageError: The kernel cannot be built, or there is no memory for the pages.
+            UsageError: The kernel cannot be built, there is no memory for the pages, or a tree is
+                asked for.
         """
+        self.shape = shape or Shape(0)
+        if self.shape.width > 1:
+            raise UsageError("trees are drafted by torch alone: give a dtype, or ask for a chain.")
         chosen = options or NativeOptions()
         self.arch, self.num_pages = packed.arch, tuple(num_pages)
         self._kernel = kernel or library()
         self._kept: list[Any] = [packed]  # what the kernel has addresses of
         threads = chosen.threads or cast(int, mesh.hardware()["available_cores"])
-        model = self._model(packed, chosen, threads)
+        model = self._model(packed, chosen, threads, draft)
         self._engine: int | None = self._kernel.attending_open(C.byref(model))
         if not self._engine:
             raise UsageError(
@@ -153,19 +171,44 @@ class NativeRunner:
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """See `Runner.step`."""
+        batch, _kept = self._batch(spans, [len(span.ids) for span in spans])
+        logits = np.empty((batch.wanted, self.arch.vocab_size), np.float32)
+        self._run(self._kernel.attending_step, batch, logits.ctypes.data)
+        return logits
+
+    def propose(self, spans: Sequence[Span], depth: int) -> list[Proposal]:
+        """See `Drafter.propose`."""
+        batch, _kept = self._batch(spans, [depth] * len(spans))
+        ids = np.empty((len(spans), depth), np.int32)
+        self._run(self._kernel.attending_propose, batch, depth, ids.ctypes.data)
+        return [Proposal(row) for row in ids.astype(np.int64)]
+
+    def keep(self, span: Span, rows: Sequence[int]) -> None:
+        """See `Drafter.keep`: a chain's rows lie side by side."""
+        raise NotImplementedError
+
+    def _run(self, call: Callable[..., int], batch: BatchArgument, *more: Any) -> None:
+        if os.getpid() != self._owner:  # its threads did not come along: a step would never end
+            raise UsageError("a forked process cannot use this engine; load the model there.")
+        with self._turn:  # the lock of Python is given up meanwhile
+            failed = call(self._engine, C.byref(batch), *more)
+        if failed:
+            raise UsageError(f"there is no memory for a step of {batch.rows:,} tokens.")
+
+    def _batch(self, spans: Sequence[Span], slots: Sequence[int]) -> tuple[BatchArgument, Any]:
+        """A batch whose spans use so many slots each, and what it has the addresses of."""
         counts = [len(span.ids) for span in spans]
         starts = np.zeros(len(spans) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         ids = np.concatenate([span.ids for span in spans]).astype(np.int32)
         cached = np.array([span.cached for span in spans], np.int32)
-        positions = np.arange(len(ids), dtype=np.int32) + np.repeat(cached - starts[:-1], counts)
         wanted = np.concatenate(
             [
                 np.arange(end - span.num_logits, end, dtype=np.int32)
                 for end, span in zip(starts[1:], spans, strict=True)
             ]
         )
-        table = max(-(-(span.cached + len(span.ids)) // PAGE_TOKENS) for span in spans)
+        table = max(-(-(s.cached + n) // PAGE_TOKENS) for s, n in zip(spans, slots, strict=True))
         pages = np.full((len(self.num_pages), len(spans), table), -1, np.int32)
         for index, span in enumerate(spans):
             for group, listed in enumerate(span.pages):
@@ -176,56 +219,91 @@ class NativeRunner:
             spans=len(spans),
             wanted=len(wanted),
             ids=ids.ctypes.data,
-            positions=positions.ctypes.data,
             starts=starts.ctypes.data,
             cached=cached.ctypes.data,
             pages=C.addressof(groups),
             table=table,
             wanted_rows=wanted.ctypes.data,
         )
-        logits = np.empty((len(wanted), self.arch.vocab_size), np.float32)
-        if os.getpid() != self._owner:  # its threads did not come along: a step would never end
-            raise UsageError("a forked process cannot use this engine; load the model there.")
-        with self._turn:  # the lock of Python is given up meanwhile
-            failed = self._kernel.attending_step(self._engine, C.byref(batch), logits.ctypes.data)
-        if failed:
-            raise UsageError(f"there is no memory for a step of {len(ids):,} tokens.")
-        return logits
+        return batch, (ids, starts, cached, pages, groups, wanted)
 
-    def _model(self, packed: Packed, options: NativeOptions, threads: int) -> ModelArgument:
+    def _model(
+        self, packed: Packed, options: NativeOptions, threads: int, draft: PackedDraft | None
+    ) -> ModelArgument:
         arch = packed.arch
         sizes = sorted({spec.head_dim for spec in arch.layers})
-        frequencies = [inverse_frequencies(arch.rope, size) for size in sizes]
-        addresses = (C.c_void_p * len(sizes))(*[f.ctypes.data for f in frequencies])
-        dims = np.array(sizes, np.int32)
-        pages = np.array(self.num_pages, np.int32)
-        layers = (LayerArgument * len(arch.layers))(
-            *[self._layer(packed, spec, sizes) for spec in arch.layers]
-        )
-        self._kept += [frequencies, addresses, dims, pages, layers]
+        ropes = [(arch.rope, size) for size in sizes]
+        layers = [self._layer(packed, spec, sizes.index(spec.head_dim)) for spec in arch.layers]
         embedding = argument(packed.matrices["embedding"])
-        head = embedding if arch.tied else argument(packed.matrices["head"])
+        told = None
+        if draft:
+            [spec] = draft.config.arch.layers
+            ropes.append((draft.config.arch.rope, spec.head_dim))
+            layers.append(self._draft_layer(draft, spec, len(sizes)))
+            told = self._draft(draft, embedding)
+        frequencies = [inverse_frequencies(rope, size) for rope, size in ropes]
+        addresses = (C.c_void_p * len(ropes))(*[f.ctypes.data for f in frequencies])
+        dims = np.array([size for _, size in ropes], np.int32)
+        factors = np.array([rope.attention_factor for rope, _ in ropes], np.float32)
+        pages = np.array(self.num_pages, np.int32)
+        listed = (LayerArgument * len(layers))(*layers)
+        self._kept += [frequencies, addresses, dims, factors, pages, listed, told]
         return ModelArgument(
-            layers=len(layers),
+            layers=len(arch.layers),
             hidden=arch.hidden_size,
-            inner=arch.intermediate_size,
             vocab=arch.vocab_size,
             threads=threads,
-            rope_sizes=len(sizes),
+            rope_sizes=len(ropes),
             int8_activations=options.activations == "int8",
             int8_kv=options.kv == "int8",
+            kept_rows=self.shape.rows,
             norm_eps=arch.norm_eps,
-            rope_factor=arch.rope.attention_factor,
             num_pages=pages.ctypes.data,
             rope_dims=dims.ctypes.data,
+            rope_factors=factors.ctypes.data,
             frequencies=C.addressof(addresses),
-            layer=C.addressof(layers),
+            layer=C.addressof(listed),
             norm=packed.vectors["model.norm.weight"].ctypes.data,
             embedding=embedding,
-            head=head,
+            head=embedding if arch.tied else argument(packed.matrices["head"]),
+            draft=None if told is None else C.addressof(told),
         )
 
-    def _layer(self, packed: Packed, spec: LayerSpec, sizes: list[int]) -> LayerArgument:
+    def _draft(self, draft: PackedDraft, embedding: MatrixArgument) -> DraftArgument:
+        layers = np.array(draft.config.layers, np.int32)
+        self._kept += [draft, layers]
+        own = draft.matrices.get("embedding")
+        return DraftArgument(
+            features=len(layers),
+            words=draft.config.draft_vocab,
+            feature_layers=layers.ctypes.data,
+            target_ids=draft.target_ids.ctypes.data,
+            hidden_norm=draft.vectors["midlayer.hidden_norm.weight"].ctypes.data,
+            norm=draft.vectors["norm.weight"].ctypes.data,
+            fc=argument(draft.matrices["fc"]),
+            head=argument(draft.matrices["head"]),
+            embedding=argument(own) if own else embedding,
+        )
+
+    def _draft_layer(self, draft: PackedDraft, spec: LayerSpec, rope: int) -> LayerArgument:
+        """It sees everything, as far as there are pages for it, but for slot 0."""
+        windows, at = self.arch.windows, "midlayer"
+        group = 0 if None in windows else len(windows) - 1
+        return LayerArgument(
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            window=windows[group] or 0,
+            page_group=group,
+            rope=rope,
+            first=1,
+            norm_eps=draft.config.arch.norm_eps,
+            input_norm=draft.vectors[f"{at}.input_layernorm.weight"].ctypes.data,
+            post_norm=draft.vectors[f"{at}.post_attention_layernorm.weight"].ctypes.data,
+            **{name: argument(draft.matrices[name]) for name in LAYER},
+        )
+
+    def _layer(self, packed: Packed, spec: LayerSpec, rope: int) -> LayerArgument:
         at = f"model.layers.{spec.index}"
 
         def vector(name: str) -> int | None:
@@ -238,17 +316,15 @@ class NativeRunner:
             head_dim=spec.head_dim,
             window=spec.window or 0,
             page_group=self.arch.windows.index(spec.window),
-            rope=sizes.index(spec.head_dim),
+            rope=rope,
+            norm_eps=self.arch.norm_eps,
             input_norm=vector("input_layernorm.weight"),
             post_norm=vector("post_attention_layernorm.weight"),
             q_norm=vector("self_attn.q_norm.weight"),
             k_norm=vector("self_attn.k_norm.weight"),
             conv_k=vector("self_attn.conv_k"),
             conv_v=vector("self_attn.conv_v"),
-            **{
-                name: argument(packed.matrices[f"{spec.index}.{name}"])
-                for name in ("qkv", "out", "gate_up", "down")
-            },
+            **{name: argument(packed.matrices[f"{spec.index}.{name}"]) for name in LAYER},
         )
 
 

@@ -1,0 +1,70 @@
+"""`--dry-run`: what a recipe takes, with the arithmetic; prompts are counted, not answered."""
+
+import math
+from typing import Any
+
+from attending.draft import data
+from attending.draft.recipe import DraftConfig
+from attending.model.architecture import Architecture, parse_config
+from attending.model.eagle_files import EagleConfig, eagle_config
+from attending.model.files import read_config
+from attending.sources import resolve
+from attending.train.plan import GIB, flops
+from attending.train.rows import require_even
+
+MAPS = ("d2t", "t2d")
+
+
+def operations(target: Architecture, draft: EagleConfig, context: int, unroll: int) -> float:
+    """Of a token: the target's pass forward, the draft's steps forward and back."""
+    shapes = draft.tensor_shapes()
+    own = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
+    features = math.prod(shapes["fc.weight"])
+    forward = flops(target, [context]) / context / 3
+    [spec] = draft.arch.layers
+    attention = 6 * spec.num_heads * spec.head_dim * context
+    return forward + 6.0 * (features + unroll * (own - features)) + unroll * attention
+
+
+def estimate(config: DraftConfig) -> dict[str, Any]:
+    """Memory and time, on the hardware that the recipe assumes."""
+    require_even(config.batch, config.context, 1, "training a draft")
+    shape, head, assumed = config.assumed.shape, config.head, config.assumed
+    target = parse_config(shape) if shape else read_config(resolve(config.model).path)
+    size = min(head.vocabulary, target.vocab_size)
+    inner = head.intermediate_size
+    draft = eagle_config(target, size, gated=head.gated, intermediate_size=inner)
+    shapes = draft.tensor_shapes()
+    own = sum(math.prod(shape) for name, shape in shapes.items() if name not in MAPS)
+    asked = sum(1 for _ in data.prompts(config))
+    tokens = asked * min(config.writing.max_tokens, config.context)
+    each = operations(target, draft, config.context, config.unroll)
+    rate = assumed.peak_tflops * 1e12 * assumed.share_of_peak
+    micro = config.batch.micro_tokens
+    spec = draft.arch.layers[0]
+    memory = {
+        "target_gib": 4 * target.num_parameters() / GIB,
+        "draft_gib": 16 * own / GIB,
+        "shares_gib": 4 * micro * size / GIB,
+        "scores_gib": 8 * config.unroll * spec.num_heads * micro * config.context / GIB,
+    }
+    return {
+        "draft_parameters": own,
+        "written_mib": round(own * (2 if head.dtype == "bfloat16" else 4) / 2**20, 1),
+        "prompts": asked,
+        "answer_tokens_at_most": tokens,
+        "memory": {name: round(size, 3) for name, size in memory.items()}
+        | {"fits": sum(memory.values()) <= assumed.memory_gib},
+        "memory_arithmetic": (
+            "target 4 B x parameters; draft 16 B x parameters (gradients, AdamW); the target's "
+            "shares of the draft's tokens 4 B x micro_tokens x vocabulary; attention's scores 8 B "
+            "x steps x heads x micro_tokens x context"
+        ),
+        "flops_per_token": each,
+        "hours_at_most": round(config.epochs * tokens * each / rate / 3600, 3),
+        "time_arithmetic": (
+            "epochs x answers of full length x FLOP per token / (assumed.peak_tflops x "
+            "share_of_peak); that the target writes its answers comes before"
+        ),
+        "assumed": assumed.model_dump(),
+    }

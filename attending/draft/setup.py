@@ -1,0 +1,131 @@
+"""Before and after the loop: target, draft, answers and optimizer in; a draft folder out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from attending.draft.data import token_counts
+from attending.draft.estimate import operations
+from attending.draft.loss import UnrolledLoss
+from attending.draft.recipe import DraftConfig
+from attending.draft.watch import by_source
+from attending.errors import ConfigError
+from attending.mesh import World
+from attending.model.decoder import Decoder
+from attending.model.eagle import Eagle, save_eagle
+from attending.model.eagle_files import EagleConfig, choose_vocabulary, eagle_config
+from attending.shards import Shards
+from attending.sources import resolve
+from attending.train import run
+from attending.train.optimizer import adamw
+from attending.train.parallel import build
+from attending.train.reader import PackedReader, by_part
+from attending.train.rows import require_even
+from attending.train.start import Start
+from attending.train.state import TrainState
+from attending.train.watch import Watched
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A group of the reader: answers to one kind of prompt."""
+
+    sources: tuple[str, ...]
+    domain: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a run works with."""
+
+    state: TrainState
+    target: Decoder
+    eagle: Eagle
+    reader: PackedReader
+    """The state's."""
+    num_steps: int
+    loss: UnrolledLoss
+    watched: Watched
+    flops_per_token: float
+
+
+def require_alone(config: DraftConfig, start: Start, place: World) -> None:
+    """ConfigError where the recipe does not fit the target or the machine."""
+    if place.size > 1:
+        raise ConfigError(f"a draft is trained by one process, not {place.size}: run one.")
+    if config.context > start.arch.context:
+        raise ConfigError(
+            f"context={config.context} is more than the {start.arch.context} tokens of "
+            f"{config.model}: lower it."
+        )
+    require_even(config.batch, config.context, 1, "training a draft")
+
+
+def head_config(config: DraftConfig, start: Start) -> EagleConfig:
+    """The draft's, with its target's name and digest."""
+    head = config.head
+    return eagle_config(
+        start.arch,
+        min(head.vocabulary, start.arch.vocab_size),
+        name=resolve(config.model).name,
+        sha256=start.sha256,
+        gated=head.gated,
+        intermediate_size=head.intermediate_size,
+    )
+
+
+def prepare(
+    config: DraftConfig, start: Start, folder: Path, place: World, device: torch.device
+) -> Setup:
+    """Open the shards, choose the vocabulary, build the target, the draft and the optimizer."""
+    run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
+    shards = Shards(folder / "train")
+    num_rows = count_rows(open_reader(shards, config), config)
+    target = build(start.arch, start.fill, place, device, config.compute)
+    target.requires_grad_(False).eval()
+    told = head_config(config, start)
+    counts = token_counts(shards, start.arch.vocab_size)
+    d2t, t2d = choose_vocabulary(counts, told.draft_vocab, start.generation["eos_token_id"])
+    eagle = Eagle(told).to(device, target.model.norm.weight.dtype)
+    eagle.d2t.copy_(torch.from_numpy(d2t))
+    eagle.t2d.copy_(torch.from_numpy(t2d))
+    eagle.init_weights(target.head_weight(), target.model.norm.weight, config.seed)
+    torch.manual_seed(config.seed)
+    optimizer = adamw(eagle.named_parameters(), config.optimizer)
+    reader = open_reader(shards, config)
+    # The state asks a decoder for nothing but its parameters.
+    state = TrainState(cast(Decoder, eagle), optimizer, reader, place)
+    dtype = getattr(torch, config.compute.precision)
+    heldout = by_source(folder, list(config.prompts))
+    watched = Watched(start.tokenizer, heldout, config.batch.micro_tokens, device, dtype)
+    steps = -(-num_rows // (config.batch.tokens // config.context))
+    loss = UnrolledLoss(target, config.unroll, config.decay)
+    flops = operations(start.arch, told, config.context, config.unroll)
+    return Setup(state, target, eagle, reader, steps, loss, watched, flops)
+
+
+def open_reader(shards: Shards, config: DraftConfig) -> PackedReader:
+    """Rows of whole dialogues of all kinds."""
+    groups = by_part(shards.index, {"answers": Source(tuple(config.prompts))})
+    return PackedReader(shards, {"answers": 1.0}, config.seed, groups, cuts=False)
+
+
+def count_rows(reader: PackedReader, config: DraftConfig) -> int:
+    """Rows until every answer was drawn so many times; by drawing them all."""
+    count, left = 0, config.epochs * reader.shards.num_documents
+    while left > 0:
+        left -= len(reader.row(config.context))
+        count += 1
+    return count
+
+
+def export(config: DraftConfig, eagle: Eagle, draft: Path) -> None:
+    """Write the draft's own files; its maps keep their types."""
+    dtype = getattr(torch, config.head.dtype)
+    weights: Mapping[str, Tensor] = eagle.state_dict()
+    stored = {n: w.to(dtype) if w.is_floating_point() else w for n, w in weights.items()}
+    save_eagle(draft, eagle.config, stored)

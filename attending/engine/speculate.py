@@ -1,0 +1,184 @@
+"""Speculation: a draft proposes what comes next, and one step of the target checks all of it.
+
+It loses nothing. The target's token is chosen as ever, from its own logits by filters, grammar and
+random number, and a proposal is accepted if it is that very token. Where a draft proposes for
+certain, that is rejection sampling (arXiv 2211.17192): x is accepted with p(x), and what is chosen
+instead has p without x; of siblings in a tree as well. So an answer is the same with a draft and
+without, token for token, and depends on nothing else that is served.
+
+How deep a chain goes follows from what was measured: tau(k) tokens come of a round, which takes
+the time of k + 1 rows of each user and k steps of the draft. Where one row of each is faster, the
+draft is left alone, but for a look every now and then.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attending.engine.runner import Drafter, Proposal, Span
+from attending.model.architecture import PAGE_TOKENS
+
+LATEST = 9  # measurements of a time, whose median counts
+FADE = 0.99  # what a round counts, at the next
+LOOK_ROUNDS = 32  # after so many a depth is tried, whatever the figures say
+PRIOR, PRIOR_TRIES = 1.0, 1.25  # acceptance before anything was measured
+
+
+class Seconds:
+    """What steps took by their rows; between and beyond those measured, a line."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, deque[float]] = {}
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Another measurement."""
+        self._of.setdefault(rows, deque(maxlen=LATEST)).append(seconds)
+
+    def at(self, rows: int) -> float:
+        """Of a step of so many; 0 before any was measured."""
+        known = sorted(self._of)
+        if not known:
+            return 0.0
+        times = [statistics.median(self._of[one]) for one in known]
+        if rows > known[-1] and len(known) > 1:
+            slope = max((times[-1] - times[0]) / (known[-1] - known[0]), 0.0)
+            return times[-1] + slope * (rows - known[-1])
+        return float(np.interp(rows, known, times))
+
+
+class Speculation:
+    """What a scheduler asks how much to draft, and tells what came of it."""
+
+    def __init__(
+        self,
+        runner: Drafter,
+        *,
+        adapts: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Nothing is known yet.
+
+        Args:
+            runner: Proposes and checks.
+            adapts: Whether the depth follows the measurements; it is the shape's otherwise.
+            clock: Seconds.
+        """
+        self.shape = runner.shape
+        self.rounds = 0
+        """Of a sequence with something proposed."""
+        self.accepted = np.zeros(self.shape.depth, np.int64)
+        """Rounds in which the proposal at each depth was."""
+        self.tried = np.zeros(self.shape.depth, np.int64)
+        """Rounds in which there was one and all before it were accepted."""
+        self.seconds, self.draft_seconds = Seconds(), Seconds()
+        self._recent = np.zeros((2, self.shape.depth))  # of both, fading
+        self._runner, self._adapts, self._clock = runner, adapts, clock
+        self._looks = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens of a round, the target's own included; 0 before the first."""
+        return 1 + float(self.accepted.sum()) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of the proposal at each depth, where all before it were accepted."""
+        return [a / t if t else 0.0 for a, t in zip(self.accepted, self.tried, strict=True)]
+
+    def depth(self, batch: int, drafting: int) -> int:
+        """How deep to draft for `drafting` of so many sequences; 0 leaves it."""
+        if not self._adapts:
+            return self.shape.depth
+        depths = self._depths
+        look, left = divmod(self._looks, LOOK_ROUNDS)
+        self._looks += 1
+        if self._looks <= len(depths):  # each once, then one now and then
+            return depths[self._looks - 1]
+        if left == 0:
+            return depths[look % len(depths)]
+        return max(depths, key=lambda depth: self.rate(batch, drafting, depth))
+
+    def rate(self, batch: int, drafting: int, depth: int) -> float:
+        """Tokens a second to be expected; 0 before anything was measured."""
+        rows = batch + drafting * self._proposed(depth)
+        seconds = self.seconds.at(rows) + depth * self.draft_seconds.at(drafting)
+        tokens = batch + drafting * float(np.cumprod(self._expected()[:depth]).sum())
+        return tokens / seconds if seconds else 0.0
+
+    def break_even(self, most: int) -> int:
+        """The largest batch for which drafting pays, as far as was measured; at most `most`."""
+        pays = [
+            batch
+            for batch in range(1, most + 1)
+            if self.rounds
+            and max(self._depths, key=lambda depth: self.rate(batch, batch, depth)) > 0
+        ]
+        return max(pays, default=0)
+
+    def step(self, spans: Sequence[Span], *, is_timed: bool) -> NDArray[np.float32]:
+        """The runner's; timed where it reads no prompt."""
+        start = self._clock()
+        logits = self._runner.step(spans)
+        if is_timed:
+            self.seconds.add(sum(len(span.ids) for span in spans), self._clock() - start)
+        return logits
+
+    def propose(self, spans: Sequence[Span], depth: int) -> list[Proposal]:
+        """The runner's."""
+        start = self._clock()
+        found = self._runner.propose(spans, depth)
+        self.draft_seconds.add(len(spans), (self._clock() - start) / depth)
+        return found
+
+    def keep(self, span: Span, rows: Sequence[int], proposed: int) -> None:
+        """What came of a span's proposals: rows that are its answer now, from its token on.
+
+        Args:
+            span: As it was run.
+            rows: In order.
+            proposed: The depth that was asked for.
+        """
+        accepted = len(rows) - 1
+        self.rounds += 1
+        tried = min(accepted + 1, proposed)
+        self.accepted[:accepted] += 1
+        self.tried[:tried] += 1
+        self._recent *= FADE
+        self._recent[0, :accepted] += 1
+        self._recent[1, :tried] += 1
+        if [*rows] != [*range(len(rows))]:
+            self._runner.keep(span, rows)
+
+    @property
+    def _depths(self) -> Sequence[int]:
+        """A tree is grown whole or not at all."""
+        return (0, self.shape.depth) if self.shape.nodes else range(self.shape.depth + 1)
+
+    def _proposed(self, depth: int) -> int:
+        return self.shape.nodes if depth and self.shape.nodes else depth
+
+    def _expected(self) -> NDArray[np.float64]:
+        accepted, tried = self._recent
+        return (accepted + PRIOR) / (tried + PRIOR_TRIES)
+
+
+def extended(span: Span, found: Proposal) -> Span:
+    """A span with what was proposed after its token, all rows' logits asked for."""
+    ids = np.concatenate((span.ids, found.ids))
+    parents = None if found.parents is None else (-1, *found.parents)
+    used = -(-(span.cached + len(ids)) // PAGE_TOKENS)
+    pages = tuple(held[:used] for held in span.pages)
+    return Span(ids, span.cached, pages, len(ids), parents)
+
+
+def follower(span: Span, row: int, token: int) -> int | None:
+    """The row that proposes a token after another row's, if one does."""
+    parents = span.parents or range(-1, len(span.ids) - 1)
+    for index in range(row + 1, len(span.ids)):
+        if parents[index] == row and span.ids[index] == token:
+            return index
+    return None

@@ -1,0 +1,236 @@
+"""A draft's arithmetic: tokens of a round, what rows and the draft's steps cost, what comes of it.
+
+    python benchmarks/draft.py DATA DRAFT [--model default] [--prompts 20] [--tokens 128]
+                               [--keep out/draft.jsonl] [--threads N] [--no-torch]
+
+DATA is the folder with `eval/kqa_201_physician_rubric.jsonl`, `eval/gsm8k_test.jsonl` and
+`train/medquad_qa.jsonl`. Each prompt is answered greedily by every path before the next one; an
+answer is kept as soon as it is there, so an interrupted run goes on. Budget with the default model
+on two cores: 60 prompts by seven paths some 25 minutes; nothing else should run.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from page import Measure, write
+
+import attending
+from attending.corpus.split import draw, is_held_out
+from attending.engine.local import Model
+from attending.engine.scheduler import Request
+from attending.evaluate.intervals import bootstrap, ratio
+
+DEPTHS = (1, 2, 3, 4, 5)
+USERS = (2, 4, 8, 16)
+PLAIN, TORCH = "plain", "torch, plain"
+NOTES = """
+{model} with the draft {draft}, on {prompts} prompts that it was not trained on ({sources}), greedy,
+at most {tokens} tokens an answer, one user, {threads}. *tau*: tokens of a round, the target's own
+included; *v*: the target's step of k + 1 rows over one of one row; *d*: a step of the draft over
+that; *predicted*: tau / (v + k d); *measured*: time for a token, plain over drafted. Prompts' time
+is left out. Every path answered a prompt before the next one began. *{torch}* is the same model in
+float32.
+
+tau with its 95 % interval over prompts: {intervals}.
+
+By source, at k = {best}: {by_source}. Accepted by position there, where all before were:
+{positions}.
+
+Greedy answers identical to the plain one: {identical}.
+
+Several users at once, k = {best}, tokens/s over the same without a draft: {crowd}. Drafting pays up
+to {even} of these.
+"""
+
+
+def prompts(data: Path, count: int) -> Iterator[tuple[str, int, str]]:
+    """Source, number and text; a source's in an order of its own."""
+    files = {
+        "K-QA": ("eval/kqa_201_physician_rubric.jsonl", ("Question", "question")),
+        "MedQuAD, held out": ("train/medquad_qa.jsonl", ("question",)),
+        "GSM8K test": ("eval/gsm8k_test.jsonl", ("question",)),
+    }
+    for name, (file, fields) in files.items():
+        lines = (data / file).read_text("utf-8").splitlines()
+        rows = [(i, json.loads(line)) for i, line in enumerate(lines)]
+        if name.startswith("MedQuAD"):
+            rows = [(i, row) for i, row in rows if is_held_out(row["focus"])]
+        rows.sort(key=lambda one: draw("benchmark", 0, name, one[0]))
+        for number, row in rows[:count]:
+            yield name, number, next(str(row[field]) for field in fields if field in row)
+
+
+def paths(asked: argparse.Namespace) -> dict[str, Model]:
+    """A model for each; their weights are mapped once."""
+    how: dict[str, Any] = {"threads": asked.threads}
+    found = {PLAIN: attending.load(asked.model, draft="none", **how)}
+    for depth in DEPTHS:
+        options = {"draft": asked.draft, "draft_depth": depth, **how}
+        found[f"k = {depth}"] = attending.load(asked.model, **options)
+    if asked.torch:
+        found[TORCH] = attending.load(asked.model, dtype="float32", draft="none", **how)
+    for model in found.values():
+        model.make_room(max(USERS) * 1024, max(USERS))
+    return found
+
+
+def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
+    """Of one or several users: ids, seconds after the first tokens, and what the draft did."""
+    scheduler, told = model.scheduler, model.scheduler.speculation
+    before = (told.rounds, told.accepted.copy(), told.tried.copy()) if told else None
+    sampling = model.sampling(temperature=0.0, max_tokens=tokens, seed=0)
+    asked = [model.tokenizer.render([{"role": "user", "content": text}]) for text in texts]
+    written: dict[int, list[int]] = {
+        scheduler.submit(Request(tuple(ids), sampling, model.stop_ids)): [] for ids in asked
+    }
+    steps, count, seconds = list[float](), 0, 0.0
+    while scheduler.num_running or scheduler.num_waiting:
+        has_begun, start = all(written.values()), time.perf_counter()
+        outputs = scheduler.step()
+        if has_begun:
+            steps.append(time.perf_counter() - start)
+            seconds, count = seconds + steps[-1], count + len(outputs)
+        for output in outputs:
+            if output.error:
+                raise output.error
+            written[output.handle] += [] if output.token is None else [output.token]
+    row: dict[str, Any] = {"ids": [*written.values()], "tokens": count, "seconds": seconds}
+    row["step_s"] = statistics.median(steps) if steps else 0.0
+    if told and before:
+        row["rounds"] = told.rounds - before[0]
+        row["accepted"] = (told.accepted - before[1]).tolist()
+        row["tried"] = (told.tried - before[2]).tolist()
+        row["step_s"] = told.seconds.at(len(texts) * (told.shape.depth + 1))
+        row["draft_s"] = told.draft_seconds.at(len(texts))
+    return row
+
+
+def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows; those that are kept already are not measured again."""
+    file, models = Path(asked.keep), paths(asked)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    known = {(row["source"], row["number"], row["path"]) for row in rows}
+
+    def note(source: str, number: int, path: str, texts: Sequence[str]) -> None:
+        if (source, number, path) in known:
+            return
+        row = {"source": source, "number": number, "path": path}
+        row |= answer(models[path], texts, asked.tokens)
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+        rows.append(row)
+
+    told = list(prompts(Path(asked.data), asked.prompts))
+    for model in models.values():  # threads, buffers and the clock settle
+        answer(model, ["Good morning!"], 8)
+    for source, number, text in told:
+        for path in models:
+            note(source, number, path, [text])
+    best = best_of(rows)
+    for users in USERS:
+        for path in (PLAIN, best):
+            note("users", users, path, [text for *_, text in (told * users)[:users]])
+    return rows
+
+
+def rate(rows: Sequence[dict[str, Any]]) -> float:
+    """Tokens a second."""
+    return float(sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows))
+
+
+def best_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The fastest depth for one user."""
+    alone = [row for row in rows if row["source"] != "users"]
+    names = [f"k = {depth}" for depth in DEPTHS]
+    return max(names, key=lambda name: rate([r for r in alone if r["path"] == name]))
+
+
+def tau(rows: Sequence[dict[str, Any]]) -> Any:
+    """Tokens of a round with its interval over prompts."""
+    terms = [(row["rounds"] + sum(row["accepted"]), row["rounds"]) for row in rows if row["rounds"]]
+    return bootstrap(terms, range(len(terms)), ratio, seed=0, resamples=1000)
+
+
+def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the page."""
+    alone = [row for row in rows if row["source"] != "users"]
+    names = [*dict.fromkeys(row["path"] for row in alone)]
+    of = {name: [row for row in alone if row["path"] == name] for name in names}
+    plain, best = of[PLAIN], best_of(rows)
+    one_row = statistics.median(row["step_s"] for row in plain)
+    measures, intervals, identical = [], [], []
+    wanted = {(row["source"], row["number"]): row["ids"] for row in plain}
+    for name in names:
+        measures.append(Measure("tokens/s", name, [rate(of[name])]))
+        measures.append(Measure("measured", name, [rate(of[name]) / rate(plain)]))
+        same = sum(row["ids"] == wanted[row["source"], row["number"]] for row in of[name])
+        identical += [] if name == PLAIN else [f"{name} {same} of {len(of[name])}"]
+        if not name.startswith("k = "):
+            continue
+        depth, length = int(name[4:]), tau(of[name])
+        v = statistics.median(row["step_s"] for row in of[name]) / one_row
+        d = statistics.median(row["draft_s"] for row in of[name]) / one_row
+        intervals.append(f"{name} {length.value:.2f} ({length.low:.2f} to {length.high:.2f})")
+        figures = {"tau": length.value, "v": v, "d": d, "predicted": length.value / (v + depth * d)}
+        measures += [Measure(quantity, name, [value]) for quantity, value in figures.items()]
+    sources = [*dict.fromkeys(row["source"] for row in alone)]
+    own = {source: [row for row in of[best] if row["source"] == source] for source in sources}
+    tried, accepted = (
+        [sum(column) for column in zip(*(row[key] for row in of[best]), strict=True)]
+        for key in ("tried", "accepted")
+    )
+    crowd = {
+        row["number"]: rate([row])
+        / rate(
+            [
+                r
+                for r in rows
+                if r["path"] == PLAIN and r["number"] == row["number"] and r["source"] == "users"
+            ]
+        )
+        for row in rows
+        if row["source"] == "users" and row["path"] != PLAIN
+    }
+    notes = NOTES.format(
+        model=asked.model,
+        draft=Path(asked.draft).name,
+        prompts=len(plain),
+        sources=", ".join(sources),
+        tokens=asked.tokens,
+        threads=f"{asked.threads} threads" if asked.threads else "all cores",
+        torch=TORCH,
+        intervals="; ".join(intervals),
+        best=best[4:],
+        by_source="; ".join(f"{name} {tau(mine).value:.2f}" for name, mine in own.items()),
+        positions=", ".join(f"{a / max(t, 1):.2f}" for a, t in zip(accepted, tried, strict=True)),
+        identical="; ".join(identical),
+        crowd="; ".join(f"{users} users {value:.2f}" for users, value in crowd.items()),
+        even=max([1, *(users for users, value in crowd.items() if value > 1)]),
+    )
+    return write(asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("data")
+    parser.add_argument("draft")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--prompts", type=int, default=20, help="of each source")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--keep", default="out/draft.jsonl", help="what was measured")
+    parser.add_argument("--page", default="draft", help="name of the page")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-torch", dest="torch", action="store_false")
+    asked = parser.parse_args()
+    print(page(asked, measure(asked)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""From prompts to a draft folder, on a model of a few thousand weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attending.artifact import digest
+from attending.draft import data
+from attending.draft.estimate import estimate
+from attending.draft.loop import draft
+from attending.draft.recipe import DraftConfig
+from attending.errors import CheckpointError, ConfigError, UsageError
+from attending.logs import read_metrics
+from attending.model.eagle import load_eagle
+from attending.shards import Shards
+from attending.train.start import open_start
+from tests.train.making import CHATML, LLAMA, M1, HaltedError, halt_at, make_model, make_tokenizer
+
+QUESTIONS = 120
+WORDS = [
+    "aspirin",
+    "fever",
+    "dose",
+    "cough",
+    "ibuprofen",
+    "pulse",
+    "rash",
+    "insulin",
+    "clot",
+    "eye",
+]
+Made = tuple[Path, Path]
+
+
+def make(folder: Path, model: dict[str, Any]) -> Path:
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    (tokenizer / "chat_template.jinja").write_text(CHATML, "utf-8")
+    return make_model(folder / "model", tokenizer, {**model, "max_position_embeddings": 128})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A folder of prompts and a model; its engine writes the answers once, in `answers/`."""
+    folder = tmp_path_factory.mktemp("made")
+    model = make(folder, {**LLAMA, "num_hidden_layers": 4, "initializer_range": 0.3})
+    rows = [{"q": f"{w} {v}?", "n": n} for n, (w, v) in enumerate(zip(WORDS, WORDS, strict=True))]
+    rows += [{"q": f"{WORDS[n % 10]} {n}"} for n in range(QUESTIONS - len(rows))]
+    rows.append({"other": "has no question"})
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "questions.jsonl").write_text("".join(lines), "utf-8")
+    return folder, model
+
+
+def recipe(made: Made, **changes: Any) -> DraftConfig:
+    values: dict[str, Any] = {
+        "model": str(made[1]),
+        "root": str(made[0]),
+        "prompts": {"questions": {"path": "questions.jsonl", "prompt": "{q}"}},
+        "writing": {"max_tokens": 12, "engine": {"dtype": "float32", "context": 128}},
+        "dialogues": str(made[0] / "answers"),
+        "head": {"vocabulary": 150, "dtype": "float32"},
+        "unroll": 3,
+        "epochs": 1.0,
+        "context": 96,
+        "batch": {"tokens": 384, "micro_tokens": 192},
+        "optimizer": {"peak": 1e-2, "final": 1e-3, "warmup_tokens": 384, "skip_window": 0},
+        "state": {"every_tokens": 768},
+        "heldout": {"every_tokens": 1500, "max_tokens": 200},
+    }
+    return DraftConfig.build({**values, **changes})
+
+
+def test_the_target_writes_and_the_draft_learns_to_foresee(made: Made, tmp_path: Path) -> None:
+    notes: list[str] = []
+    told: list[tuple[int, int | None]] = []
+    out = draft(
+        recipe(made, epochs=4.0),
+        tmp_path / "draft",
+        note=notes.append,
+        progress=lambda done, total, _: told.append((done, total)),
+    )
+    assert told[-1] == (QUESTIONS, QUESTIONS)
+    answers = [json.loads(line) for line in (made[0] / "answers" / data.ANSWERS).open("rb")]
+    start = open_start(str(made[1]))
+    first = next(row for row in answers if row["number"] == 0)
+    asked = [{"role": "user", "content": "aspirin aspirin?"}]
+    assert first["prompt"] == start.tokenizer.render(asked)
+    assert 1 <= len(first["answer"]) <= 12
+    stops = {row["answer"][-1] in start.tokenizer.stop_ids for row in answers}
+    assert {row["finish"] for row in answers} <= {"stop", "length"} and stops
+    assert "questions: " in notes[0] and "120 answers" in notes[0]
+    rows = list(read_metrics(out / "metrics.jsonl"))
+    key = "heldout/questions_tokens_per_round@3"
+    measured = [row for row in rows if key in row]
+    assert measured[0]["step"] == 0  # before the first step
+    assert measured[-1][key] > measured[0][key] >= 1
+    losses = [row["train/loss_nats"] for row in rows if "train/loss_nats" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    run = json.loads((out / "run.json").read_text("utf-8"))
+    assert run["verb"] == "draft" and run["metrics"][key] == measured[-1][key]
+    assert run["parents"][0]["sha256"] == digest(made[1])
+    eagle = load_eagle(out)
+    eagle.config.require_target("model", digest(made[1]), start.arch)
+    with pytest.raises(CheckpointError, match=r"was trained for model \(.*not for stranger"):
+        eagle.config.require_target("stranger", "0" * 64, start.arch)
+    assert eagle.config.draft_vocab == 150 and eagle.t2d[1]  # the end of an answer
+    assert not (out / "data").exists() and not (out / "state").exists()
+    assert "heldout/questions" in (out / "README.md").read_text("utf-8")
+
+
+def test_answers_are_not_asked_for_again(made: Made, tmp_path: Path) -> None:
+    """With a test before: what is missing is written, and equals what was there."""
+    config, start = recipe(made), open_start(str(made[1]))
+    folder = made[0] / "answers"
+    if not (folder / data.ANSWERS).exists():
+        data.prepare(config, start, folder, tmp_path / "first", lambda *_: None)
+    copy = tmp_path / "answers"
+    copy.mkdir()
+    lines = sorted((folder / data.ANSWERS).read_text("utf-8").splitlines(keepends=True))
+    (copy / data.ANSWERS).write_text("".join(lines[:-5]) + lines[-1][:20], "utf-8")
+    (copy / data.TOLD).write_bytes((folder / data.TOLD).read_bytes())
+    asked: list[int] = []
+    counts = data.prepare(config, start, copy, tmp_path / "s", lambda done, *_: asked.append(done))
+    assert asked == [116, 117, 118, 119, 120]
+    assert sorted((copy / data.ANSWERS).read_text("utf-8").splitlines(keepends=True)) == lines
+    shards = Shards(tmp_path / "s" / "train")
+    learnt = sum(int(shards.trained(n).sum()) for n in range(shards.num_documents))
+    assert counts["questions"]["tokens"] == learnt
+    assert shards.index["target_sha256"] == start.sha256
+    with pytest.raises(ConfigError, match=r"answers of another recipe:\n  writing.temperature"):
+        warm = recipe(made, writing={**config.writing.model_dump(), "temperature": 1.0})
+        data.prepare(warm, start, copy, tmp_path / "s", lambda *_: None)
+    with pytest.raises(ConfigError, match="target_sha256"):
+        data.prepare(config, replace(start, sha256="0"), copy, tmp_path / "s", lambda *_: None)
+
+
+def test_resume_is_bitwise(made: Made, tmp_path: Path) -> None:
+    config = recipe(made, epochs=2.0)
+    whole = draft(config, tmp_path / "whole")
+    with pytest.raises(HaltedError):
+        draft(config, tmp_path / "cut", show=halt_at(7))
+    with pytest.raises(UsageError, match="holds a stopped run"):
+        draft(config, tmp_path / "cut")
+    cut = draft(config, tmp_path / "cut", resume=True)
+    one, other = (load_file(out / "model.safetensors") for out in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = (
+        [
+            {k: v for k, v in row.items() if k.startswith(("train/loss", "heldout", "data"))}
+            for row in read_metrics(out / "metrics.jsonl")
+        ]
+        for out in (whole, cut)
+    )
+    assert first == second
+
+
+def test_an_m1_target_has_a_draft_too(tmp_path: Path) -> None:
+    model = make(tmp_path, {**M1, "initializer_range": 0.3})
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"{n}"}]}) for n in range(60)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), "utf-8")
+    config = recipe((tmp_path, model), prompts={"p": {"path": "prompts.jsonl"}}, dialogues="")
+    out = draft(config, tmp_path / "draft")
+    eagle = load_eagle(out)
+    assert eagle.config.layers == (1, 2, 3)
+    assert eagle.midlayer.self_attn.q_proj.weight.shape == (32, 64)
+
+
+def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"context": 256}, "context=256 is more than the 128 tokens"),
+        ({"batch": {"tokens": 100, "micro_tokens": 96}}, "batch.tokens=100"),
+        ({"head": {"vocabulary": 1}, "epochs": 0.1, "context": 8}, "no answer is left|8"),
+        ({"prompts": {"p": {"path": "none.jsonl"}}}, "no file matches"),
+        ({"compute": {"precision": "bfloat16"}}, "float32 or float64"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            draft(recipe(made, **changes), tmp_path / "draft")
+
+
+def test_the_estimate_counts_prompts_and_weights(made: Made) -> None:
+    told = estimate(recipe(made))
+    assert told["prompts"] == QUESTIONS
+    assert told["answer_tokens_at_most"] == QUESTIONS * 12
+    # fc 32 x 96, q and o 32 x 64 + 32 x 32, k and v 16 x 64, MLP 3 x 32 x 48, head 150 x 32, norms.
+    assert told["draft_parameters"] == 3072 + 3072 + 2048 + 4608 + 4800 + 4 * 32
+    assert told["memory"]["fits"]
