@@ -20,11 +20,13 @@ def estimate(config: SftConfig) -> dict[str, Any]:
     shape = config.assumed.shape
     arch = parse_config(shape) if shape else read_config(resolve(config.model).path)
     dropped: list[data.Dropped] = []
-    count = characters = 0
-    for one in data.dialogues(config, dropped):
-        count += 1
-        characters += sum(len(str(message.get("content") or "")) for message in one.messages)
-    tokens = min(characters // CHARACTERS, count * config.context)
+    sizes = [
+        sum(len(str(message.get("content") or "")) for message in one.messages) // CHARACTERS
+        for one in data.dialogues(config, dropped)
+    ]
+    budget = config.select.budget if config.select else 0
+    chosen = min(budget or len(sizes), len(sizes))
+    tokens = sum(min(size, config.context) for size in sizes) * chosen // max(len(sizes), 1)
     steps = -(-int(config.epochs * tokens) // config.batch.tokens)
     found = takes(
         arch,
@@ -34,5 +36,6 @@ def estimate(config: SftConfig) -> dict[str, Any]:
         config.assumed,
         adapter=lora.count(arch, config.lora) if config.lora else None,
     )
-    about = f"about {CHARACTERS} characters a token; what is chosen or too long is not left out"
-    return found | {"dialogues": count, "unreadable": len(dropped), "tokens_arithmetic": about}
+    about = f"about {CHARACTERS} characters a token; {chosen:,} dialogues of the mean size"
+    counts = {"dialogues": len(sizes), "unreadable": len(dropped)}
+    return found | counts | {"tokens_arithmetic": about}

@@ -208,6 +208,8 @@ def test_the_estimate_counts_dialogues(made: Made) -> None:
     assert told["dialogues"] == 205 and told["unreadable"] == 1
     assert told["steps"] > 10
     assert told["trained_parameters"] == told["parameters"]
+    fewer = estimate(recipe(made, epochs=3.0, select={"budget": 41}))
+    assert fewer["steps"] == pytest.approx(told["steps"] / 5, abs=1)
     adapted = estimate(recipe(made, epochs=3.0, lora={"rank": 2, "alpha": 4}))
     added = adapted["parameters"] - told["parameters"]
     assert adapted["trained_parameters"] == added and 0 < added < told["parameters"] / 4
