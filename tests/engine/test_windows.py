@@ -256,7 +256,7 @@ def test_no_step_reads_a_page_that_was_given_back() -> None:
                 group = inner.arch.windows.index(spec.window)
                 held = {int(page) for span in spans for page in span.pages[group]}
                 free = sorted(set(range(inner.num_pages[group])) - held)
-                pool = inner._pool
+                pool = inner._pools[0]
                 for kept in (pool.keys, pool.values, pool.raw_keys, pool.raw_values):
                     kept[spec.index][free] = np.nan
             return inner.step(spans)
