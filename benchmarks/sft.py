@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
-from midtrain import LIMIT, cell, markdown, write_tests
+from midtrain import LIMIT, cell, markdown, precision, write_tests
 from page import HERE, facts
 
 from attending.evaluate.forgetting import DocumentBits, of_documents
@@ -65,7 +65,7 @@ def make(data: Path, work: Path, model: str) -> dict[str, Any]:
     (work / "asked.toml").write_text(SUITE, "utf-8")
     if not (work / "tuned").exists():
         settings = [f"root={data}", f"model={model}", f"forgetting.data={tests}"]
-        settings += [f"forgetting.limit={LIMIT}"]
+        settings += [f"forgetting.limit={LIMIT}", f"compute.precision={precision()}"]
         pairs = [word for setting in settings for word in ("--set", setting)]
         attending("sft", "open", *pairs, "--out", str(work / "tuned"), "--resume")
     out = work / "asked"
