@@ -41,7 +41,8 @@ from attending.train.plan import GIB
 from attending.train.start import open_start
 
 METHODS: dict[str, list[str]] = {
-    "plain": ["method=plain"],
+    "plain": ["method=plain", "search=0"],
+    "plain, ranges tried": ["method=plain"],
     "GPTQ": ["method=gptq"],
     "signed": ["method=signed", "signed.steps=200"],
     "GPTQ, then signed": ["method=gptq+signed", "signed.steps=100", "signed.rate=0.005"],

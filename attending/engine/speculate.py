@@ -147,7 +147,7 @@ class Speculation:
         tried = min(accepted + 1, proposed)
         self.accepted[:accepted] += 1
         self.tried[:tried] += 1
-        self._recent *= FADE
+        self._recent[:, :tried] *= FADE  # what was not tried is no less known
         self._recent[0, :accepted] += 1
         self._recent[1, :tried] += 1
         if [*rows] != [*range(len(rows))]:

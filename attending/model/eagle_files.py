@@ -89,6 +89,11 @@ class EagleConfig:
                 f"for {name} (sha256 {sha256[:12]}): take that model, or train a draft for this "
                 "one with `attending draft`."
             )
+        if self.layers[0] < 0 or self.layers[-1] > len(arch.layers):
+            raise CheckpointError(
+                f"the draft reads the target at {list(self.layers)}, and {name} has "
+                f"{len(arch.layers)} layers: expected 0 to that. Get the draft again."
+            )
 
 
 def feature_layers(num_layers: int) -> tuple[int, int, int]:
@@ -174,6 +179,10 @@ def parse_eagle(config: Mapping[str, Any], target: Architecture | None = None) -
     if not layers or not isinstance(size, int):
         raise CheckpointError(
             f"config.json names no eagle_config.{LAYERS}, or no draft_vocab_size: is it a draft's?"
+        )
+    if len(layers) != 3 or not all(type(at) is int for at in layers) or [*layers] != sorted(layers):
+        raise CheckpointError(
+            f"eagle_config.{LAYERS}={layers!r}: expected three layers of the target, ascending."
         )
     arch = parse_config({**config, "model_type": "llama"})
     gated, target_name = bool(config.get("gated")), str(config.get("target") or "")

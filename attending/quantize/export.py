@@ -101,7 +101,9 @@ def quantization_config(
         raise UsageError("no layer was quantised: the targets match none of the model's layers.")
     kinds = list(dict.fromkeys(schemes.values()))
     if form == "compressed-tensors":
-        return _compressed_config(kinds, schemes, left)
+        # A tied head is none of our tensors, and a `Linear` for the library all the same.
+        tied = [] if "lm_head" in (*left, *schemes) else ["lm_head"]
+        return _compressed_config(kinds, schemes, left + tied)
     if len({(kind.bits, kind.group, kind.symmetric) for kind in kinds}) > 1:
         raise UsageError(
             f"{form} describes all layers by one scheme, and there are {len(kinds)}: "

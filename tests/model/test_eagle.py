@@ -1,6 +1,7 @@
 """The draft head: the stock layout, its pair, its vocabulary, its pass against whole rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,9 @@ def test_another_target_is_refused_with_both_names() -> None:
     wider = parse_config(target_config("llama") | {"vocab_size": VOCAB + 1})
     with pytest.raises(CheckpointError, match="not for tiny"):
         config.require_target("tiny", "ab" * 32, wider)
+    for layers in ((-1, 2, 3), (1, 2, 99)):
+        with pytest.raises(CheckpointError, match=r"and tiny has \d+ layers: expected 0 to that"):
+            replace(config, layers=layers).require_target("tiny", "ab" * 32, arch)
     nameless = parse_eagle({k: v for k, v in config.to_config().items() if k != "target_sha256"})
     with pytest.raises(CheckpointError, match='"target_sha256": "abab'):
         nameless.require_target("tiny", "ab" * 32, arch)
@@ -188,6 +192,10 @@ def test_what_is_not_stock_is_not_read() -> None:
     assert parse_eagle(stock, parse_config(target_config("llama"))).layers == (2, 4, 5)
     with pytest.raises(CheckpointError, match="names no eagle_config"):
         parse_eagle(stock)
+    for layers in ([1, 2], [2, 1, 3], [1, 2, "3"], [1] * 300):
+        told = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": layers}}
+        with pytest.raises(CheckpointError, match="expected three layers of the target"):
+            parse_eagle({**config, **told})
     with pytest.raises(ConfigError, match="a draft vocabulary of 97"):
         eagle_config(parse_config(target_config("llama")), 97)
 

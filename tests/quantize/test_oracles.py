@@ -81,13 +81,15 @@ def test_ours_load_in_transformers_through_compressed_tensors(
     assert_equal_logits(tmp_path / "m", theirs(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("kv", "near"), [("float16", 1e-4), ("fp8", 0.5), ("int8", 0.2)])
 def test_what_the_verb_writes_loads_in_transformers(
-    tmp_path: Path, kv: Literal["float16", "fp8", "int8"], near: float
+    tmp_path: Path, kv: Literal["float16", "fp8", "int8"], near: float, tied: bool
 ) -> None:
     """With a cache of eight bits as well, whose rounding compressed-tensors plays there."""
     pytest.importorskip("compressed_tensors")
-    source, notes = write_model(tmp_path / "m", **MODEL), text.write_text(tmp_path / "t")
+    shape = MODEL | {"tie_word_embeddings": tied}
+    source, notes = write_model(tmp_path / "m", **shape), text.write_text(tmp_path / "t")
     out = quantize(text.recipe(source, notes, method="gptq", kv=kv), tmp_path / "out")
     with torch.no_grad():
         expected = theirs(out)(torch.tensor(IDS), use_cache=False).logits

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attending.engine.native.pack import FORMATS, TILE, Matrix, padded_floats, quantise, tiles
+from attending.engine.native.pack import (
+    FORMATS,
+    MAX_HEAD,
+    TILE,
+    Matrix,
+    padded_floats,
+    quantise,
+    tiles,
+)
 from attending.errors import UsageError
 from attending.model.checkpoint import as_float32
 from attending.model.eagle_files import EMBEDDING, EagleConfig
@@ -34,8 +42,13 @@ def pack_draft(config: EagleConfig, found: Mapping[str, NDArray[Any]]) -> Packed
     """What `open_eagle` gives.
 
     Raises:
-        UsageError: A gated draft: torch's runner has those.
+        UsageError: A gated draft, or larger heads than the kernel's: torch's runner has those.
     """
+    if (size := config.arch.layers[0].head_dim) > MAX_HEAD:
+        raise UsageError(
+            f"the draft's heads have {size} values, and the kernel's end at {MAX_HEAD}: give a "
+            "dtype, as --dtype float32, or another draft."
+        )
     if config.gated:
         raise UsageError(
             "a gated draft is run by torch alone: give a dtype, as --dtype float32, or another "

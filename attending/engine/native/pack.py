@@ -27,6 +27,7 @@ from attending.sources import cache_dir
 Floats = NDArray[np.float32]
 VERSION = 2
 TILE, GROUP, ALIGN = 16, 32, 64
+MAX_HEAD = 512  # values of a head, by the kernel's buffers
 SLICE_VALUES = 1 << 22  # rounded at once: the temporaries take some 16 bytes each
 FILE, INDEX, LOCK = "weights.bin", "index.json", "lock"
 # Bits, inputs that share a scale, and whether zero is in the middle. A grid from the smallest to

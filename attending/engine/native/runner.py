@@ -14,13 +14,12 @@ from attending import mesh
 from attending.config import Config
 from attending.engine.native.build import library, status
 from attending.engine.native.draft import LAYER, PackedDraft
-from attending.engine.native.pack import Matrix, Packed
+from attending.engine.native.pack import MAX_HEAD, Matrix, Packed
 from attending.engine.runner import Proposal, Shape, Span
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS, Architecture, LayerSpec
 from attending.model.rope import inverse_frequencies
 
-MAX_HEAD = 512  # the kernel's buffers
 C = ctypes
 Address = C.c_void_p
 
