@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from attending.endpoint import is_address
 from attending.errors import CheckFailed, ConfigError, EndpointError, TrainingError, UsageError
+from attending.evaluate.judging import EMBEDDED
 from attending.rl.placement import Place, Placement, plan
 from attending.rl.recipe import RlConfig
 
@@ -53,13 +54,14 @@ def jobs(config: RlConfig, words: Sequence[str], out: Path, found: Placement) ->
     told = [f"sampler.address=[{addresses}]", f"sampler.folder={served}"]
     made = list[Job]()
     if found.verifier:
-        if config.judge is None or is_address(config.judge):
+        judge = config.judge or EMBEDDED
+        if is_address(judge) or judge.partition(":")[0] == EMBEDDED:
             raise ConfigError(
                 f"cluster.verifier_gpus={found.verifier.gpus} serve the model that judge names, "
                 f"and it is {config.judge!r}: name a model, or set verifier_gpus to 0."
             )
         told.append(f"judge={found.verifier.address}")
-        command = _serve(config.judge.removeprefix("hf:"), found.verifier)
+        command = _serve(judge.removeprefix("hf:"), found.verifier)
         made.append(Job("verifier", found.verifier, command, {}, logs / "verifier.log"))
     pairs = [word for one in told for word in ("--set", one)]
     train = (sys.executable, "-m", "attending.cli", "rl", *words, *pairs, "--out", str(out))
@@ -69,14 +71,19 @@ def jobs(config: RlConfig, words: Sequence[str], out: Path, found: Placement) ->
     for number, place in enumerate(found.generators):
         own = {"VLLM_SERVER_DEV_MODE": "1"}
         log = logs / f"generator_{number}.log"
-        command = _serve(str(served), place)
+        command = _serve(str(served), place, *_sizes(config))
         made.append(Job(f"generator {number}", place, command, own, log, served))
     return made
 
 
-def _serve(model: str, place: Place) -> tuple[str, ...]:
+def _sizes(config: RlConfig) -> tuple[str, ...]:
+    dtype = "float32" if config.compute.precision == "float64" else config.compute.precision
+    return "--max-model-len", str(config.max_prompt + config.max_tokens), "--dtype", dtype
+
+
+def _serve(model: str, place: Place, *more: str) -> tuple[str, ...]:
     where = "--host", "0.0.0.0", "--port", str(place.port)  # other nodes ask it
-    return "vllm", "serve", model, *where, "--tensor-parallel-size", str(place.gpus)
+    return "vllm", "serve", model, *where, "--tensor-parallel-size", str(place.gpus), *more
 
 
 def launch(
@@ -127,16 +134,29 @@ def _watch(ray: Any, found: Sequence[Job], note: Callable[[str], object]) -> Non
             note(f"{job.name}: {job.place.gpus} GPUs of {job.place.node}")
         while any(job.name.startswith("trainer") for job in running.values()):
             done, _ = ray.wait([*running], num_returns=1)
-            job, code = running.pop(done[0]), ray.get(done[0])
+            job = running.pop(done[0])
+            try:
+                code = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise EndpointError(
+                    f"{job.name} cannot run on {job.place.node} ({reason}): see that what it needs "
+                    "is installed there. The last saved state is whole; --resume goes on."
+                ) from None
             told = f"{job.name} on {job.place.node} ended with {code}; see {job.log or 'above'}."
             if not job.name.startswith("trainer"):
                 raise EndpointError(f"{told} The last saved state is whole; --resume goes on.")
             if code:
                 raise CheckFailed(told) if code == CheckFailed.exit_code else TrainingError(told)
-    finally:
-        for task in running:
-            ray.cancel(task)
-        ray.wait([*running], num_returns=len(running), timeout=GRACE_SECONDS) if running else None
+    finally:  # servers last: a trainer that is to save its state may be waiting for an answer
+        for is_trainer in (True, False):
+            tasks = [
+                t for t, job in running.items() if job.name.startswith("trainer") == is_trainer
+            ]
+            for task in tasks:
+                ray.cancel(task)
+            if tasks:  # longer than `run_job` waits before it kills
+                ray.wait(tasks, num_returns=len(tasks), timeout=GRACE_SECONDS + 60)
 
 
 def run_job(job: Job) -> int:

@@ -64,17 +64,17 @@ def plan(prompts: int, cluster: ClusterConfig, nodes: Mapping[str, int]) -> Plac
         own = min(count, ranks - len(trainers))
         trainers += [Place(node, 1, port)] * own
         free[node] -= own
+    wanted, verifier = cluster.verifier_gpus, None
+    fitting = [node for node in nodes if free[node] >= wanted > 0]
+    if fitting:  # the node of which least is left
+        node = min(fitting, key=free.__getitem__)
+        verifier = Place(node, wanted, port + 1)
+        free[node] -= wanted
     servers = list[Place]()
     for node in nodes:
-        wanted = [cluster.generator_gpus]
-        if cluster.verifier_gpus and not servers:
-            wanted = [cluster.verifier_gpus, cluster.generator_gpus]
-        while free[node] >= wanted[0]:
-            servers.append(Place(node, wanted[0], port + 1 + len(servers)))
-            free[node] -= wanted[0]
-            wanted = wanted[-1:]
-    verifier = servers.pop(0) if cluster.verifier_gpus and servers else None
-    if len(trainers) < ranks or not servers:
+        for _ in range(free[node] // cluster.generator_gpus):
+            servers.append(Place(node, cluster.generator_gpus, port + 2 + len(servers)))
+    if len(trainers) < ranks or not servers or (wanted and not verifier):
         raise ConfigError(
             f"{len(nodes)} nodes with {sum(nodes.values())} GPUs hold no {ranks} trainers, a "
             f"verifier of {cluster.verifier_gpus} GPUs and a server of {cluster.generator_gpus} on "

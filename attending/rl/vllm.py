@@ -60,6 +60,7 @@ class RemoteSampler:
             )
             for one in addresses
         ]
+        self._met = set[httpx.Client]()
         self._folder, self._start, self._place = Path(config.folder), start, place
         self._stops, self._max_tokens, self._running = stop_ids, max_tokens, config.running
 
@@ -141,11 +142,13 @@ class RemoteSampler:
         while True:
             try:
                 reply = client.post(path, json=body)
+                self._met.add(client)
                 if reply.status_code < 500:
                     break
                 tries, told = tries + 1, str(reply.status_code)
-            except httpx.ConnectError:  # not there yet
-                tries, told = RETRIES * (time.monotonic() > deadline), "no connection"
+            except httpx.ConnectError:  # not there yet, or not any more
+                is_new = client not in self._met and time.monotonic() <= deadline
+                tries, told = 0 if is_new else tries + 1, "no connection"
             except httpx.HTTPError as error:
                 tries, told = tries + 1, type(error).__name__
             if tries >= RETRIES:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES = 500, 80, 120
-PYTHON_LINES, NATIVE_LINES = 40_400, 1_500
+PYTHON_LINES, NATIVE_LINES = 40_440, 1_500
 HALLWAY = ""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -36,7 +36,7 @@ ROOMS = {
     "midtrain": Room(4, 550),
     "sft": Room(4, 1_150),
     "prefer": Room(4, 1_080),
-    "rl": Room(4, 3_500),
+    "rl": Room(4, 3_520),
     "quantize": Room(4, 2_700),
     "draft": Room(4, 1_030),
     "gateway": Room(5, 1_400),

@@ -18,6 +18,12 @@ def test_trainers_first_and_servers_on_what_is_left_whole() -> None:
     assert found.generators[1].address == "http://b:3003"
 
 
+def test_a_node_too_small_for_the_verifier_still_writes() -> None:
+    found = plan(8, ClusterConfig(verifier_gpus=8), {"a": 8, "b": 8})
+    assert found.verifier is not None and found.verifier.node == "b"
+    assert [one.node for one in found.generators] == ["a"] * 7
+
+
 def test_ranks_of_a_second_node_meet_at_the_first() -> None:
     found = plan(12, ClusterConfig(trainers=6, port=3000), {"a": 4, "b": 4})
     assert [one.node for one in found.trainers] == ["a"] * 4 + ["b"] * 2
