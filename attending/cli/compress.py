@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from attending.cli.build import DryRunOption, ResumeOption, SetOption
-from attending.cli.terminal import JsonFlag, err, escape, print_json, progress_bar
-from attending.cli.train import OutOption, RecipeArgument, tell_made
-from attending.errors import CheckFailed, UsageError
+from attending.cli.terminal import JsonFlag, print_json, progress_bar
+from attending.cli.train import OutOption, RecipeArgument, note, told_made
+from attending.errors import UsageError
 
 
 def quantize(
@@ -28,16 +28,8 @@ def quantize(
     from attending.quantize import loop
 
     target = out_dir or Path("out") / f"quantize-{Path(recipe).stem}"
-
-    def note(line: str) -> None:
-        err.print(f"[dim]{escape(line)}[/]")
-
     try:
-        with progress_bar(of_bytes=False) as progress:
+        with told_made(target, as_json), progress_bar(of_bytes=False) as progress:
             loop.quantize(config, target, resume=resume, progress=progress, note=note)
     except KeyboardInterrupt:
         raise UsageError("stopped; the same command with --resume goes on.") from None
-    except CheckFailed:
-        tell_made(target, as_json)  # where it is made all the same
-        raise
-    tell_made(target, as_json)

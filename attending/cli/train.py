@@ -66,9 +66,8 @@ def _tuning(verb: str, says: str) -> Callable[..., None]:
         max_forgetting: ForgettingOption = None,
         as_json: JsonFlag = False,
     ) -> None:
-        how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
         pairs = [*(set_ or ()), *_limit(max_forgetting)]
-        _train(verb, recipe, pairs, out_dir, dry_run, as_json, how | {"note": _note})
+        _tune(verb, recipe, pairs, out_dir, resume, dry_run, accept_changes, as_json)
 
     run.__name__, run.__doc__ = verb, says
     return run
@@ -79,7 +78,6 @@ midtrain = _tuning(
 )
 sft = _tuning("sft", "Tune a model on dialogues, all weights or adapters; the same under torchrun.")
 prefer = _tuning("prefer", "Tune a model on preferences: DPO, TDPO, ELO, a reward model, PPO.")
-_reinforced = _tuning("rl", "")
 
 
 def rl(
@@ -98,15 +96,14 @@ def rl(
     if export:
         _export(export, recipe, set_ or (), out_dir, as_json)
         return
+    pairs = [*(set_ or ()), *_limit(max_forgetting)]
     if ray and not dry_run:
         flags = {"--resume": resume, "--accept-changes": accept_changes}
-        pairs = [*(set_ or ()), *_limit(max_forgetting)]
         words = [word for one in pairs for word in ("--set", one)]
         words += [flag for flag, is_on in flags.items() if is_on]
         _place(recipe, pairs, words, out_dir, ray, as_json)
         return
-    how = resume, dry_run, accept_changes, max_forgetting, as_json
-    _reinforced(recipe, set_, out_dir, *how)
+    _tune("rl", recipe, pairs, out_dir, resume, dry_run, accept_changes, as_json)
 
 
 def _place(
@@ -123,12 +120,8 @@ def _place(
 
     target = out_dir or Path("out") / f"rl-{Path(recipe).stem}"
     config = RlConfig.load(recipe, "rl", pairs)
-    try:
-        launch(config, [recipe, *words], target, address, _note)
-    except CheckFailed:
-        tell_made(target, as_json)  # where it is made all the same
-        raise
-    tell_made(target, as_json)
+    with told_made(target, as_json):
+        launch(config, [recipe, *words], target, address, note)
 
 
 def _export(
@@ -141,7 +134,7 @@ def _export(
     if what != "verl":
         raise UsageError(f"--export {what!r}: only verl is known.")
     target = out_dir or Path("out") / f"{what}-{Path(recipe).stem}"
-    made = export_verl(RlConfig.load(recipe, "rl", pairs), target, _note)
+    made = export_verl(RlConfig.load(recipe, "rl", pairs), target, note)
     if as_json:
         print_json({"folder": str(made)})
     else:
@@ -158,8 +151,22 @@ def draft(
     as_json: JsonFlag = False,
 ) -> None:
     """Train a model's EAGLE-3 draft on what the model writes."""
+    _tune("draft", recipe, set_ or (), out_dir, resume, dry_run, accept_changes, as_json)
+
+
+def _tune(
+    verb: str,
+    recipe: str,
+    pairs: Sequence[str],
+    out_dir: Path | None,
+    resume: bool,
+    dry_run: bool,
+    accept_changes: bool,
+    as_json: bool,
+) -> None:
+    """A stage that begins with a model, and tells what it asks of one."""
     how = {"resume": resume, "accept_changes": accept_changes, "progress": _counted()}
-    _train("draft", recipe, set_ or (), out_dir, dry_run, as_json, how | {"note": _note})
+    _train(verb, recipe, pairs, out_dir, dry_run, as_json, how | {"note": note})
 
 
 def _train(
@@ -181,17 +188,22 @@ def _train(
         return
     run: Any = vars(import_module(f"{room}.loop"))[verb]
     target = out_dir or Path("out") / f"{verb}-{Path(recipe).stem}"
-    with _training_bar() as show:
-        try:
-            run(config, target, show=show, **how)
-        except CheckFailed:
-            tell_made(target, as_json)  # where it is made all the same
-            raise
-    tell_made(target, as_json)
+    with told_made(target, as_json), _training_bar() as show:
+        run(config, target, show=show, **how)
 
 
-def tell_made(made: Path, as_json: bool) -> None:
-    """Where it is, or its metrics."""
+@contextmanager
+def told_made(made: Path, as_json: bool) -> Iterator[None]:
+    """At the end, where a folder is or its metrics; where a check failed too, as it is there."""
+    try:
+        yield
+    except CheckFailed:
+        _tell(made, as_json)
+        raise
+    _tell(made, as_json)
+
+
+def _tell(made: Path, as_json: bool) -> None:
     if world().rank or not (made / "run.json").exists():
         return
     if as_json:
@@ -205,7 +217,8 @@ def _limit(max_forgetting: float | None) -> list[str]:
     return [] if max_forgetting is None else [f"forgetting.max_forgetting={float(max_forgetting)}"]
 
 
-def _note(line: str) -> None:
+def note(line: str) -> None:
+    """What people should know, once for all ranks."""
     if not world().rank:
         err.print(f"[dim]{escape(line)}[/]")
 
@@ -218,7 +231,7 @@ def _counted() -> "Counted":
         tenth = 10 * done // (total or 1)
         if (name, tenth) not in told:
             told.add((name, tenth))
-            _note(f"{name}: {done} of {total}")
+            note(f"{name}: {done} of {total}")
 
     return show
 

@@ -95,12 +95,8 @@ def draft(
                 state.update(found, rate, config.optimizer)
                 watch.step(found, rate, began, [n for batch in batches for n in batch.lengths])
                 state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
-                is_last, is_stopping = state.step == steps, signals.stop_asked(device)
-                if is_last or is_stopping or due(config.state.every_tokens, before, state.tokens):
-                    state.files = watch.sizes()
-                    state.save(folder, config.state.keep)
-                if is_stopping and not is_last:
-                    raise run.Stopped(f"stopped after step {state.step}; --resume goes on.")
+                kept = state, folder, config.state, before, signals, device, watch.sizes
+                run.save_if_due(*kept, is_last=state.step == steps)
             measured = watch.finish(context)
             export(config, eagle, folder)
     if not config.dialogues:

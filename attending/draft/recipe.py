@@ -13,14 +13,7 @@ from pydantic import (
 
 from attending.config import Config
 from attending.corpus.recipe import Format
-from attending.train.recipe import (
-    AssumedConfig,
-    BatchConfig,
-    ComputeConfig,
-    HeldoutConfig,
-    OptimizerConfig,
-    StateConfig,
-)
+from attending.train.recipe import TrainConfig
 from attending.train.schedule import Shape
 
 
@@ -71,7 +64,7 @@ class HeadConfig(Config):
     """Of the weights that are written."""
 
 
-class DraftConfig(Config):
+class DraftConfig(TrainConfig):
     """From a model and prompts to a draft head for it."""
 
     model: str
@@ -96,18 +89,6 @@ class DraftConfig(Config):
     """Tokens of a row; answers are packed into rows and never cut. Longer ones are left out."""
     schedule: Shape = "cosine"
     """The learning rate after the warm-up stays, or falls to the final one."""
-    batch: BatchConfig
-    """Room of a step, in tokens; rows are not quite full."""
-    optimizer: OptimizerConfig
-    """AdamW, schedule, guards."""
-    compute: ComputeConfig = ComputeConfig()
-    """How it is computed."""
-    state: StateConfig
-    """What it can be resumed from."""
-    heldout: HeldoutConfig
-    """Watching, by kind of prompt: how many tokens of held-out answers it would have foreseen."""
-    assumed: AssumedConfig = AssumedConfig()
-    """For `--dry-run`."""
     seed: NonNegativeInt = 0
     """Of the first weights, of order and of sampling."""
 

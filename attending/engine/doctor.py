@@ -96,8 +96,9 @@ class Report:
         else:
             slow = f"torch computes, about {TORCH_FACTOR} times slower"
             yield Finding("slow", f"No native kernel, so {slow}: {self.native_reason}")
-            if "neon" not in simd and "amx_bf16" not in simd:
-                yield Finding("slow", "No AMX: expect slow bfloat16 (not measured); use float32.")
+            if not {"neon", "amx_bf16", "avx512_bf16"} & {*simd}:
+                text = "No AMX or AVX512-BF16: expect slow bfloat16 (not measured); use float32."
+                yield Finding("slow", text)
         # A thread a core is as good, where a core counts as two.
         physical = min(cores, cast(int | None, self.hardware["physical_cores"]) or cores)
         for name, value in self.thread_variables.items():

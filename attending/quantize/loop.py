@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attending import artifact
-from attending.errors import CheckpointError, UsageError
+from attending.errors import CheckpointError
 from attending.logs import MetricLog
+from attending.mesh import World
 from attending.model.architecture import Architecture
 from attending.model.checkpoint import open_checkpoint
 from attending.model.decoder import Block
@@ -27,8 +28,9 @@ from attending.quantize.recipe import QuantizeConfig
 from attending.quantize.rotate import folded, rotated
 from attending.quantize.stream import HEAD, Shapes, Stream, matched
 from attending.sources import Progress
+from attending.train import run
 from attending.train.start import Start, open_start
-from attending.train.state import STATES, TOLD, require_unchanged
+from attending.train.state import STATES, TOLD
 from attending.train.watch import peak_memory
 
 OVERFLOW = "overflow.json"
@@ -85,7 +87,9 @@ def quantize(
     recipe = config.model_dump(mode="json")
     record = artifact.Record("quantize", recipe, config.seed, parents)
     with artifact.disk_has_room(out):
-        draft = begin(out, {**recipe, "parents": parents}, resume=resume)
+        known = {**recipe, "parents": parents}
+        how = {"resume": resume, "accept_changes": True}
+        draft = run.begin(out, known, World(0, 0, 1), **how, final=FINAL, holds=_has_begun)
         states = draft / STATES
         told = config.calibration
         samples = calibration.prepare(told, start, states, config.seed, progress, note)
@@ -107,21 +111,9 @@ def quantize(
     return out
 
 
-def begin(out: Path, told: Mapping[str, object], *, resume: bool) -> Path:
-    """The draft folder `OUT.tmp` of a run that begins or goes on."""
-    draft = out.with_name(out.name + ".tmp")
-    if out.exists():
-        raise UsageError(f"{out.name} exists; choose another name or remove it first.")
-    if (draft / STATES / TOLD).is_file():
-        if not resume:
-            raise UsageError(
-                f"{draft.name} holds a stopped run: --resume goes on with it; to begin anew, "
-                "remove it."
-            )
-        require_unchanged(draft / STATES, told, accept=True, final=FINAL)
-    (draft / STATES).mkdir(parents=True, exist_ok=True)
-    artifact.write_json(draft / STATES / TOLD, told)
-    return draft
+def _has_begun(draft: Path) -> bool:
+    """Replies and blocks are kept from the first on."""
+    return (draft / STATES / TOLD).is_file()
 
 
 def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The overflow probe: the largest activations of each linear layer, and which formats hold them.
 
-Qwen2.5-32B's `layers.5.mlp.down_proj` reads activations beyond float16's range, so a model of that
-kind that is served in float16 answers nonsense. Measured on the float model in float32.
+Where activations pass float16's range, a model that is served in it answers nonsense; Qwen2.5-32B's
+`layers.5.mlp.down_proj` is known as such a trap. Measured on the float model in float32.
 """
 
 from collections.abc import Callable, Iterator, Mapping

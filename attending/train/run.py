@@ -40,6 +40,7 @@ def begin(
     resume: bool,
     accept_changes: bool,
     final: str = MODEL,
+    holds: Callable[[Path], object] = states,
 ) -> Path:
     """The draft folder `OUT.tmp` of a run that begins or goes on; every rank calls it.
 
@@ -50,6 +51,7 @@ def begin(
         resume: It is to go on.
         accept_changes: Although `told` has changed.
         final: A pattern of what must not have.
+        holds: Whether a draft folder has anything to go on from.
 
     Raises:
         UsageError: OUT exists, or a stopped run lies there and `resume` was not asked for.
@@ -58,7 +60,7 @@ def begin(
     draft = out.with_name(out.name + ".tmp")
     if out.exists():
         raise UsageError(f"{out.name} exists; choose another name or remove it first.")
-    has_state = bool(states(draft))
+    has_state = bool(holds(draft))
     if has_state and not resume:
         raise UsageError(
             f"{draft.name} holds a stopped run: --resume goes on with it; to begin anew, remove it."
