@@ -1,11 +1,12 @@
 """A draft's arithmetic: tokens of a round, what rows and the draft's steps cost, what comes of it.
 
     python benchmarks/draft.py DATA DRAFT [--model default] [--prompts 20] [--tokens 128]
-                               [--keep out/draft.jsonl] [--threads N] [--no-torch]
+                               [--keep out/draft.jsonl] [--threads N] [--no-torch] [--page draft]
 
 DATA is the folder with `eval/kqa_201_physician_rubric.jsonl`, `eval/gsm8k_test.jsonl` and
 `train/medquad_qa.jsonl`. Each prompt is answered greedily by every path before the next one; an
-answer is kept as soon as it is there, so an interrupted run goes on. Budget with the default model
+answer is kept as soon as it is there, so an interrupted run goes on; those of other drafts, models
+or settings in the same file are left alone. Budget with the default model
 on two cores: 60 prompts by seven paths some 25 minutes; nothing else should run.
 """
 
@@ -20,21 +21,24 @@ from typing import Any
 from page import Measure, write
 
 import attending
+from attending.artifact import digest
 from attending.corpus.split import draw, is_held_out
 from attending.engine.local import Model
 from attending.engine.scheduler import Request
 from attending.evaluate.intervals import bootstrap, ratio
+from attending.verifier.judge.pairs import PARTS, read_kqa
 
 DEPTHS = (1, 2, 3, 4, 5)
 USERS = (2, 4, 8, 16)
+REPEATS = 3
 PLAIN, TORCH = "plain", "torch, plain"
 NOTES = """
 {model} with the draft {draft}, on {prompts} prompts that it was not trained on ({sources}), greedy,
 at most {tokens} tokens an answer, one user, {threads}. *tau*: tokens of a round, the target's own
-included; *v*: the target's step of k + 1 rows over one of one row; *d*: a step of the draft over
-that; *predicted*: tau / (v + k d); *measured*: time for a token, plain over drafted. Prompts' time
-is left out. Every path answered a prompt before the next one began. *{torch}* is the same model in
-float32.
+included; *v*: a step of k + 1 rows, without the draft's part, over the plain path's of one row;
+*d*: a step of the draft over that; *predicted*: tau / (v + k d); *measured*: time for a token, over
+that with the draft. Prompts' time is left out. Every path answered a prompt before the next one
+began. *{torch}* is the same model in float32.
 
 tau with its 95 % interval over prompts: {intervals}.
 
@@ -43,8 +47,8 @@ By source, at k = {best}: {by_source}. Accepted by position there, where all bef
 
 Greedy answers identical to the plain one: {identical}.
 
-Several users at once, k = {best}, tokens/s over the same without a draft: {crowd}. Drafting pays up
-to {even} of these.
+Several users at once, k = {best}, tokens/s over the same without a draft, medians of {repeats} with
+their range: {crowd}. Drafting pays up to {even} of these.
 """
 
 
@@ -56,8 +60,11 @@ def prompts(data: Path, count: int) -> Iterator[tuple[str, int, str]]:
         "GSM8K test": ("eval/gsm8k_test.jsonl", ("question",)),
     }
     for name, (file, fields) in files.items():
-        lines = (data / file).read_text("utf-8").splitlines()
-        rows = [(i, json.loads(line)) for i, line in enumerate(lines)]
+        if name == "K-QA":  # the part that nothing of ours was fitted on
+            told = read_kqa(data / file)[PARTS["report"]]
+        else:
+            told = [json.loads(line) for line in (data / file).read_text("utf-8").splitlines()]
+        rows = [*enumerate(told)]
         if name.startswith("MedQuAD"):
             rows = [(i, row) for i, row in rows if is_held_out(row["focus"])]
         rows.sort(key=lambda one: draw("benchmark", 0, name, one[0]))
@@ -91,10 +98,12 @@ def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
     steps, count, seconds = list[float](), 0, 0.0
     while scheduler.num_running or scheduler.num_waiting:
         has_begun, start = all(written.values()), time.perf_counter()
+        drafting = told.drafting if told else 0.0
         outputs = scheduler.step()
         if has_begun:
-            steps.append(time.perf_counter() - start)
-            seconds, count = seconds + steps[-1], count + len(outputs)
+            spent = time.perf_counter() - start
+            steps.append(spent - ((told.drafting - drafting) if told else 0.0))
+            seconds, count = seconds + spent, count + len(outputs)
         for output in outputs:
             if output.error:
                 raise output.error
@@ -105,7 +114,6 @@ def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
         row["rounds"] = told.rounds - before[0]
         row["accepted"] = (told.accepted - before[1]).tolist()
         row["tried"] = (told.tried - before[2]).tolist()
-        row["step_s"] = told.seconds.at(len(texts) * (told.shape.depth + 1))
         row["draft_s"] = told.draft_seconds.at(len(texts))
     return row
 
@@ -116,12 +124,16 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
-    known = {(row["source"], row["number"], row["path"]) for row in rows}
+    settings = {key: getattr(asked, key) for key in ("model", "tokens", "threads")}
+    settings["draft"] = digest(Path(asked.draft))
+    rows = [row for row in rows if row["settings"] == settings]
+    known = {(row["source"], row["number"], row["repeat"], row["path"]) for row in rows}
 
-    def note(source: str, number: int, path: str, texts: Sequence[str]) -> None:
-        if (source, number, path) in known:
+    def note(source: str, number: int, path: str, texts: Sequence[str], repeat: int = 0) -> None:
+        if (source, number, repeat, path) in known:
             return
-        row = {"source": source, "number": number, "path": path}
+        row = {"source": source, "number": number, "repeat": repeat, "path": path}
+        row["settings"] = settings
         row |= answer(models[path], texts, asked.tokens)
         with file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
@@ -134,9 +146,11 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
         for path in models:
             note(source, number, path, [text])
     best = best_of(rows)
-    for users in USERS:
-        for path in (PLAIN, best):
-            note("users", users, path, [text for *_, text in (told * users)[:users]])
+    for repeat in range(REPEATS):
+        for users in USERS:
+            for path in (PLAIN, best):
+                texts = [text for *_, text in (told * users)[:users]]
+                note("users", users, path, texts, repeat)
     return rows
 
 
@@ -156,6 +170,19 @@ def tau(rows: Sequence[dict[str, Any]]) -> Any:
     """Tokens of a round with its interval over prompts."""
     terms = [(row["rounds"] + sum(row["accepted"]), row["rounds"]) for row in rows if row["rounds"]]
     return bootstrap(terms, range(len(terms)), ratio, seed=0, resamples=1000)
+
+
+def crowds(rows: Sequence[dict[str, Any]], best: str) -> dict[int, list[float]]:
+    """Of each number of users: tokens a second with the draft over those without, by repeat."""
+    of = {
+        (row["number"], row["repeat"], row["path"]): rate([row])
+        for row in rows
+        if row["source"] == "users"
+    }
+    return {
+        users: [of[users, at, best] / of[users, at, PLAIN] for at in range(REPEATS)]
+        for users in USERS
+    }
 
 
 def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
@@ -186,18 +213,7 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         [sum(column) for column in zip(*(row[key] for row in of[best]), strict=True)]
         for key in ("tried", "accepted")
     )
-    crowd = {
-        row["number"]: rate([row])
-        / rate(
-            [
-                r
-                for r in rows
-                if r["path"] == PLAIN and r["number"] == row["number"] and r["source"] == "users"
-            ]
-        )
-        for row in rows
-        if row["source"] == "users" and row["path"] != PLAIN
-    }
+    crowd = crowds(rows, best)
     notes = NOTES.format(
         model=asked.model,
         draft=Path(asked.draft).name,
@@ -211,8 +227,12 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         by_source="; ".join(f"{name} {tau(mine).value:.2f}" for name, mine in own.items()),
         positions=", ".join(f"{a / max(t, 1):.2f}" for a, t in zip(accepted, tried, strict=True)),
         identical="; ".join(identical),
-        crowd="; ".join(f"{users} users {value:.2f}" for users, value in crowd.items()),
-        even=max([1, *(users for users, value in crowd.items() if value > 1)]),
+        repeats=REPEATS,
+        crowd="; ".join(
+            f"{users} users {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+            for users, found in crowd.items()
+        ),
+        even=max([1, *(u for u, found in crowd.items() if statistics.median(found) > 1)]),
     )
     return write(asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True)
 

@@ -241,6 +241,7 @@ def instructions(work: Work, threads: int, repeat: int) -> dict[str, Any]:
 
 def our_run(work: Work, threads: int, words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "attending.cli", "bench", *shlex.split(words), "--json"]
+    command += [] if "--draft" in words else ["--no-draft"]  # drafts are compared in draft.py
     command += ["--batch", ",".join(map(str, work.batch)), "--prompt", str(work.prompt_tokens)]
     command += ["--tokens", str(work.answer_tokens), "--repeats", "1", "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -346,6 +346,8 @@ def shares(
     """Of each ceiling, what prefill (operations) and decode by batch (bytes) reach."""
     found = {}
     for name, ceiling in ceilings.items():
+        if not ceiling:  # too little was read, too slowly, to tell
+            continue
         if name.endswith("op_s"):
             found[f"prefill / {name}"] = prefill_gop_s / ceiling
         else:

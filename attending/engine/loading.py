@@ -66,7 +66,11 @@ class ComputeOptions(Config):
     """Source of a draft that speeds answers up and changes none; `none` takes none, and None the
     one that is shipped for this very model, if there is one."""
     draft_depth: PositiveInt | None = None
-    """Tokens that it proposes at once; None: up to 5, by what was measured."""
+    """Tokens that it proposes one after the other; None: up to 5, by what was measured."""
+    draft_width: PositiveInt = 1
+    """Continuations of each that torch's runner tries; 1 is a chain."""
+    draft_nodes: PositiveInt | None = None
+    """Of a tree: the likeliest tokens that are proposed in all; None: width times depth."""
 
     @property
     def native(self) -> dict[str, Any]:
@@ -86,6 +90,13 @@ class ComputeOptions(Config):
         cores = cast(int, mesh.hardware()["available_cores"])
         if self.threads and self.threads > cores:
             raise UsageError(f"{self.threads} threads: this machine has {cores} cores for them.")
+        if self.draft_nodes and self.draft_width == 1:
+            raise UsageError(f"draft_nodes {self.draft_nodes}: of a tree; give a draft_width, too.")
+        if self.draft_width > 1 and not self.is_torch:
+            raise UsageError(
+                f"draft_width {self.draft_width}: trees are checked by torch's runner; give a "
+                "dtype, as --dtype float32, or leave the width."
+            )
         if self.native:
             self.native_options()
         if not self.is_torch:
@@ -136,12 +147,14 @@ def find_draft(origin: Resolved, arch: Architecture, options: ComputeOptions) ->
     if options.draft not in (None, NO_DRAFT):
         found = resolve(options.draft)
     if found is None:
-        if options.draft_depth:
-            raise UsageError(f"draft_depth {options.draft_depth}: there is no draft; name one.")
+        if options.draft_depth or options.draft_width > 1:
+            raise UsageError("draft_depth or draft_width is given: there is no draft; name one.")
         return None
     config, tensors = open_eagle(found.path, arch)
     config.require_target(origin.name, origin.sha256 or digest(origin.path), arch)
-    return Draft(found.name, found.path, config, tensors, Shape(options.draft_depth or DEPTH))
+    depth, width = options.draft_depth or DEPTH, options.draft_width
+    nodes = 0 if width == 1 else options.draft_nodes or width * depth
+    return Draft(found.name, found.path, config, tensors, Shape(depth, width, nodes))
 
 
 def _shipped(origin: Resolved) -> Resolved | None:

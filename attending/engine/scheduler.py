@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attending.engine.pages import Cache, Key, Table, page_keys
-from attending.engine.runner import Runner, Span
+from attending.engine.runner import Proposal, Runner, Span
 from attending.engine.sampler import Sampling, Scored, choose, score
 from attending.engine.speculate import Speculation, extended, follower
 from attending.errors import AttendingError, ContextError, UsageError
@@ -234,18 +234,22 @@ class Scheduler:
         self, speculation: Speculation, work: list[tuple[_Sequence, Span]]
     ) -> tuple[int, list[tuple[_Sequence, Span]]]:
         """The depth of what is proposed, and the work with it; no sequence gives way for it."""
-        able = [s for s, _ in work if s.cached and s.request.speculate and s.limit - len(s.ids) > 1]
+        # Nothing is proposed for places that the answer cannot have.
+        left = {s.handle: s.limit - len(s.ids) - 1 for s, _ in work if s.request.speculate}
+        able = [s for s, _ in work if s.cached and left.get(s.handle, 0) > 0]
         depth = speculation.depth(len(work), len(able)) if able else 0
         shape = speculation.shape
-        # Nothing is proposed for places that the answer cannot have.
-        left = min((s.limit - len(s.ids) - 1 for s in able), default=0)
         if shape.nodes:
-            depth, rows = depth if depth <= left else 0, shape.rows
-        else:
-            depth = min(depth, left, (self._step_tokens - len(work)) // max(len(able), 1))
+            able, rows = [s for s in able if left[s.handle] >= depth], shape.rows
+        elif able:
+            most = max(left[s.handle] for s in able)
+            depth = min(depth, most, (self._step_tokens - len(work)) // len(able))
             rows = 1 + depth
+            able = [s for s in able if s.cached + rows <= self.context]
+        if depth < 1 or not able or len(able) * rows > self._step_tokens:
+            return 0, work
         wanted = [(s.pages, s.cached + rows) for s in able]
-        if depth < 1 or len(able) * rows > self._step_tokens or not self.pages.fits(wanted):
+        if not self.pages.fits(wanted):
             return 0, work
         if any(rows > self.pages.room(s.cached) for s in able):
             return 0, work
@@ -253,6 +257,10 @@ class Scheduler:
             return 0, work
         asked = [self._span(sequence, 1, rows) for sequence in able]
         proposed = speculation.propose(asked, depth)
+        if not shape.nodes:
+            proposed = [
+                Proposal(p.ids[: left[s.handle]]) for s, p in zip(able, proposed, strict=True)
+            ]
         longer = map(extended, asked, proposed)
         spans = {s.handle: span for s, span in zip(able, longer, strict=True)}
         return depth, [(s, spans.get(s.handle, span)) for s, span in work]
@@ -271,7 +279,7 @@ class Scheduler:
             is_over = outputs[-1].finish or outputs[-1].error
             row = None if is_over else follower(span, row, sequence.ids[-1])
         assert self.speculation
-        self.speculation.keep(span, path, depth)
+        self.speculation.keep(span, path, min(depth, len(span.ids) - 1))
         return outputs
 
     def _admit(self) -> None:

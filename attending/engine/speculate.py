@@ -38,6 +38,11 @@ class Seconds:
         """Another measurement."""
         self._of.setdefault(rows, deque(maxlen=LATEST)).append(seconds)
 
+    @property
+    def most(self) -> int:
+        """The most rows that were measured."""
+        return max(self._of, default=0)
+
     def at(self, rows: int) -> float:
         """Of a step of so many; 0 before any was measured."""
         known = sorted(self._of)
@@ -75,6 +80,8 @@ class Speculation:
         self.tried = np.zeros(self.shape.depth, np.int64)
         """Rounds in which there was one and all before it were accepted."""
         self.seconds, self.draft_seconds = Seconds(), Seconds()
+        self.drafting = 0.0
+        """Seconds that went into proposals."""
         self._recent = np.zeros((2, self.shape.depth))  # of both, fading
         self._runner, self._adapts, self._clock = runner, adapts, clock
         self._looks = 0
@@ -110,10 +117,10 @@ class Speculation:
         return tokens / seconds if seconds else 0.0
 
     def break_even(self, most: int) -> int:
-        """The largest batch for which drafting pays, as far as was measured; at most `most`."""
+        """The largest batch for which drafting pays, among those up to the largest that drafted."""
         pays = [
             batch
-            for batch in range(1, most + 1)
+            for batch in range(1, min(most, self.draft_seconds.most) + 1)
             if self.rounds
             and max(self._depths, key=lambda depth: self.rate(batch, batch, depth)) > 0
         ]
@@ -131,7 +138,9 @@ class Speculation:
         """The runner's."""
         start = self._clock()
         found = self._runner.propose(spans, depth)
-        self.draft_seconds.add(len(spans), (self._clock() - start) / depth)
+        spent = self._clock() - start
+        self.drafting += spent
+        self.draft_seconds.add(len(spans), spent / depth)
         return found
 
     def keep(self, span: Span, rows: Sequence[int], proposed: int) -> None:

@@ -18,7 +18,8 @@ from attending.model.checkpoint import DTYPES, map_tensors, require_exact
 from attending.model.files import read_json, weight_files
 
 CLASS, EMBEDDING, GATE = "LlamaForCausalLMEagle3", "embed_tokens.weight", "g_proj.weight"
-# SGLang adds one to these numbers, since it counts layers' outputs.
+# Below `eagle_config` SGLang and SpecForge count layers' outputs, so one less; the same name at the
+# top is vLLM's and speculators', and counts inputs as we do (0 is the embedding).
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 ELSEWHERE = ("norm_before_residual", "norm_before_fc", "fc_norm")
 TENSORS = DTYPES | {"I64": np.dtype("<i8"), "BOOL": np.dtype(np.bool_)}
@@ -69,7 +70,8 @@ class EagleConfig:
             **self.arch.to_config(),
             "architectures": [CLASS],
             "draft_vocab_size": self.draft_vocab,
-            "eagle_config": {LAYERS: list(self.layers), "use_aux_hidden_state": True},
+            "eagle_config": {LAYERS: [at - 1 for at in self.layers], "use_aux_hidden_state": True},
+            LAYERS: list(self.layers),
             "gated": self.gated,
             "target": self.target,
             "target_sha256": self.target_sha256,
@@ -174,7 +176,9 @@ def parse_eagle(config: Mapping[str, Any], target: Architecture | None = None) -
             f"a draft with {', '.join(odd) or 'other than one layer, or biases'} is not read; "
             "expected stock EAGLE-3: one Llama layer without biases."
         )
-    layers = told.get(LAYERS) or (target and feature_layers(len(target.layers)))
+    layers = config.get(LAYERS) or told.get(LAYERS)
+    if not layers:
+        layers = target and feature_layers(len(target.layers))
     size = config.get("draft_vocab_size") or config.get("vocab_size")
     if not layers or not isinstance(size, int):
         raise CheckpointError(
@@ -182,8 +186,10 @@ def parse_eagle(config: Mapping[str, Any], target: Architecture | None = None) -
         )
     if len(layers) != 3 or not all(type(at) is int for at in layers) or [*layers] != sorted(layers):
         raise CheckpointError(
-            f"eagle_config.{LAYERS}={layers!r}: expected three layers of the target, ascending."
+            f"{LAYERS}={layers!r}: expected three layers of the target, ascending."
         )
+    if not config.get(LAYERS) and told.get(LAYERS):
+        layers = [at + 1 for at in layers]
     arch = parse_config({**config, "model_type": "llama"})
     gated, target_name = bool(config.get("gated")), str(config.get("target") or "")
     pair = target_name, str(config.get("target_sha256") or "")

@@ -179,13 +179,17 @@ def _record(part: PartConfig, place: str, fields: Mapping[str, object]) -> tuple
 
 
 def _counts(config: CalibrationConfig) -> dict[str, int]:
-    """Samples by side and part, at least one each."""
+    """Samples by side and part: at least one each, and otherwise by largest remainders."""
     total = sum(part.share for part in config.parts.values())
-    return {
-        f"{side}.{name}": max(1, round(count * part.share / total))
-        for side, count in (("calibration", config.samples), ("evaluation", config.evaluation))
-        for name, part in config.parts.items()
-    }
+    found: dict[str, int] = {}
+    for side, count in (("calibration", config.samples), ("evaluation", config.evaluation)):
+        exact = {name: count * part.share / total for name, part in config.parts.items()}
+        whole = {name: max(1, int(share)) for name, share in exact.items()}
+        left = max(count - sum(whole.values()), 0)
+        for name in sorted(exact, key=lambda name: whole[name] - exact[name])[:left]:
+            whole[name] += 1
+        found |= {f"{side}.{name}": own for name, own in whole.items()}
+    return found
 
 
 async def _gather(

@@ -2,7 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from attending.config import Config
 from attending.corpus.recipe import Format
@@ -33,7 +40,7 @@ class PartConfig(Config):
     """Of the record, of its fields. Default: its file and number."""
     holdout_key: str = ""
     """What is held out as a whole, of a record's fields. Default: the id."""
-    share: NonNegativeFloat = 1.0
+    share: PositiveFloat = 1.0
     """Its part of the samples, beside the other parts' shares."""
 
     @model_validator(mode="after")

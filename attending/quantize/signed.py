@@ -44,14 +44,6 @@ class SignedRounding(Config):
     start from GPTQ needs: its integers fit its scales."""
 
 
-RECIPES = {
-    "fast": SignedRounding(steps=50, rate=5e-3),
-    "default": SignedRounding(),
-    "best": SignedRounding(steps=1000),
-}
-"""AutoRound's light, default and best; it gives the last one 512 samples, the others 128."""
-
-
 class Start(NamedTuple):
     """Where a layer's rounding starts."""
 

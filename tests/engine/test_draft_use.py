@@ -39,7 +39,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(model), str(write_draft(place / "its-draft", model))
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"draft_depth": 3}])
+TREE = {"dtype": "float32", "draft_depth": 3, "draft_width": 2, "draft_nodes": 5}
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"draft_depth": 3}, TREE])
 def test_a_model_with_a_draft_answers_the_same(
     pair: tuple[str, str], options: dict[str, Any]
 ) -> None:
@@ -53,6 +56,7 @@ def test_a_model_with_a_draft_answers_the_same(
     speculation = drafted.scheduler.speculation
     assert speculation is not None and speculation.rounds > 5
     assert speculation.shape.depth == options.get("draft_depth", loading.DEPTH)
+    assert speculation.shape.nodes == options.get("draft_nodes", 0)
     assert sum(drafted.page_bytes) > sum(plain.page_bytes)
 
 
@@ -77,8 +81,19 @@ def test_a_draft_of_another_model_is_refused_with_both_names(
     other = write_model(tmp_path / "other", **DEEP, rope_theta=5e5)
     with pytest.raises(CheckpointError, match=r"trained for tiny \(sha256 .*not for other \(sha"):
         attending.load(str(other), draft=draft).chat(ASK, **GREEDY)
-    with pytest.raises(UsageError, match="draft_depth 3: there is no draft"):
-        attending.load(str(other), draft_depth=3).chat(ASK, **GREEDY)
+    for options in ({"draft_depth": 3}, {"draft_width": 2, "dtype": "float32"}):
+        with pytest.raises(UsageError, match="draft_depth or draft_width is given: there is no"):
+            attending.load(str(other), **options).chat(ASK, **GREEDY)
+
+
+def test_a_tree_needs_torch_and_a_width(pair: tuple[str, str]) -> None:
+    model, draft = pair
+    with pytest.raises(UsageError, match="draft_width 2: trees are checked by torch's runner"):
+        attending.load(model, draft=draft, draft_width=2)
+    with pytest.raises(UsageError, match="draft_nodes 5: of a tree; give a draft_width"):
+        attending.load(model, draft=draft, draft_nodes=5)
+    told = attending.load(model, draft=draft, draft_width=2, dtype="float32").draft
+    assert told is not None and told.shape == (loading.DEPTH, 2, 2 * loading.DEPTH)
 
 
 def test_a_gated_draft_needs_torch(pair: tuple[str, str], tmp_path: Path) -> None:

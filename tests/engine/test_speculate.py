@@ -183,6 +183,23 @@ def test_an_answer_ends_where_it_would_without_a_draft() -> None:
     assert (told.tokens, told.finish) == (wanted.tokens, "stop")
 
 
+def test_a_short_answer_shortens_no_others() -> None:
+    """Of two that are served together one has two tokens left, the other many."""
+    ids, other, notebook = text(20), text(20, seed=5), Notebook(8)
+    short = GREEDY.replace(max_tokens=3)
+    (brief,) = serve(Scheduler(notebook), Request(ids, short))
+    (whole,) = serve(Scheduler(notebook), Request(other, GREEDY))
+    told = [(*ids, *brief.tokens, 0, 0, 0, 0), (*other, *whole.tokens)]
+    scheduler = speculating(Foreteller(Notebook(8), Shape(4), told, errors=0.0))
+    handles = [scheduler.submit(Request(i, s)) for i, s in ((ids, short), (other, GREEDY))]
+    scheduler.step()  # the prompts, and a token of each
+    round_ = scheduler.step()
+    assert [o.token for o in round_ if o.handle == handles[0]] == brief.tokens[1:]
+    assert [o.token for o in round_ if o.handle == handles[1]] == whole.tokens[1:6]
+    assert scheduler.speculation is not None
+    assert scheduler.speculation.tried.tolist() == [2, 1, 1, 1]
+
+
 def test_cancelled_and_unwilling_requests() -> None:
     ids, notebook = text(20), Notebook(8)
     (whole,) = serve(Scheduler(notebook), Request(ids, GREEDY))
@@ -300,7 +317,9 @@ def test_break_even_is_where_more_users_gain_nothing() -> None:
     """Rows cost 0.1 of a step: with batch b, tau(1) / (1 + 0.2 b + d) against 1 / (1 + 0.1 b)."""
     clockwork = Clockwork(0.5, 0.1, 0.05)
     assert clockwork.speculation.break_even(32) == 0
-    for batch in (1, 4, 16):
+    clockwork.run(200, 1)
+    assert clockwork.speculation.break_even(32) == 1  # nothing is said of what was not measured
+    for batch in (4, 16):
         clockwork.run(200, batch)
     # 1.5 (1 + 0.1 b) > 1.05 + 0.2 b while b < 9.
     assert 6 <= clockwork.speculation.break_even(32) <= 11

@@ -30,7 +30,7 @@ ROOMS = {
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_260),
     "train": Room(2, 2_050),
-    "engine": Room(2, 5_640),
+    "engine": Room(2, 5_680),
     "evaluate": Room(3, 3_730),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 550),

@@ -98,7 +98,9 @@ def test_names_and_shapes_are_the_stock_ones(family: str, tmp_path: Path) -> Non
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 1)
     assert (config["draft_vocab_size"], config["vocab_size"]) == (DRAFT, VOCAB)
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    # Below `eagle_config` the numbers are SGLang's: outputs of layers, so one less.
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
     again = load_eagle(tmp_path)
     assert again.config == eagle.config
     assert all(torch.equal(one, again.state_dict()[name]) for name, one in state.items())
@@ -188,14 +190,18 @@ def test_what_is_not_stock_is_not_read() -> None:
     ):
         with pytest.raises(CheckpointError, match="is not read"):
             parse_eagle({**config, **changes})
-    stock = {k: v for k, v in config.items() if k != "eagle_config"}
+    named = "eagle_aux_hidden_state_layer_ids"
+    stock = {k: v for k, v in config.items() if k not in ("eagle_config", named)}
+    sglang = {**stock, "eagle_config": {named: [0, 2, 4]}}
+    assert parse_eagle(sglang).layers == (1, 3, 5)
+    assert parse_eagle({**stock, named: [0, 2, 4]}).layers == (0, 2, 4)
     assert parse_eagle(stock, parse_config(target_config("llama"))).layers == (2, 4, 5)
     with pytest.raises(CheckpointError, match="names no eagle_config"):
         parse_eagle(stock)
     for layers in ([1, 2], [2, 1, 3], [1, 2, "3"], [1] * 300):
-        told = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": layers}}
-        with pytest.raises(CheckpointError, match="expected three layers of the target"):
-            parse_eagle({**config, **told})
+        for told in ({"eagle_config": {named: layers}}, {named: layers}):
+            with pytest.raises(CheckpointError, match="expected three layers of the target"):
+                parse_eagle({**stock, **told})
     with pytest.raises(ConfigError, match="a draft vocabulary of 97"):
         eagle_config(parse_config(target_config("llama")), 97)
 

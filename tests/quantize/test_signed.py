@@ -11,7 +11,8 @@ from attending.model.attend import Packed
 from attending.model.decoder import rotation
 from attending.quantize.gptq import Hessian, solve
 from attending.quantize.grid import Grid, Steps
-from attending.quantize.signed import RECIPES, Fitted, SignedRounding, Start, fit
+from attending.quantize.recipe import QuantizeConfig
+from attending.quantize.signed import Fitted, SignedRounding, Start, fit
 from tests.model.tiny import build
 
 
@@ -128,7 +129,11 @@ def test_a_decoder_block_with_its_rotations() -> None:
 
 
 def test_recipes() -> None:
-    assert RECIPES["fast"].steps < RECIPES["default"].steps < RECIPES["best"].steps
+    """AutoRound's light and best; its default is ours."""
+    fast, best = (QuantizeConfig.load(name, "quantize") for name in ("fast", "best"))
+    assert (fast.signed.steps, fast.signed.rate, fast.calibration.samples) == (50, 5e-3, 128)
+    assert (best.signed.steps, best.signed.rate, best.calibration.samples) == (1000, None, 512)
+    assert SignedRounding().steps == 200
     assert SignedRounding.build({"steps": 5, "rate": 0.01}).batch == 8
 
 
