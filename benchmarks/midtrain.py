@@ -1,16 +1,21 @@
 """Three ways to teach the default model medicine, and what each costs the rest.
 
-python benchmarks/midtrain.py DATA_DIR WORK_DIR
+python benchmarks/midtrain.py DATA_DIR WORK_DIR [ARM ...]
 
-makes the corpus in WORK_DIR once, then the runs of `ARMS` that are not there yet, one after the
-other, and writes midtrain.md. A run that was stopped is gone on with.
+makes the corpus in WORK_DIR once, then the runs of `ARMS` (or of those named) that have no record
+yet, one after the other, and writes midtrain.md. A run that was stopped is gone on with; one that
+ended leaves its figures in midtrain/ARM.json, from which the page is made.
 WORK_DIR/tests holds the suite's data: general text by the split rule's held-out side only.
+
+Budget on two cores without AVX512-BF16 (130 tokens/s of 135M trained, 360 measured): plain 13
+minutes, the others 33 to 43, and 15 of measures each: 3 hours.
 """
 
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,42 +24,76 @@ from matplotlib import pyplot
 from page import HERE, facts
 
 from attending.corpus.split import is_held_out
-from attending.evaluate.forgetting import of_documents, read_documents
+from attending.evaluate.forgetting import DocumentBits, of_documents, read_documents
 from attending.evaluate.page import Change
 from attending.logs import read_metrics
 from attending.mesh import hardware
 
-HIGH = ("peak=1e-3", "final=1e-4")  # the recipe's own rate forgets nothing
+MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
+HIGH = ("peak=1e-3", "final=1e-4")  # the recipe's own rate forgets next to nothing
 ARMS = {
-    "plain": ("plain", "plain continued training", HIGH),
-    "gentle": ("plain", "plain, a fifth of the rate", ()),
-    "replay": ("replay", "replay: cross entropy on all", HIGH),
-    "open": ("open", "self-constraint on general and maths", HIGH),
+    "plain": ("plain", "plain continued training", MEDICAL, HIGH),
+    "gentle": ("plain", "plain, a fifth of the rate", MEDICAL, ()),
+    "replay": ("replay", "replay: cross entropy on all", ALL, HIGH),
+    "open": ("open", "self-constraint on general and maths", ALL, HIGH),
 }
-TITLES = {arm: title for arm, (_, title, _) in ARMS.items()}
 PARTS = ("medical", "general", "maths")
 NOTES = HERE / "midtrain" / "notes.md"
-LIMIT = 100
+LIMIT = 40
 
 
 def attending(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "attending.cli", *words], check=True)
 
 
-def make(data: Path, work: Path) -> None:
-    """The corpus, the suite's data, and the runs."""
+def make(data: Path, work: Path, arms: Sequence[str]) -> None:
+    """The corpus, the suite's data, the runs, and what they left."""
     if not (work / "corpus").exists():
         words = ["--set", f"root={data}", "--out", str(work / "corpus"), "--resume"]
         attending("corpus", "midtrain", *words)
     write_tests(data, work / "tests")
-    for arm, (recipe, _, rates) in ARMS.items():
-        if (work / arm).exists():
+    for arm in arms:
+        if record(arm).exists():
             continue
+        recipe, _, tokens, rates = ARMS[arm]
         settings = [f"corpus={work / 'corpus'}", f"forgetting.data={work / 'tests'}"]
         settings += [f"forgetting.limit={LIMIT}", f"compute.precision={precision()}"]
-        settings += [f"optimizer.{rate}" for rate in rates]
+        settings += [f"tokens={tokens}", f"heldout.every_tokens={tokens // 2}"]
+        settings += [f"optimizer.{rate}" for rate in ("warmup_tokens=20480", *rates)]
         pairs = [word for setting in settings for word in ("--set", setting)]
-        attending("midtrain", recipe, *pairs, "--out", str(work / arm), "--resume")
+        if not (work / arm).exists():
+            attending("midtrain", recipe, *pairs, "--out", str(work / arm), "--resume")
+        note(work / arm, arm)
+
+
+def record(arm: str) -> Path:
+    """Where an arm's figures are kept."""
+    return HERE / "midtrain" / f"{arm}.json"
+
+
+def note(folder: Path, arm: str) -> None:
+    """Keep what the page needs of a run that ended."""
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss_nats" in row]
+    tokens, key = int(rows[-1]["train/consumed_tokens"]), "train/medical_loss_nats"
+    told = json.loads((folder / "forgetting.json").read_text("utf-8"))["changes"]
+    documents = {name: [*map(list, read_documents(folder, name))] for name in PARTS}
+    found = {
+        "tokens": tokens,
+        "operations": operations(run, tokens),
+        "seconds": rows[-1]["run/elapsed_seconds"],
+        "precision": run["recipe"]["compute"]["precision"],
+        "documents": {k: [[round(x, 3) for x in one] for one in v] for k, v in documents.items()},
+        "tasks": [one for one in told if one["metric"] != "bits per byte"],
+        "curve": [[row["train/consumed_tokens"], row[key]] for row in rows if key in row],
+        "about": facts(),
+    }
+    record(arm).write_text(json.dumps(found) + "\n", "utf-8")
+
+
+def noted() -> dict[str, dict[str, Any]]:
+    """The figures of all arms that have some."""
+    return {arm: json.loads(record(arm).read_text("utf-8")) for arm in ARMS if record(arm).exists()}
 
 
 def precision() -> str:
@@ -74,37 +113,31 @@ def write_tests(data: Path, folder: Path) -> None:
     (folder / "general_openstax.jsonl").write_text("\n".join(held) + "\n", "utf-8")
 
 
-def table(work: Path) -> tuple[list[str], dict[str, dict[str, Change]]]:
+def table(runs: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, dict[str, Change]]]:
     """A row an arm: what was read, what it took, what it gained and lost."""
     changes: dict[str, dict[str, Change]] = {}
-    for arm in ARMS:
-        found = {name: of_documents(name, read_documents(work / arm, name)) for name in PARTS}
-        changes[arm] = found
+    for arm, run in runs.items():
+        own = {
+            name: [DocumentBits(*one) for one in rows] for name, rows in run["documents"].items()
+        }
+        changes[arm] = {name: of_documents(name, rows) for name, rows in own.items()}
     plain = changes["plain"]
     head = ["", "tokens", "operations, 10^15", "hours", "medical gain, bits a byte", "of plain's"]
-    head += ["general loss, bits a byte", "of plain's", "maths loss, bits a byte"]
+    head += ["general loss, bits a byte", "of plain's", "maths loss, bits a byte", "of plain's"]
     rows = []
-    for arm, title in TITLES.items():
-        run = json.loads((work / arm / "run.json").read_text("utf-8"))
-        last = [
-            row for row in read_metrics(work / arm / "metrics.jsonl") if "train/loss_nats" in row
-        ]
-        tokens = int(last[-1]["train/consumed_tokens"])
-        medical, general, maths = (changes[arm][name] for name in PARTS)
-        rows.append(
-            [
-                title,
-                f"{tokens:,}",
-                f"{operations(run, tokens) / 1e15:,.2f}",
-                f"{last[-1]['run/elapsed_seconds'] / 3600:.2f}",
-                cell(medical, 1),
-                f"{medical.gain / plain['medical'].gain:.0%}",
-                cell(general, -1),
-                f"{general.gain / plain['general'].gain:.0%}" if plain["general"].gain else "",
-                cell(maths, -1),
-            ]
-        )
+    for arm, run in runs.items():
+        told = [ARMS[arm][1], f"{run['tokens']:,}", f"{run['operations'] / 1e15:,.2f}"]
+        told.append(f"{run['seconds'] / 3600:.2f}")
+        for name, sign in zip(PARTS, (1, -1, -1), strict=True):
+            told += [cell(changes[arm][name], sign), share(changes[arm][name], plain[name])]
+        rows.append(told)
     return markdown(head, rows), changes
+
+
+def share(one: Change, plain: Change) -> str:
+    """Of the plain arm's change; nothing where that is not clear of none."""
+    low, high = plain.interval or (-1.0, 1.0)
+    return "" if low <= 0 <= high else f"{one.gain / plain.gain:.0%}"
 
 
 def operations(run: dict[str, Any], tokens: int) -> float:
@@ -120,17 +153,15 @@ def cell(change: Change, sign: int) -> str:
     return f"{sign * change.gain:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
-def tasks(work: Path) -> list[str]:
+def tasks(runs: dict[str, dict[str, Any]]) -> list[str]:
     """The suite before and after, by arm."""
-    head, rows = ["", "before", *TITLES.values()], {}
-    for at, arm in enumerate(ARMS):
-        told = json.loads((work / arm / "forgetting.json").read_text("utf-8"))["changes"]
-        for one in told:
-            if one["task"] not in PARTS or one["metric"] != "bits per byte":
-                key = f"{one['task']}, {one['metric']}"
-                row = rows.setdefault(key, [f"{one['before']:.3f}", *["not measured"] * len(ARMS)])
-                low, high = one["interval"] or (math.nan, math.nan)
-                row[at + 1] = f"{one['after']:.3f} ({low:+.3f} to {high:+.3f})"
+    head, rows = ["", "before", *(ARMS[arm][1] for arm in runs)], {}
+    for at, run in enumerate(runs.values()):
+        for one in run["tasks"]:
+            key = f"{one['task']}, {one['metric']}"
+            row = rows.setdefault(key, [f"{one['before']:.3f}", *["not measured"] * len(runs)])
+            low, high = one["interval"] or (math.nan, math.nan)
+            row[at + 1] = f"{one['after']:.3f} ({low:+.3f} to {high:+.3f})"
     return markdown(head, [[name, *row] for name, row in rows.items()])
 
 
@@ -139,21 +170,18 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def draw(work: Path, changes: dict[str, dict[str, Change]]) -> None:
+def draw(runs: dict[str, dict[str, Any]], changes: dict[str, dict[str, Change]]) -> None:
     figure, panels = pyplot.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
     for panel, name in zip(panels, PARTS, strict=False):
-        for place, arm in enumerate(ARMS):
+        for place, arm in enumerate(runs):
             one = changes[arm][name]
             low, high = one.interval or (one.gain, one.gain)
             panel.bar(place, one.gain, 0.7, yerr=[[one.gain - low], [high - one.gain]], capsize=4)
         panel.axhline(0, color="#1c2733", lw=0.8)
-        panel.set_xticks(range(len(ARMS)), ARMS, fontsize=8)
+        panel.set_xticks(range(len(runs)), runs, fontsize=8)
         panel.set_title(f"{name}: bits a byte gained", fontsize=9)
-    for arm in ARMS:
-        rows = [row for row in read_metrics(work / arm / "metrics.jsonl")]
-        key = "train/medical_loss_nats"
-        seen = [(row["train/consumed_tokens"], row[key]) for row in rows if key in row]
-        x, y = np.array(seen).T
+    for arm, run in runs.items():
+        x, y = np.array(run["curve"]).T
         smooth = np.convolve(y, np.ones(10) / 10, "valid")
         panels[3].plot(x[len(x) - len(smooth) :] / 1e3, smooth, label=arm)
     panels[3].set_title("medical loss while training, nats", fontsize=9)
@@ -165,29 +193,22 @@ def draw(work: Path, changes: dict[str, dict[str, Change]]) -> None:
     figure.savefig(HERE / "midtrain.svg", metadata={"Date": None})
 
 
-def main(data: Path, work: Path) -> None:
-    make(data, work)
-    rows, changes = table(work)
-    draw(work, changes)
-    counts = {name: len(read_documents(work / "plain", name)) for name in PARTS}
-    told = ", ".join(f"{count} {name}" for name, count in counts.items())
-    text = [
-        "# Mid-training: what is gained, and what it costs",
-        "",
-        NOTES.read_text("utf-8").strip(),
-    ]
-    text += [
-        "",
-        f"Held-out documents: {told}.",
-        "",
-        *rows,
-        "",
-        "![The three ways](midtrain.svg)",
-        "",
-    ]
-    text += [f"Tasks, {LIMIT} examples each; the interval is the gain's, paired.", "", *tasks(work)]
-    (HERE / "midtrain.md").write_text("\n".join([*text, "", *facts(), ""]), "utf-8")
+def main(data: Path, work: Path, *arms: str) -> None:
+    make(data, work, arms or tuple(ARMS))
+    runs = noted()
+    rows, changes = table(runs)
+    draw(runs, changes)
+    told = ", ".join(f"{len(own)} {name}" for name, own in runs["plain"]["documents"].items())
+    missing = [ARMS[arm][1] for arm in ARMS if arm not in runs]
+    text = ["# Mid-training: what is gained, and what it costs", ""]
+    text += [NOTES.read_text("utf-8").strip(), "", f"Held-out documents: {told}.", ""]
+    text += [f"Not run yet: {'; '.join(missing)}.", ""] if missing else []
+    text += [*rows, "", "![The three ways](midtrain.svg)", ""]
+    text += [f"Tasks, {LIMIT} examples each; the interval is the gain's, paired.", ""]
+    about = dict.fromkeys(line for run in runs.values() for line in run["about"])
+    text += [*tasks(runs), "", *about, ""]
+    (HERE / "midtrain.md").write_text("\n".join(text), "utf-8")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    main(*map(Path, sys.argv[1:3]), *sys.argv[3:])
