@@ -10,7 +10,7 @@ from pathlib import Path
 from attending import artifact
 from attending.draft import data
 from attending.draft.recipe import DraftConfig
-from attending.draft.setup import export, prepare, require_alone
+from attending.draft.setup import begun_from, export, prepare, require_alone
 from attending.draft.watch import DraftWatch
 from attending.sources import Progress
 from attending.train import run
@@ -62,7 +62,7 @@ def draft(
         start = open_start(config.model)
         require_alone(config, start, place)
         recipe = config.model_dump(mode="json")
-        parents = [start.parent, *data.digests(config)]
+        parents = [start.parent, *data.digests(config), *begun_from(config)]
         record = artifact.Record("draft", recipe, config.seed, parents)
         told = {**recipe, "parents": parents}
         folder = run.begin(out, told, place, resume=resume, accept_changes=accept_changes)

@@ -79,6 +79,9 @@ class DraftConfig(TrainConfig):
     """Folder where its answers are kept for other runs. Empty: in the run's own, until it ends."""
     head: HeadConfig = HeadConfig()
     """What is trained."""
+    begin: str = ""
+    """A draft to go on from, of this head's shape: for other dialogues, or after its target was
+    tuned. Its words stay. Empty: a new one."""
     unroll: PositiveInt = 7
     """Steps that the head goes on from its own states in training."""
     decay: float = Field(0.8, gt=0, le=1)

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from attending.artifact import digest
 from attending.draft.data import token_counts
 from attending.draft.estimate import operations
 from attending.draft.loss import UnrolledLoss
@@ -16,7 +17,7 @@ from attending.draft.watch import by_source
 from attending.errors import ConfigError
 from attending.mesh import World
 from attending.model.decoder import Decoder
-from attending.model.eagle import Eagle, save_eagle
+from attending.model.eagle import Eagle, load_eagle, save_eagle
 from attending.model.eagle_files import EagleConfig, choose_vocabulary, eagle_config
 from attending.shards import Shards
 from attending.sources import resolve
@@ -88,12 +89,15 @@ def prepare(
     target = build(start.arch, start.fill, place, device, config.compute)
     target.requires_grad_(False).eval()
     told = head_config(config, start)
-    counts = token_counts(shards, start.arch.vocab_size)
-    d2t, t2d = choose_vocabulary(counts, told.draft_vocab, start.generation["eos_token_id"])
     eagle = Eagle(told).to(device, target.model.norm.weight.dtype)
-    eagle.d2t.copy_(torch.from_numpy(d2t))
-    eagle.t2d.copy_(torch.from_numpy(t2d))
-    eagle.init_weights(target.head_weight(), target.model.norm.weight, config.seed)
+    if config.begin:
+        eagle.load_state_dict(begun(config.begin, told, start))
+    else:
+        counts = token_counts(shards, start.arch.vocab_size)
+        d2t, t2d = choose_vocabulary(counts, told.draft_vocab, start.generation["eos_token_id"])
+        eagle.d2t.copy_(torch.from_numpy(d2t))
+        eagle.t2d.copy_(torch.from_numpy(t2d))
+        eagle.init_weights(target.head_weight(), target.model.norm.weight, config.seed)
     torch.manual_seed(config.seed)
     optimizer = adamw(eagle.named_parameters(), config.optimizer)
     reader = open_reader(shards, config)
@@ -106,6 +110,30 @@ def prepare(
     loss = UnrolledLoss(target, config.unroll, config.decay)
     flops = operations(start.arch, told, config.context, config.unroll)
     return Setup(state, target, eagle, reader, steps, loss, watched, flops)
+
+
+def begun_from(config: DraftConfig) -> list[dict[str, str]]:
+    """For `run.json`: the draft to go on from, if there is one."""
+    if not config.begin:
+        return []
+    found = resolve(config.begin)
+    return [{"uri": found.uri, "sha256": found.sha256 or digest(found.path)}]
+
+
+def begun(source: str, told: EagleConfig, start: Start) -> Mapping[str, Tensor]:
+    """The weights of a draft to go on from; a ConfigError where it is no such draft."""
+    found = load_eagle(resolve(source).path, start.arch)
+    tensors, one = found.state_dict(), found.config
+    shapes = {name: tuple(values.shape) for name, values in tensors.items()}
+    if shapes != told.tensor_shapes() or one.layers != told.layers:
+        raise ConfigError(
+            f"begin={source}: that draft has {one.draft_vocab:,} words, reads layers "
+            f"{list(one.layers)}, its MLP {one.arch.intermediate_size} wide, gated={one.gated}; "
+            f"asked for are {told.draft_vocab:,}, {list(told.layers)}, "
+            f"{told.arch.intermediate_size}, gated={told.gated}, and no embedding of its own. "
+            "Change `head`, or begin anew."
+        )
+    return tensors
 
 
 def open_reader(shards: Shards, config: DraftConfig) -> PackedReader:

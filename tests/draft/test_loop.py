@@ -113,6 +113,23 @@ def test_the_target_writes_and_the_draft_learns_to_foresee(made: Made, tmp_path:
     assert "heldout/questions" in (out / "README.md").read_text("utf-8")
 
 
+def test_a_draft_goes_on_from_another(made: Made, tmp_path: Path) -> None:
+    """It begins where that one ended, and refuses one of another shape."""
+    first = draft(recipe(made, epochs=2.0), tmp_path / "first")
+    second = draft(recipe(made, begin=str(first)), tmp_path / "second")
+    key = "heldout/questions_tokens_per_round@3"
+    ends = [
+        [r[key] for r in read_metrics(out / "metrics.jsonl") if key in r] for out in (first, second)
+    ]
+    assert ends[1][0] == pytest.approx(ends[0][-1])
+    assert torch.equal(load_eagle(first).d2t, load_eagle(second).d2t)
+    run = json.loads((second / "run.json").read_text("utf-8"))
+    assert run["parents"][-1]["sha256"] == digest(first)
+    with pytest.raises(ConfigError, match=r"that draft has 150 words, .* asked for are 149"):
+        other = recipe(made, begin=str(first), head={"vocabulary": 149})
+        draft(other, tmp_path / "third")
+
+
 def test_answers_are_not_asked_for_again(made: Made, tmp_path: Path) -> None:
     """With a test before: what is missing is written, and equals what was there."""
     config, start = recipe(made), open_start(str(made[1]))
