@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 from matplotlib import pyplot
-from page import HERE, facts
+from page import HERE
 
 from attending.corpus.split import is_held_out
 from attending.evaluate.forgetting import DocumentBits, of_documents, read_documents
@@ -84,11 +84,21 @@ def note(folder: Path, arm: str) -> None:
         "seconds": rows[-1]["run/elapsed_seconds"],
         "precision": run["recipe"]["compute"]["precision"],
         "documents": {k: [[round(x, 3) for x in one] for one in v] for k, v in documents.items()},
-        "tasks": [one for one in told if one["metric"] != "bits per byte"],
+        "tasks": [one for one in told if one["task"] not in PARTS or not one["is_loss"]],
         "curve": [[row["train/consumed_tokens"], row[key]] for row in rows if key in row],
-        "about": facts(),
+        "about": about(run),
     }
     record(arm).write_text(json.dumps(found) + "\n", "utf-8")
+
+
+def about(run: dict[str, Any]) -> str:
+    """Date, commit, hardware and versions of a run."""
+    machine, versions = run["hardware"], run["versions"].items()
+    memory = f"{machine['memory_bytes'] / 2**30:.1f} GiB, {', '.join(machine['simd'])}"
+    return (
+        f"{run['started'][:10]}, commit {run['commit'][:10]}, {machine['cpu']}, "
+        f"{machine['available_cores']} cores, {memory}; {', '.join(map(' '.join, versions))}"
+    )
 
 
 def noted() -> dict[str, dict[str, Any]]:
@@ -205,8 +215,8 @@ def main(data: Path, work: Path, *arms: str) -> None:
     text += [f"Not run yet: {'; '.join(missing)}.", ""] if missing else []
     text += [*rows, "", "![The three ways](midtrain.svg)", ""]
     text += [f"Tasks, {LIMIT} examples each; the interval is the gain's, paired.", ""]
-    about = dict.fromkeys(line for run in runs.values() for line in run["about"])
-    text += [*tasks(runs), "", *about, ""]
+    text += [*tasks(runs), "", "`python benchmarks/midtrain.py DATA_DIR WORK_DIR`", ""]
+    text += [*(f"- {arm}: {run['about']}" for arm, run in runs.items()), ""]
     (HERE / "midtrain.md").write_text("\n".join(text), "utf-8")
 
 
