@@ -144,6 +144,21 @@ def table(runs: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, dict[st
     return markdown(head, rows), changes
 
 
+def beside_plain(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """What an arm ends better than plain by, paired over documents."""
+    rows = []
+    for arm, run in runs.items():
+        if arm == "plain":
+            continue
+        told = [ARMS[arm][1]]
+        for name in PARTS:
+            ends = zip(runs["plain"]["documents"][name], run["documents"][name], strict=True)
+            pairs = [DocumentBits(plain[1], own[1], own[2]) for plain, own in ends]
+            told.append(cell(of_documents(name, pairs), 1))
+        rows.append(told)
+    return markdown(["bits a byte below plain's", *PARTS], rows)
+
+
 def share(one: Change, plain: Change) -> str:
     """Of the plain arm's change; nothing where that is not clear of none."""
     low, high = plain.interval or (-1.0, 1.0)
@@ -213,7 +228,7 @@ def main(data: Path, work: Path, *arms: str) -> None:
     text = ["# Mid-training: what is gained, and what it costs", ""]
     text += [NOTES.read_text("utf-8").strip(), "", f"Held-out documents: {told}.", ""]
     text += [f"Not run yet: {'; '.join(missing)}.", ""] if missing else []
-    text += [*rows, "", "![The three ways](midtrain.svg)", ""]
+    text += [*rows, "", *beside_plain(runs), "", "![The ways](midtrain.svg)", ""]
     text += [f"Tasks, {LIMIT} examples each; the interval is the gain's, paired.", ""]
     text += [*tasks(runs), "", "`python benchmarks/midtrain.py DATA_DIR WORK_DIR`", ""]
     text += [*(f"- {arm}: {run['about']}" for arm, run in runs.items()), ""]
