@@ -30,7 +30,7 @@ from attending.logs import read_metrics
 from attending.mesh import hardware
 
 MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
-HIGH = ("peak=1e-3", "final=1e-4")  # the recipe's own rate forgets next to nothing
+HIGH = ("peak=1e-3", "final=1e-4")  # five times the recipe's: arms that forget can be compared
 ARMS = {
     "plain": ("plain", "plain continued training", MEDICAL, HIGH),
     "gentle": ("plain", "plain, a fifth of the rate", MEDICAL, ()),
@@ -82,7 +82,6 @@ def note(folder: Path, arm: str) -> None:
         "tokens": tokens,
         "operations": operations(run, tokens),
         "seconds": rows[-1]["run/elapsed_seconds"],
-        "precision": run["recipe"]["compute"]["precision"],
         "documents": {k: [[round(x, 3) for x in one] for one in v] for k, v in documents.items()},
         "tasks": [one for one in told if one["task"] not in PARTS or not one["is_loss"]],
         "curve": [[row["train/consumed_tokens"], row[key]] for row in rows if key in row],

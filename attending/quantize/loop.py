@@ -94,8 +94,8 @@ def quantize(
         told = config.calibration
         samples = calibration.prepare(told, start, states, config.seed, progress, note)
         job = Job(config, _stream(config, start, arch, probe := Probe()), layers, states, probe)
-        for name in arch.tensor_shapes():  # what its dtype does not hold is better known now
-            if name.removesuffix(".weight") not in layers:
+        for name in arch.tensor_shapes():  # what another dtype does not hold is better known now
+            if config.floats != "stored" and name.removesuffix(".weight") not in layers:
                 _as_stored(job, name)
         errors = round_blocks(job, torch.cat([*samples.calibration.values()]), draft, progress)
         for line in probe.lines():

@@ -110,6 +110,21 @@ def test_replies_are_asked_once_and_kept_for_other_runs(
         prepared(model, CalibrationConfig.build(hotter), tmp_path / "c")
 
 
+def test_parts_share_all_samples_and_none_is_without() -> None:
+    """Three equal parts of 128, by largest remainders; a small share still has one."""
+    how: dict[str, Any] = {"samples": 128, "evaluation": 3}
+    parts: dict[str, Any] = {name: {"path": "x", "text": "{t}"} for name in ("a", "b", "c")}
+    counts = calibration._counts(CalibrationConfig.build({**how, "parts": parts}))
+    assert [counts[f"calibration.{name}"] for name in "abc"] == [43, 43, 42]
+    assert [counts[f"evaluation.{name}"] for name in "abc"] == [1, 1, 1]
+    parts["c"]["share"] = 0.001
+    counts = calibration._counts(CalibrationConfig.build({**how, "parts": parts}))
+    assert counts["calibration.c"] == counts["evaluation.c"] == 1
+    parts["c"]["share"] = 0.0
+    with pytest.raises(ConfigError, match="share"):
+        CalibrationConfig.build({**how, "parts": parts})
+
+
 def test_files_are_named_with_their_sum(model: Path, tmp_path: Path) -> None:
     config = recipe(model, write_text(tmp_path / "text")).calibration
     found = calibration.digests(config)

@@ -222,12 +222,13 @@ def test_numbers_that_are_none_end_the_run(
 def test_floats_that_do_not_fit_are_named(model: Path, text: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "m", **MODEL)
     weights = {n: tensor.clone() for n, tensor in load_file(source / "model.safetensors").items()}
-    weights["model.layers.0.input_layernorm.weight"][0] = 1e5
+    weights["model.layers.1.input_layernorm.weight"][0] = 1e5
     save_weights(weights, source)
     with pytest.raises(
         CheckpointError, match=r"input_layernorm.weight does not fit into .*float16"
     ):
         quantize(recipe(source, text, floats="float16"), tmp_path / "out")
+    assert not [*tmp_path.glob("out.tmp/**/block_*")]  # and before the first block is rounded
 
 
 def test_a_full_disk_says_so_and_the_run_goes_on_later(
