@@ -37,6 +37,7 @@ class Dialogue(NamedTuple):
     id: str
     key: str
     """What is held out as a whole."""
+    is_held_out: bool
     messages: list[dict[str, Any]]
     tools: list[Any]
 
@@ -109,7 +110,9 @@ def dialogue(
         messages = [dict(message) for message in fields["messages"]]
     own = read.render(told.id, fields) if told.id else place
     key = read.render(told.holdout_key, fields) if told.holdout_key else own
-    return Dialogue(name, number, own, key, messages, list(fields.get("tools") or []))
+    held = any(str(fields.get(k)) in v for k, v in told.holdout.items())
+    held = held if told.holdout else is_held_out(key)
+    return Dialogue(name, number, own, key, held, messages, list(fields.get("tools") or []))
 
 
 def prepare(config: SftConfig, tokenizer: Tokenizer, folder: Path) -> Prepared:
@@ -120,16 +123,16 @@ def prepare(config: SftConfig, tokenizer: Tokenizer, folder: Path) -> Prepared:
     """
     dropped: list[Dropped] = []
     every = list(dialogues(config, dropped))
-    learnt = [one for one in every if not is_held_out(one.key)]
+    learnt = [one for one in every if not one.is_held_out]
     if config.select:
-        chosen = select([{"messages": one.messages} for one in learnt], config.select)
+        chosen = select([one._asdict() for one in learnt], config.select)
         dropped += [Dropped(*learnt[one.at][:2], one.reason) for one in chosen.dropped]
         write_json(folder / "clusters.json", [one._asdict() for one in chosen.clusters])
         learnt = [learnt[index] for index in chosen.kept]
     learnt.sort(key=lambda one: draw("dialogue", config.seed, one.source, one.id))
     parts = {"train": learnt}
     for name in config.data:
-        parts[f"heldout/{name}"] = [o for o in every if o.source == name and is_held_out(o.key)]
+        parts[f"heldout/{name}"] = [o for o in every if o.source == name and o.is_held_out]
     counts = {name: Counter[str]() for name in config.data}
     shown: Example | None = None
     for part, own in parts.items():

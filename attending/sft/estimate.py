@@ -1,5 +1,6 @@
 """`--dry-run`: what a recipe takes, with the arithmetic; dialogues are counted, not encoded."""
 
+from collections import defaultdict
 from typing import Any
 
 from attending.model import lora
@@ -7,6 +8,7 @@ from attending.model.architecture import parse_config
 from attending.model.files import read_config
 from attending.sft import data
 from attending.sft.recipe import SftConfig
+from attending.sft.select import SelectConfig
 from attending.sources import resolve
 from attending.train.plan import Stretch, takes
 from attending.train.rows import require_even
@@ -20,13 +22,18 @@ def estimate(config: SftConfig) -> dict[str, Any]:
     shape = config.assumed.shape
     arch = parse_config(shape) if shape else read_config(resolve(config.model).path)
     dropped: list[data.Dropped] = []
-    sizes = [
-        sum(len(str(message.get("content") or "")) for message in one.messages) // CHARACTERS
-        for one in data.dialogues(config, dropped)
-    ]
-    budget = config.select.budget if config.select else 0
-    chosen = min(budget or len(sizes), len(sizes))
-    tokens = sum(min(size, config.context) for size in sizes) * chosen // max(len(sizes), 1)
+    select = config.select or SelectConfig()
+    pools, count = defaultdict[str, list[int]](list), 0
+    for one in data.dialogues(config, dropped):
+        count += 1
+        if not one.is_held_out:
+            size = sum(len(str(message.get("content") or "")) for message in one.messages)
+            pool = pools[one.source if one.source in select.budgets else ""]
+            pool.append(min(size // CHARACTERS, config.context))
+    chosen, tokens = 0, 0
+    for name, sizes in pools.items():
+        drawn = min(select.budgets.get(name, select.budget) or len(sizes), len(sizes))
+        chosen, tokens = chosen + drawn, tokens + sum(sizes) * drawn // len(sizes)
     steps = -(-int(config.epochs * tokens) // config.batch.tokens)
     found = takes(
         arch,
@@ -36,6 +43,6 @@ def estimate(config: SftConfig) -> dict[str, Any]:
         config.assumed,
         adapter=lora.count(arch, config.lora) if config.lora else None,
     )
-    about = f"about {CHARACTERS} characters a token; {chosen:,} dialogues of the mean size"
-    counts = {"dialogues": len(sizes), "unreadable": len(dropped)}
+    about = f"about {CHARACTERS} characters a token; {chosen:,} dialogues of their source's mean size"
+    counts = {"dialogues": count, "unreadable": len(dropped)}
     return found | counts | {"tokens_arithmetic": about}

@@ -36,6 +36,9 @@ class DialogueConfig(Config):
     """The dialogue's id, of a record's fields. Default: its file and number."""
     holdout_key: str = ""
     """What is held out as a whole, from a record's fields. Default: the id."""
+    holdout: dict[str, tuple[str, ...]] = Field(default={})
+    """Hold out records where a field named here has one of these values, such as a data set's own
+    test split, and no others. Default: one in fifty keys."""
     only: dict[str, tuple[str, ...]] = Field(default={})
     """Take records where each field named here has one of these values."""
     limit: NonNegativeInt = 0
@@ -72,4 +75,7 @@ class SftConfig(TrainConfig):
     def _rows(self) -> Self:
         if self.heldout.prompts:
             raise ValueError("heldout.prompts are for base models; dialogues are watched by bits")
+        unknown = {*(self.select.budgets if self.select else ())} - {*self.data}
+        if unknown:
+            raise ValueError(f"select.budgets names {min(unknown)!r}; data has {', '.join(self.data)}")
         return self

@@ -50,6 +50,8 @@ class SelectConfig(Config):
     """Clusters of prompts, at most."""
     budget: NonNegativeInt = 0
     """Conversations to draw, as many from each cluster as far as it has them; 0 takes all."""
+    budgets: dict[str, NonNegativeInt] = Field(default={})
+    """The same for single sources, by name; `budget` is for those that are not named here."""
     seed: NonNegativeInt = 0
     """Of the clusters and of the draw."""
 
@@ -79,7 +81,11 @@ class Selection(NamedTuple):
 
 
 def select(samples: Sequence[Mapping[str, Any]], config: SelectConfig) -> Selection:
-    """Choose among conversations, each with `messages`; which comes first decides no draw."""
+    """Choose among conversations, each with `messages`; which comes first decides no draw.
+
+    Those of `budgets` have a `source` too: faults, duplicates and clusters are found among all, the
+    draw is each source's own, so that a small source is not lost beside a large one.
+    """
     told = [exchange(sample["messages"]) for sample in samples]
     dropped = [Dropped(at, why) for at, one in enumerate(told) if (why := fault(*one))]
     faulty = {one.at for one in dropped}
@@ -91,14 +97,21 @@ def select(samples: Sequence[Mapping[str, Any]], config: SelectConfig) -> Select
     left = [at for place, at in enumerate(whole) if place not in twins]
     left.sort(key=lambda at: _digest("\0".join(told[at]), config.seed))  # by chance
     labels, words = cluster([told[at][0] for at in left], config)
-    members: dict[int, list[int]] = defaultdict(list)
+    pools: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for at, label in zip(left, labels.tolist(), strict=True):
-        members[label].append(at)
-    shares = deal([*map(len, members.values())], config.budget or len(left))
-    kept = [at for own, n in zip(members.values(), shares, strict=True) for at in own[:n]]
-    dropped += [Dropped(at, "not_drawn") for at in {*left} - {*kept}]
-    rows = zip(map(len, members.values()), shares, map(words.__getitem__, members), strict=True)
-    clusters = sorted((Cluster(*row) for row in rows), key=lambda row: (-row.size, row.words))
+        source = samples[at].get("source", "")
+        pools[source if source in config.budgets else ""][label].append(at)
+    kept = set[int]()
+    for source, members in pools.items():
+        budget = config.budgets.get(source, config.budget) or len(left)
+        shares = deal([*map(len, members.values())], budget)
+        for own, share in zip(members.values(), shares, strict=True):
+            kept.update(own[:share])
+    dropped += [Dropped(at, "not_drawn") for at in {*left} - kept]
+    label_of = dict(zip(left, labels.tolist(), strict=True))
+    sizes, drawn = Counter(label_of.values()), Counter(label_of[at] for at in kept)
+    clusters = [Cluster(size, drawn[label], words[label]) for label, size in sizes.items()]
+    clusters.sort(key=lambda row: (-row.size, row.words))
     return Selection(sorted(kept), sorted(dropped, key=lambda one: one.at), clusters)
 
 

@@ -203,6 +203,25 @@ def test_without_a_dialogue_the_reasons_are_told(made: Made, tmp_path: Path) -> 
         prepare(config, tokenizer, tmp_path)
 
 
+def test_a_sets_own_test_split_is_what_is_held_out(made: Made, tmp_path: Path) -> None:
+    qa = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
+    own = {"path": "qa.jsonl", "messages": qa, "id": "{n}", "holdout": {"n": ["3", "7", "11"]}}
+    config = recipe(made, data={"qa": own})
+    found = prepare(config, attending.load(made[1]).tokenizer, tmp_path)
+    assert found.counts["qa"]["held_out"] == 3 and found.counts["qa"]["train"] == 397
+
+
+def test_budgets_are_a_sources_own(made: Made, tmp_path: Path) -> None:
+    select = {"budgets": {"qa": 20, "talks": 1}, "similarity": 1.0}
+    config = recipe(made, select=select)
+    found = prepare(config, attending.load(made[1]).tokenizer, tmp_path)
+    assert found.counts["qa"]["train"] == 20 and found.counts["talks"]["train"] <= 1
+    told = estimate(config)
+    assert told["dialogues"] == 205 and "21 dialogues" in told["tokens_arithmetic"]
+    with pytest.raises(ConfigError, match=r"select.budgets names 'typo'; data has qa, talks"):
+        recipe(made, select={"budgets": {"typo": 3}})
+
+
 def test_the_estimate_counts_dialogues(made: Made) -> None:
     told = estimate(recipe(made, epochs=3.0))
     assert told["dialogues"] == 205 and told["unreadable"] == 1

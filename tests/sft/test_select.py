@@ -195,6 +195,20 @@ def test_a_small_cluster_is_taken_whole_and_the_rest_dealt_on() -> None:
     assert select(rows, SelectConfig(clusters=2)).kept == list(range(10))
 
 
+def test_a_small_source_is_not_lost_beside_a_large_one() -> None:
+    large = [sample(text) | {"source": "large"} for text in medical()]
+    small = [sample(text) | {"source": "small"} for text in [*geographic()[:4], medical()[0]]]
+    config = SelectConfig(clusters=2, budgets={"large": 2, "small": 3})
+    chosen = select([*large, *small], config)
+    assert sum(at < len(large) for at in chosen.kept) == 2 and len(chosen.kept) == 5
+    twin = next(one for one in chosen.dropped if one.reason == "near_duplicate")
+    assert (twin.at, twin.twin) == (len(large) + 4, 0)  # also of another source
+    assert sum(one.drawn for one in chosen.clusters) == 5
+    rest = select([*large, *small], config.replace(budget=1, budgets={"small": 0}))
+    assert [at for at in rest.kept if at >= len(large)] == [len(large) + n for n in range(4)]
+    assert len(rest.kept) == 5
+
+
 def test_the_draw_is_the_seeds_and_not_that_of_the_order() -> None:
     rows = [sample(text) for text in medical() + geographic()]
     config = SelectConfig(clusters=3, budget=5)
