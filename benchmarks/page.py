@@ -1,10 +1,11 @@
 """A benchmark's result: a dated Markdown table and a figure, with what it takes to repeat it."""
 
 import datetime
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -87,6 +88,32 @@ def facts() -> list[str]:
         f"{int(str(machine['memory_bytes'])) / 2**30:.1f} GiB, {', '.join(machine['simd'])}",  # type: ignore[arg-type]
         "- versions: " + ", ".join(f"{k} {v}" for k, v in artifact.versions().items()),
     ]
+
+
+def about() -> str:
+    """The same without the command, in a line."""
+    date, _, commit, *rest = facts()
+    return "; ".join(one[2:] for one in (date, commit, *rest))
+
+
+def kept(file: Path, asked: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured, now or before, with what was asked and `about`; a record outlives its run.
+
+    Raises:
+        SystemExit: The record is of other settings.
+    """
+    if not file.is_file():
+        told = json.dumps(make() | {"asked": asked, "about": about()})
+        file.parent.mkdir(exist_ok=True)
+        draft = file.with_suffix(".tmp")
+        draft.write_text(f"{told}\n", "utf-8")
+        draft.replace(file)
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    if found["asked"] != json.loads(json.dumps(asked)):
+        raise SystemExit(
+            f"{file} was measured with {found['asked']}, not {asked}: remove it to measure again."
+        )
+    return found
 
 
 def _ratio(ours: Measure | None, theirs: Measure | None) -> str:

@@ -7,8 +7,8 @@ in groups of 32 and 128 and, rotated, in QQQ's format; then serves the default m
 8 bits and floats, and checks the arithmetic of `--dry-run` against measured memory on three sizes.
 PYTHON is an interpreter that has the peers and torch; a peer that is not there is said and left
 out. --first names another model than the default one, --set changes every arm's recipe. An arm's
-figures are kept in WORK_DIR as they come: what was stopped is gone on with. Writes quantize.md and
-quantize.svg.
+figures are kept in quantize/NAME.json as they come, with its date, commit and hardware: what was
+stopped is gone on with, also on another day. Writes quantize.md and quantize.svg.
 """
 
 import json
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from page import HERE, Measure, facts, write
+from page import HERE, Measure, kept, write
 
 import attending
+from attending.artifact import digest
 from attending.logs import read_metrics
 from attending.model.architecture import parse_config
 from attending.model.checkpoint import open_checkpoint
@@ -95,15 +96,9 @@ def watched(words: Sequence[str]) -> Watched:
     return Watched(output, peak)
 
 
-def kept(file: Path, make: Callable[[], Figures]) -> Figures:
-    """What was measured, now or before."""
-    if not file.is_file():
-        found = make()
-        draft = file.with_suffix(".tmp")
-        draft.write_text(json.dumps(found, indent=1), "utf-8")
-        draft.replace(file)
-    told: Figures = json.loads(file.read_text("utf-8"))
-    return told
+def noted(name: str, asked: Sequence[str], make: Callable[[], Figures]) -> Figures:
+    """An arm's figures, now or before, beside its recipe and the digest of its calibration."""
+    return kept(HERE / "quantize" / f"{name}.json", list(asked), make)
 
 
 def settings(bench: Bench, model: str, *own: str) -> list[str]:
@@ -138,7 +133,7 @@ def judged(model: str, folder: Path, evaluation: dict[str, torch.Tensor], **how:
 def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
     """An arm of ours, by the command that users have."""
     slug = re.sub(r"\W+", "-", f"{Path(model).name} {name}".lower())
-    evaluation = samples(bench, model)[1]
+    file, evaluation = samples(bench, model)
 
     def make() -> Figures:
         out, peak = bench.work / slug, 0
@@ -152,7 +147,7 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
         found = judged(model, out, evaluation, rounds_activations=is_qqq)
         return found | {"seconds": sum(blocks), "peak_bytes": peak, "version": "attending"}
 
-    return kept(bench.work / f"{slug}.json", make)
+    return noted(slug, [*bench.pairs, *own, digest(file)], make)
 
 
 def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) -> Figures | None:
@@ -175,7 +170,7 @@ def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) 
         told: Figures = json.loads(done.output.strip().splitlines()[-1])
         return judged(model, out, evaluation) | told | {"peak_bytes": done.peak_bytes}
 
-    return kept(bench.work / f"{Path(model).name}-{name}-{group}.json", make)
+    return noted(f"{Path(model).name}-{name}-{group}", [peer, digest(file)], make)
 
 
 def measures(arms: dict[str, Figures]) -> list[Measure]:
@@ -221,7 +216,7 @@ def served(bench: Bench) -> list[str]:
         command = [sys.executable, "-m", "attending.cli", "bench", *words, "--json"]
         command += ["--batch", "1", "--repeats", "3"]
         make = partial(lambda command: json.loads(watched(command).output), command)
-        told = kept(bench.work / f"served-{at}.json", make)
+        told = noted(f"served-{at}", [Path(bench.first).name, *words[1:]], make)
         speed, peak = told["decode_tok_s"]["1"]["median"], told["peak_mib"]["median"]
         found.append([name, f"{speed:.1f}", f"{peak:,.0f}"])
     return table(["served", "tokens/s, one user", "peak memory, MiB"], found)
@@ -246,9 +241,9 @@ def grown(bench: Bench) -> list[str]:
                 words = [word for pair in pairs for word in ("--set", pair)]
                 command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
                 done = watched([*command, "--out", str(bench.work / name), "--resume"])
-                return {"peak_bytes": done.peak_bytes}
+                return {"peak_bytes": done.peak_bytes - idle}
 
-            peak = kept(bench.work / f"grown-{hidden}-{method}.json", make)["peak_bytes"] - idle
+            peak = noted(f"grown-{hidden}-{method}", own, make)["peak_bytes"]
             cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
             found.append([f"{hidden}, {method}", *cells, f"{peak / planned:.2f}"])
     return table(["hidden size, method", "planned, MiB", "measured, MiB", "ratio"], found)
@@ -309,7 +304,9 @@ def main() -> None:
     title = f"Four bits: {Path(bench.first).name} in symmetric groups of 64"
     write("quantize", title, notes, measures(arms), rows_are_subjects=True)  # for its figure
     head = [f"# {title}", "", notes.strip(), "", *rows(arms), "", f"![{title}](quantize.svg)", ""]
-    (HERE / "quantize.md").write_text("\n".join([*head, *more, *facts(), ""]), "utf-8")
+    more += ["`python benchmarks/quantize.py DATA_DIR WORK_DIR M1_SMALL --peers PYTHON`", ""]
+    more += [f"- {name}: {one['about']}" for name, one in arms.items()]
+    (HERE / "quantize.md").write_text("\n".join([*head, *more, ""]), "utf-8")
 
 
 if __name__ == "__main__":

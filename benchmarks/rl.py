@@ -3,8 +3,10 @@
     python benchmarks/rl.py DATA_DIR WORK_DIR
 
 makes cases, judges, models and answers in WORK_DIR, each once: what was stopped is gone on with,
-what is there is kept. Writes rl.md and rl.svg. A line says beforehand what it takes. --help lists
-what shrinks it; `--set NAME=VALUE` goes to every run of `attending rl`.
+what is there is kept. A seed or a stage that ended leaves its figures in rl/NAME.json, of which
+rl.md and rl.svg are made, so that they can be run on several days. A line says beforehand what is
+left to run takes. --help lists what shrinks it; `--set NAME=VALUE` goes to every run of
+`attending rl`.
 """
 
 import argparse
@@ -12,15 +14,18 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from page import HERE, kept
 from rl_page import write
 
 import attending as product
 from attending import endpoint
 from attending.corpus.split import draw
+from attending.logs import read_metrics
 from attending.rl.cases import line_of, read_cases, write_rows
 from attending.rl.interviews import names
 from attending.rl.types import Case
@@ -37,6 +42,8 @@ from attending.verifier.rules.rule import answer_of
 KINDS = (("dosage", 1), ("options", 2), ("options", 3), ("format", 1))
 PROMPTS, GROUP, TOKENS, CONTEXT = 8, 8, 48, 512
 STEP_SECONDS, ANSWERS_A_SECOND = 40, 6  # measured and reckoned, of the default model on two cores
+KEYS = ("rl/score", "heldout/score", "rl/length_tokens", "rl/entropy_nats")
+KEYS += ("rl/zero_advantage_share", "rl/mismatch_kl_nats")
 SAMPLED = 4  # answers to a held-out case beside the likeliest
 REJECTION = """
 keep = 2
@@ -93,17 +100,38 @@ def sets(*pairs: str) -> list[str]:
 def budget(told: argparse.Namespace) -> str:
     """Hours, by arithmetic."""
     step = STEP_SECONDS / 3600
+    seeds = sum(not record(f"rules-{s}").exists() for s in range(told.seeds)) * ("1" in told.stages)
+    has_second, has_third = (
+        number in told.stages and not record(name).exists()
+        for number, name in (("2", "rubrics"), ("3", "dialogues"))
+    )
     runs = {
-        "choosing cases": told.drawn * len(KINDS) * 8 / ANSWERS_A_SECOND / 3600,
-        "stage 1": told.seeds * told.steps * step,
-        "its baseline": told.seeds * told.steps * step,
-        "two judges": 0.3,
-        "stage 2": told.steps * step * 1.5,
-        "interviews and stage 3": 0.5 + told.steps * step * 1.2,
-        "answers to held-out cases": 0.1 * (2 * told.seeds + 6),
+        "choosing cases": (seeds > 0) * told.drawn * len(KINDS) * 8 / ANSWERS_A_SECOND / 3600,
+        "stage 1": seeds * told.steps * step,
+        "its baseline": seeds * told.steps * step,
+        "two judges": has_second * 0.3,
+        "stage 2": has_second * told.steps * step * 1.5,
+        "interviews and stage 3": has_third * (0.5 + told.steps * step * 1.2),
+        "answers to held-out cases": 0.1 * (2 * seeds + 2 * has_second + 3 * has_third),
     }
     parts = ", ".join(f"{name} {hours:.1f} h" for name, hours in runs.items())
     return f"budget: {sum(runs.values()):.1f} h on two cores: {parts}"
+
+
+def record(name: str) -> Path:
+    """Where figures are kept."""
+    return HERE / "rl" / f"{name}.json"
+
+
+def noted(told: argparse.Namespace, name: str, keys: str, make: Callable[[], Any]) -> None:
+    """Keep what a seed or a stage showed, beside the options that it depends on."""
+    kept(record(name), {key: getattr(told, key) for key in f"model tokens {keys}".split()}, make)
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of the metrics that are drawn: steps and values."""
+    rows = list(read_metrics(run / "metrics.jsonl"))
+    return {key: [(row["step"], round(row[key], 5)) for row in rows if key in row] for key in KEYS}
 
 
 def practice(told: argparse.Namespace) -> tuple[Path, Path]:
@@ -162,20 +190,20 @@ def rejection(told: argparse.Namespace, train: Path, seed: int, spent: dict[str,
         again = ["--resume"] if (answered / "plan.json").exists() else []
         how = ("--data", folder, "--out", answered, *again)
         attending("rejection", folder / "own.toml", told.model, *how)
-    tokenizer, size, kept = product.load(told.model).tokenizer, 0, []
+    tokenizer, size, right = product.load(told.model).tokenizer, 0, []
     for _, row in read_lines(answered / "kept.jsonl"):
         *before, last = row["messages"]
         shown = [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in before]
-        kept.append({"id": row["id"], "messages": [*shown, last]})
-        size += len(tokenizer.examples(kept[-1]["messages"])[0].ids) - 1
-    write_rows(folder / "learnt.jsonl", kept)
+        right.append({"id": row["id"], "messages": [*shown, last]})
+        size += len(tokenizer.examples(right[-1]["messages"])[0].ids) - 1
+    write_rows(folder / "learnt.jsonl", right)
     if not size * spent["trained_rows"]:
         raise SystemExit("no answer was right, or no group told answers apart: take other cases.")
     epochs = spent["trained_rows"] / size
     values = {"model": told.model, "root": folder, "epochs": f"{epochs:.4f}", "seed": seed}
     values |= {"context": told.context, "tokens": 4 * told.context, "micro": 2 * told.context}
     (folder / "tuning.toml").write_text(TUNING.format(**values), "utf-8")
-    write_json(folder / "told.json", {"kept": len(kept), "epochs": epochs, "repeats": repeats})
+    write_json(folder / "told.json", {"kept": len(right), "epochs": epochs, "repeats": repeats})
     return made(out, "sft", folder / "tuning.toml")
 
 
@@ -225,20 +253,38 @@ def kind_of(case: Case) -> str:
     return case.id.partition("/")[0]
 
 
-def first_stage(told: argparse.Namespace) -> dict[str, Any]:
-    train, heldout = practice(told)
-    size = f"watch.heldout_cases={len(read_cases(heldout))}"
-    files, tokenizer = (f"cases={train}", f"heldout={heldout}"), product.load(told.model).tokenizer
-    found: dict[str, Any] = {"start": {0: answered(told, "start", told.model, heldout)}}
-    found |= {"rl": {}, "rejection": {}, "spent": {}, "cases": len(read_cases(train))}
-    for seed in range(told.seeds):
-        own = (*files, size, f"model={told.model}", f"max_tokens={told.tokens}", f"seed={seed}")
+def scored(answers: dict[str, Any]) -> dict[str, Any]:
+    """Each case's kind, and its answers' scores, the likeliest's first."""
+    return {
+        name: {"kind": row["kind"], "scores": [one["score"] for one in row["answers"]]}
+        for name, row in answers.items()
+    }
+
+
+def first_stage(told: argparse.Namespace) -> None:
+    def begun() -> dict[str, Any]:
+        return {"answers": scored(answered(told, "start", told.model, practice(told)[1]))}
+
+    def one(seed: int) -> dict[str, Any]:
+        train, heldout = practice(told)
+        own = (f"cases={train}", f"heldout={heldout}", f"model={told.model}", f"seed={seed}")
+        own += (f"watch.heldout_cases={len(read_cases(heldout))}", f"max_tokens={told.tokens}")
         run = learn(told, f"rules-{seed}", "rules", *own)
-        found["rl"][seed] = answered(told, f"rules-{seed}", run, heldout)
-        found["spent"][seed] = computed(run, tokenizer)
-        tuned = rejection(told, train, seed, found["spent"][seed])
-        found["rejection"][seed] = answered(told, f"tuned-{seed}", tuned, heldout)
-    return found
+        spent = computed(run, product.load(told.model).tokenizer)
+        tuned = rejection(told, train, seed, spent)
+        return {
+            "cases": len(read_cases(train)),
+            "rl": scored(answered(told, f"rules-{seed}", run, heldout)),
+            "rejection": scored(answered(told, f"tuned-{seed}", tuned, heldout)),
+            "spent": spent,
+            "tuned": json.loads((told.work / f"rejection-{seed}" / "told.json").read_text("utf-8")),
+            "curves": curves(run),
+        }
+
+    noted(told, "start", "heldout", begun)
+    keys = "heldout steps context drawn low high set"
+    for seed in range(told.seeds):
+        noted(told, f"rules-{seed}", keys, partial(one, seed))
 
 
 def halves(told: argparse.Namespace) -> Path:
@@ -259,7 +305,11 @@ def halves(told: argparse.Namespace) -> Path:
     return folder
 
 
-def second_stage(told: argparse.Namespace) -> dict[str, Any]:
+def second_stage(told: argparse.Namespace) -> None:
+    noted(told, "rubrics", "heldout steps documents set", partial(rubrics, told))
+
+
+def rubrics(told: argparse.Namespace) -> dict[str, Any]:
     folder, cases = halves(told), told.work / "cases"
     judges = {}
     for name, reads in (("training", "text"), ("reporting", "measures")):
@@ -278,7 +328,7 @@ def second_stage(told: argparse.Namespace) -> dict[str, Any]:
     size = 2 * told.tokens
     run = learn(told, "rubrics", "rubrics", *own, f"max_tokens={size}")
     found: dict[str, Any] = {"before": answered(told, "rubric-before", told.model, parts[1])}
-    found["after"] = answered(told, "rubric-after", run, parts[1])
+    found |= {"after": answered(told, "rubric-after", run, parts[1]), "curves": curves(run)}
     for name, where in judges.items():
         judge = EmbeddedJudge(folder=where)
         found[name] = json.loads((where / "report.json").read_text("utf-8"))["embedded"]["macro-F1"]
@@ -288,10 +338,19 @@ def second_stage(told: argparse.Namespace) -> dict[str, Any]:
                 text = answer_of(one["text"])
                 met = [each.met for each in asyncio.run(judge(case.rubric, text))] if text else []
                 one[name] = (affine_score(case.criteria, met) or 0.0) if met else 0.0
+    for arm in ("before", "after"):
+        for case_id, row in found[arm].items():
+            (one,) = row["answers"]
+            found[arm][case_id] = {key: one[key] for key in (*judges, "tokens")}
     return found
 
 
-def third_stage(told: argparse.Namespace) -> dict[str, Any]:
+def third_stage(told: argparse.Namespace) -> None:
+    keys = "steps interviews patients set tune"
+    noted(told, "dialogues", keys, partial(dialogues, told))
+
+
+def dialogues(told: argparse.Namespace) -> dict[str, Any]:
     tables = told.data / "patient_cases"
     sources = {"tables": tables, "vignettes": tables / "mediq_imedqa_dev.jsonl"}
     files: dict[str, Path] = {}
@@ -315,7 +374,8 @@ def third_stage(told: argparse.Namespace) -> dict[str, Any]:
     heldout = f"heldout={files['held_out']}"
     run = learn(told, "dialogues", "dialogues", f"model={warm}", f"cases={files['train']}", heldout)
     models = {"start": told.model, "interviews": warm, "reinforced": run}
-    return {name: consulted(told, name, one, files["held_out"]) for name, one in models.items()}
+    arms = {name: consulted(told, name, one, files["held_out"]) for name, one in models.items()}
+    return {"arms": arms, "curves": curves(run)}
 
 
 def consulted(told: argparse.Namespace, arm: str, model: object, file: Path) -> dict[str, Any]:
@@ -370,7 +430,9 @@ def main(words: Sequence[str]) -> None:
     print(budget(told), flush=True)
     told.work.mkdir(parents=True, exist_ok=True)
     stages = {"1": first_stage, "2": second_stage, "3": third_stage}
-    write(told, {name: stages[name](told) for name in told.stages})
+    for stage in told.stages:
+        stages[stage](told)
+    write()
 
 
 if __name__ == "__main__":

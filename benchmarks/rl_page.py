@@ -1,19 +1,16 @@
-"""rl.md and rl.svg out of what benchmarks/rl.py found."""
+"""rl.md and rl.svg out of what benchmarks/rl.py kept in rl/."""
 
-import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
 from midtrain import markdown
 from numpy.typing import NDArray
-from page import HERE, facts
+from page import HERE
 from scipy.stats import t
 
-from attending.logs import read_metrics
 from attending.model.files import read_config
 from attending.sources import resolve
 from attending.train.plan import flops
@@ -21,16 +18,19 @@ from attending.train.plan import flops
 NOTES = HERE / "rl" / "notes.md"
 DRAWS = 2000
 Floats = NDArray[np.float64]
-Stages = Mapping[str, Mapping[str, Any]]
+Found = Mapping[str, Mapping[str, Any]]
 
 
-def write(told: argparse.Namespace, found: Stages) -> None:
+def write() -> None:
+    files = sorted((HERE / "rl").glob("*.json"))
+    found: Found = {file.stem: json.loads(file.read_text("utf-8")) for file in files}
     text = ["# Reinforcement learning: what each stage is worth", "", NOTES.read_text("utf-8")]
-    for stage, part in (("1", first), ("2", second), ("3", third)):
-        if stage in found:
-            text += [*part(told, found[stage]), ""]
-    draw(told, found)
-    text += ["![Curves](rl.svg)", "", *facts(), ""]
+    for name, part in (("rules-0", first), ("rubrics", second), ("dialogues", third)):
+        if name in found:
+            text += [*part(found), ""]
+    draw(found)
+    text += ["![Curves](rl.svg)", "", "`python benchmarks/rl.py DATA_DIR WORK_DIR`", ""]
+    text += [*(f"- {name}: {one['about']}" for name, one in found.items()), ""]
     (HERE / "rl.md").write_text("\n".join(text), "utf-8")
 
 
@@ -60,38 +60,40 @@ def cell(values: Floats, *, signed: bool = False) -> str:
 def scores(answers: Mapping[str, Any], *, likeliest: bool, kind: str = "") -> Floats:
     """Of each case: the likeliest answer's, or the mean of those that were sampled."""
     rows = (row for row in answers.values() if not kind or row["kind"] == kind)
-    every = ([one["score"] for one in row["answers"]] for row in rows)
+    every = (row["scores"] for row in rows)
     return np.array([one[0] if likeliest else np.mean(one[1:]) for one in every])
 
 
-def first(told: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
-    start, lines = found["start"][0], ["## Stage 1: rules", ""]
-    spent = [*found["spent"].values()]
-    arch = read_config(resolve(told.model).path)
-    each = flops(arch, [told.context]) / told.context
+def first(found: Found) -> list[str]:
+    start, lines = found["start"]["answers"], ["## Stage 1: rules", ""]
+    runs = {name: one for name, one in found.items() if name.startswith("rules-")}
+    spent, tuned = ([one[key] for one in runs.values()] for key in ("spent", "tuned"))
+    asked = runs["rules-0"]["asked"]
+    arch = read_config(resolve(asked["model"]).path)
+    each = flops(arch, [asked["context"]]) / asked["context"]
     mean = {key: float(np.mean([one[key] for one in spent])) for key in spent[0]}
     sampled, trained = each / 3 * mean["sampled_tokens"], each * mean["trained_rows"]
-    tuned = [json.loads((told.work / f"rejection-{s}/told.json").read_text()) for s in found["rl"]]
+    cases = ", ".join(str(one["cases"]) for one in runs.values())
     lines += [
-        f"{found['cases']} cases to learn from, {len(start)} held out. A run samples "
+        f"{cases} cases to learn from, {len(start)} held out. {asked['steps']} steps sample "
         f"{mean['answers']:,.0f} answers ({mean['sampled_tokens']:,.0f} tokens, "
-        f"{sampled / 1e12:,.1f} TFLOP) and trains on {mean['trained_rows']:,.0f} rows "
+        f"{sampled / 1e12:,.1f} TFLOP) and train on {mean['trained_rows']:,.0f} rows "
         f"({trained / 1e12:,.1f} TFLOP at 6 a weight and row). The baseline samples as many "
         f"answers ({', '.join(str(one['repeats']) for one in tuned)} to each case) and trains on "
         f"as many rows: {', '.join(str(one['kept']) for one in tuned)} right answers, "
         f"{', '.join(format(one['epochs'], '.2f') for one in tuned)} epochs.",
         "",
     ]
-    head = ["", "likeliest answer", f"mean of {len(next(iter(start.values()))['answers']) - 1}"]
+    head = ["", "likeliest answer", f"mean of {len(next(iter(start.values()))['scores']) - 1}"]
     kinds = sorted({row["kind"] for row in start.values()})
     rows = []
-    arms = {"start": found["start"], "reinforced": found["rl"], "rejection": found["rejection"]}
-    for arm, runs in arms.items():
-        for seed, answers in runs.items():
-            name = arm if arm == "start" else f"{arm}, seed {seed}"
-            cells = [cell(scores(answers, likeliest=one)) for one in (True, False)]
-            cells += [f"{scores(answers, likeliest=False, kind=k).mean():.3f}" for k in kinds]
-            rows.append([name, *cells])
+    arms = {"start": start}
+    for title, arm in (("reinforced", "rl"), ("rejection", "rejection")):
+        arms |= {f"{title}, seed {name[6:]}": one[arm] for name, one in runs.items()}
+    for name, answers in arms.items():
+        cells = [cell(scores(answers, likeliest=one)) for one in (True, False)]
+        cells += [f"{scores(answers, likeliest=False, kind=k).mean():.3f}" for k in kinds]
+        rows.append([name, *cells])
     lines += ["Held-out accuracy; in brackets 95 % over cases.", ""]
     lines += [*markdown([*head, *kinds], rows), ""]
     rows = []
@@ -103,9 +105,9 @@ def first(told: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
         cells = []
         for is_first in (True, False):
             apart = [
-                scores(found[one][s], likeliest=is_first)
-                - scores(found[other][s] if other else start, likeliest=is_first)
-                for s in found["rl"]
+                scores(run[one], likeliest=is_first)
+                - scores(run[other] if other else start, likeliest=is_first)
+                for run in runs.values()
             ]
             cells += [cell(np.mean(apart, axis=0), signed=True)]
             cells += [over_seeds([float(each.mean()) for each in apart])]
@@ -114,10 +116,11 @@ def first(told: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
     return [*lines, *markdown([*head, "over seeds"], rows)]
 
 
-def second(_: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
+def second(every: Found) -> list[str]:
+    found = every["rubrics"]
     arms = {
         arm: {
-            key: np.array([row["answers"][0][key] for row in found[arm].values()], np.float64)
+            key: np.array([row[key] for row in found[arm].values()], np.float64)
             for key in ("training", "reporting", "tokens")
         }
         for arm in ("before", "after")
@@ -150,7 +153,8 @@ def second(_: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def third(_: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
+def third(every: Found) -> list[str]:
+    found = every["dialogues"]["arms"]
     rows, start = [], found["start"]
     for arm, patients in found.items():
         facts_of = np.array([one["facts"] / one["turns"] for one in patients.values()])
@@ -169,41 +173,27 @@ def third(_: argparse.Namespace, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def curve(run: Path, key: str, window: int) -> tuple[list[float], Floats]:
-    """A metric over steps, a running mean."""
-    seen = [(row["step"], row[key]) for row in read_metrics(run / "metrics.jsonl") if key in row]
-    if not seen:
-        return [], np.array([])
-    steps, values = zip(*seen, strict=True)
-    window = min(window, len(values))
-    smooth = np.convolve(values, np.ones(window) / window, "valid")
-    return list(steps[window - 1 :]), smooth
-
-
-def draw(told: argparse.Namespace, found: Stages) -> None:
-    runs: dict[str, Sequence[str]] = {
-        "1": [f"rules-{seed}" for seed in range(told.seeds)],
-        "2": ["rubrics"],
-        "3": ["dialogues"],
+def draw(found: Found) -> None:
+    stages = {"1": "rules-", "2": "rubrics", "3": "dialogues"}
+    shown = {
+        f"stage {number}": {name: one for name, one in found.items() if name.startswith(begin)}
+        for number, begin in stages.items()
     }
-    keys = ("rl/score", "heldout/score", "rl/length_tokens", "rl/entropy_nats")
-    keys += ("rl/zero_advantage_share", "rl/mismatch_kl_nats")
-    stages = sorted(found)
-    figure, axes = pyplot.subplots(
-        len(stages), len(keys), figsize=(3 * len(keys), 2.6 * len(stages)), squeeze=False
-    )
-    for row, stage in zip(axes, stages, strict=True):
+    shown = {stage: runs for stage, runs in shown.items() if runs}
+    keys = list(next(iter(next(iter(shown.values())).values()))["curves"])
+    size = (3 * len(keys), 2.6 * len(shown))
+    figure, axes = pyplot.subplots(len(shown), len(keys), figsize=size, squeeze=False)
+    for row, (stage, runs) in zip(axes, shown.items(), strict=True):
         for panel, key in zip(row, keys, strict=True):
-            for name in _there(told.work, runs[stage]):
-                window = 1 if key.startswith("heldout") else 5
-                panel.plot(*curve(told.work / name, key, window), label=name)
-            panel.set_title(f"stage {stage}: {key}", fontsize=8)
+            for name, run in runs.items():
+                if run["curves"][key]:
+                    steps, values = zip(*run["curves"][key], strict=True)
+                    window = min(1 if key.startswith("heldout") else 5, len(values))
+                    smooth = np.convolve(values, np.ones(window) / window, "valid")
+                    panel.plot(steps[window - 1 :], smooth, label=name)
+            panel.set_title(f"{stage}: {key}", fontsize=8)
             panel.tick_params(labelsize=7)
             panel.spines[["top", "right"]].set_visible(False)
         row[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(HERE / "rl.svg", metadata={"Date": None})
-
-
-def _there(work: Path, names: Iterable[str]) -> list[str]:
-    return [name for name in names if (work / name / "metrics.jsonl").is_file()]
