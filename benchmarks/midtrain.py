@@ -30,12 +30,14 @@ from attending.logs import read_metrics
 from attending.mesh import hardware
 
 MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
-HIGH = ("peak=1e-3", "final=1e-4")  # five times the recipe's: arms that forget can be compared
+# Five times the recipe's rate: arms that forget can be compared.
+HIGH = ("optimizer.peak=1e-3", "optimizer.final=1e-4")
+HEAVY = "parts.general.weight=4"
 ARMS = {
     "plain": ("plain", "plain continued training", MEDICAL, HIGH),
-    "gentle": ("plain", "plain, a fifth of the rate", MEDICAL, ()),
     "replay": ("replay", "replay: cross entropy on all", ALL, HIGH),
     "open": ("open", "self-constraint on general and maths", ALL, HIGH),
+    "heavy": ("open", "self-constraint, general weighed 4", ALL, (*HIGH, HEAVY)),
 }
 PARTS = ("medical", "general", "maths")
 NOTES = HERE / "midtrain" / "notes.md"
@@ -55,11 +57,11 @@ def make(data: Path, work: Path, arms: Sequence[str]) -> None:
     for arm in arms:
         if record(arm).exists():
             continue
-        recipe, _, tokens, rates = ARMS[arm]
+        recipe, _, tokens, own = ARMS[arm]
         settings = [f"corpus={work / 'corpus'}", f"forgetting.data={work / 'tests'}"]
         settings += [f"forgetting.limit={LIMIT}", f"compute.precision={precision()}"]
         settings += [f"tokens={tokens}", f"heldout.every_tokens={tokens // 2}"]
-        settings += [f"optimizer.{rate}" for rate in ("warmup_tokens=20480", *rates)]
+        settings += ["optimizer.warmup_tokens=20480", *own]
         pairs = [word for setting in settings for word in ("--set", setting)]
         if not (work / arm).exists():
             attending("midtrain", recipe, *pairs, "--out", str(work / arm), "--resume")

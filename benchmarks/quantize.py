@@ -136,7 +136,7 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
     file, evaluation = samples(bench, model)
 
     def make() -> Figures:
-        out, peak = bench.work / slug, 0
+        out, peak = bench.work / slug, None  # unknown where a run of another day left the folder
         if not out.exists():
             pairs = settings(bench, model, *own)
             words = [word for pair in pairs for word in ("--set", pair)]
@@ -186,8 +186,9 @@ def measures(arms: dict[str, Figures]) -> list[Measure]:
             "KL, 99.9th percentile": one["tail"],
             "top-1 flips, %": 100 * one["flips"],
             "minutes": one["seconds"] / 60,
-            "peak memory, GiB": one["peak_bytes"] / GIB,
         }
+        if one["peak_bytes"] is not None:
+            columns["peak memory, GiB"] = one["peak_bytes"] / GIB
         found += [Measure(quantity, name, [value]) for quantity, value in columns.items()]
     return found
 
@@ -197,11 +198,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def rows(arms: dict[str, Figures]) -> list[str]:
-    found: dict[str, list[str]] = {name: [name] for name in arms}
-    every = measures(arms)
-    for one in every:
-        found[one.subject].append(one.text)
-    return table(["", *dict.fromkeys(one.quantity for one in every)], [*found.values()])
+    every = {(one.subject, one.quantity): one.text for one in measures(arms)}
+    head = [*dict.fromkeys(quantity for _, quantity in every)]
+    body = [[name, *(every.get((name, quantity), "") for quantity in head)] for name in arms]
+    return table(["", *head], body)
 
 
 def served(bench: Bench) -> list[str]:
