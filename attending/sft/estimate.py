@@ -43,6 +43,6 @@ def estimate(config: SftConfig) -> dict[str, Any]:
         config.assumed,
         adapter=lora.count(arch, config.lora) if config.lora else None,
     )
-    about = f"about {CHARACTERS} characters a token; {chosen:,} dialogues of their source's mean size"
+    about = f"about {CHARACTERS} characters a token; {chosen:,} dialogues of a source's mean size"
     counts = {"dialogues": count, "unreadable": len(dropped)}
     return found | counts | {"tokens_arithmetic": about}

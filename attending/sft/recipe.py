@@ -77,5 +77,7 @@ class SftConfig(TrainConfig):
             raise ValueError("heldout.prompts are for base models; dialogues are watched by bits")
         unknown = {*(self.select.budgets if self.select else ())} - {*self.data}
         if unknown:
-            raise ValueError(f"select.budgets names {min(unknown)!r}; data has {', '.join(self.data)}")
+            raise ValueError(
+                f"select.budgets names {min(unknown)!r}; data has {', '.join(self.data)}"
+            )
         return self

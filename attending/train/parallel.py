@@ -7,7 +7,7 @@ gradients and optimizer state are cut among the ranks; embedding, last norm and 
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +32,7 @@ from attending.train.recipe import ComputeConfig
 
 PATIENCE = timedelta(hours=12)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+TRIM_THRESHOLD, MMAP_MAX = 2**17, 2**16  # its defaults
 Fill = Callable[[str, Tensor], object]
 
 
@@ -46,33 +47,40 @@ def process_group(precision: str) -> Iterator[tuple[World, torch.device]]:
     device = torch.device("cuda", place.local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
-    else:
-        _keep_freed_memory()
     backend = "nccl" if on_cuda else "gloo"
+    is_group = place.size > 1 or precision == "bfloat16"
     if place.size > 1:
         # Rank 0 may prepare data, or wait for answers, for long while the others wait.
         dist.init_process_group(backend, timeout=PATIENCE)
-    elif precision == "bfloat16":
+    elif is_group:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    else:
-        yield place, device
-        return
     try:
-        yield place, device
+        with nullcontext() if on_cuda else _freed_memory_is_kept():
+            yield place, device
     finally:
-        dist.destroy_process_group()
+        if is_group:
+            dist.destroy_process_group()
 
 
-def _keep_freed_memory() -> None:
+@contextmanager
+def _freed_memory_is_kept() -> Iterator[None]:
     """Have glibc hand freed activations out again instead of giving them back to the system.
 
-    Else every large tensor begins with the system's zeroing of its pages: a sixth of a step.
+    Else every large tensor begins with the system's zeroing of its pages: a sixth of a step. At the
+    end all is given back: what follows may be an engine, or another training beside this one.
     """
-    if sys.platform == "linux":
-        change = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if change:
-            change(M_TRIM_THRESHOLD, -1)
-            change(M_MMAP_MAX, 0)
+    libc = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(libc, "mallopt"):  # musl has none
+        yield
+        return
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
+    libc.mallopt(M_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+        libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def build(

@@ -1,3 +1,5 @@
+import re
+import sys
 from pathlib import Path
 from shutil import which
 
@@ -125,3 +127,19 @@ def test_a_single_process_has_no_group_but_for_half_precision() -> None:
     with process_group("bfloat16") as (place, _):
         assert torch.distributed.is_initialized() and place.size == 1
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_was_freed_is_given_back_when_training_ends() -> None:
+    def mebibytes() -> int:
+        told = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+        assert told
+        return int(told[1]) // 1024
+
+    before = mebibytes()
+    with process_group("float32"):
+        tensors = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+        wedge = torch.ones(2**18)  # it keeps the heap's end in use
+        del tensors
+        assert mebibytes() > before + 200
+    assert mebibytes() < before + 64 and wedge[0] == 1
