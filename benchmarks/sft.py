@@ -77,6 +77,24 @@ def make(data: Path, work: Path, model: str) -> dict[str, Any]:
     return found
 
 
+def read(run: dict[str, Any]) -> list[str]:
+    """What was trained on, and what that took."""
+    keys = ("dialogues", "train", "train_tokens", "train_learnt_tokens", "held_out")
+    rows = [
+        [title, *(f"{run['metrics'].get(f'data/{name}_{key}', 0):,.0f}" for key in keys)]
+        for name, title in SOURCES.items()
+    ]
+    head = ["", "dialogues", "trained on", "their tokens", "of them answers", "held out"]
+    recipe = run["recipe"]
+    began = "midtrain.md's self-constraint" if Path(recipe["model"]).name == "open" else "default"
+    return [
+        *markdown(head, rows),
+        "",
+        f"One epoch, {recipe['batch']['tokens']:,} tokens a step. It began from: {began}. "
+        f"{run['wall_seconds'] / 3600:.1f} hours of one core, all measures among them.",
+    ]
+
+
 def answers(work: Path) -> list[str]:
     """Held-out answers, in bits a token."""
     rows = []
@@ -139,17 +157,21 @@ def kept(work: Path) -> list[str]:
 
 
 def draw(work: Path) -> None:
-    figure, panel = pyplot.subplots(figsize=(5, 3), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3), layout="constrained")
     rows = list(read_metrics(work / "tuned" / "metrics.jsonl"))
-    for name, title in SOURCES.items():
+    for place, name in enumerate(SOURCES):
         key = f"heldout/{name}_bits_per_byte"
-        seen = [(row["step"], row[key]) for row in rows if key in row]
-        if seen:
-            panel.plot(*zip(*seen, strict=True), marker="o", label=title)
-    panel.set_xlabel("step")
-    panel.set_title("held-out answers, bits a byte", fontsize=9)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8)
+        seen = [row[key] for row in rows if key in row]
+        left.bar([place - 0.2, place + 0.2], [seen[0], seen[-1]], 0.36, color=["#b9c4cf", "C0"])
+    left.set_xticks(range(len(SOURCES)), SOURCES.values(), fontsize=8)
+    left.set_title("held-out answers, bits a byte: before, after", fontsize=9)
+    loss = [(row["step"], row["train/loss_nats"]) for row in rows if "train/loss_nats" in row]
+    right.plot(*zip(*loss, strict=True))
+    right.set_xlabel("step", fontsize=8)
+    right.set_title("loss while training, nats", fontsize=9)
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
     figure.savefig(HERE / "sft.svg", metadata={"Date": None})
 
 
@@ -157,11 +179,18 @@ def main(data: Path, work: Path, model: str) -> None:
     report = make(data, work, model)
     run = json.loads((work / "tuned" / "run.json").read_text("utf-8"))
     draw(work)
-    counts = {k.removeprefix("data/"): v for k, v in run["metrics"].items() if k[:5] == "data/"}
-    told = ", ".join(f"{name} {value:,.0f}" for name, value in counts.items())
     text = ["# Fine-tuning: what it gives, and what it costs", "", NOTES.read_text("utf-8").strip()]
-    text += ["", f"Dialogues and tokens: {told}. {run['wall_seconds'] / 3600:.2f} hours.", ""]
-    text += [*answers(work), "", "![Held-out answers](sft.svg)", "", *scores(report), ""]
+    text += [
+        "",
+        *read(run),
+        "",
+        *answers(work),
+        "",
+        "![Held-out answers](sft.svg)",
+        "",
+        *scores(report),
+        "",
+    ]
     text += [*kept(work), "", *facts(), ""]
     (HERE / "sft.md").write_text("\n".join(text), "utf-8")
 
