@@ -97,13 +97,13 @@ def about() -> str:
 
 
 def kept(file: Path, asked: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was measured, now or before, with what was asked and `about`; a record outlives its run.
+    """What was measured, now or before, with what was asked and, unless it has one, `about`.
 
     Raises:
         SystemExit: The record is of other settings.
     """
     if not file.is_file():
-        told = json.dumps(make() | {"asked": asked, "about": about()})
+        told = json.dumps({"about": about()} | make() | {"asked": asked})
         file.parent.mkdir(exist_ok=True)
         draft = file.with_suffix(".tmp")
         draft.write_text(f"{told}\n", "utf-8")
