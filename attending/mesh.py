@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from subprocess import getoutput
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from attending.errors import UsageError
 
@@ -59,6 +59,15 @@ def hardware(root: Path = Path("/")) -> dict[str, object]:
         "simd": sorted(set(SIMD.findall(cpu.replace("asimd", "neon")))),
         "gpus": [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda else [],
     }
+
+
+def multiplies_bfloat16(root: Path = Path("/")) -> bool:
+    """Whether the CPU has instructions for it: without, torch takes 37 times float32's time.
+
+    That was measured on an EPYC with AVX2 alone, 1024 x 384 x 1536 on one thread.
+    """
+    simd = cast(list[str], hardware(root)["simd"])
+    return bool({"amx_bf16", "avx512_bf16"} & {*simd})
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

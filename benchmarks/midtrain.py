@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot
@@ -27,7 +27,7 @@ from attending.corpus.split import is_held_out
 from attending.evaluate.forgetting import DocumentBits, of_documents, read_documents
 from attending.evaluate.page import Change
 from attending.logs import read_metrics
-from attending.mesh import hardware
+from attending.mesh import multiplies_bfloat16
 
 MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
 # Five times the recipe's rate: arms that forget can be compared.
@@ -109,8 +109,7 @@ def noted() -> dict[str, dict[str, Any]]:
 
 def precision() -> str:
     """Half where this CPU multiplies in it: nearly twice as fast there."""
-    simd = cast(list[str], hardware()["simd"])
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & {*simd} else "float32"
+    return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def write_tests(data: Path, folder: Path) -> None:

@@ -99,8 +99,9 @@ def rl(
                 draft, state, setup.watched, HeldoutConfig(every_tokens=1), config.steps, show
             )
             rollouts = watching.Rollouts(draft, state.files.get(watching.ROLLOUTS, 0), place.rank)
-            for line in (*prompts.lines(), *(f"held out: {x}" for x in setup.heldout.lines())):
-                note(line)
+            for part, cases in (("to learn from", prompts), ("held out", setup.heldout)):
+                for line in cases.lines():
+                    note(f"{part}: {line}")
             is_due = state.owes_measure
             while state.step < config.steps:
                 began, before = time.monotonic(), state.tokens

@@ -93,7 +93,7 @@ class Prompts:
     def lines(self) -> list[str]:
         """What was read, to print."""
         left_out = [f"{count} left out ({reason})" for reason, count in self.left_out.items()]
-        return [f"{len(self.prompts)} cases to learn from", *left_out]
+        return [f"{len(self.prompts)} cases", *left_out]
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from attending.errors import UsageError
-from attending.mesh import World, free_memory, hardware, world
+from attending.mesh import World, free_memory, hardware, multiplies_bfloat16, world
 
 linux_only = pytest.mark.skipif(sys.platform == "darwin", reason="reads Linux's folders")
 
@@ -134,6 +134,16 @@ def test_simd_flags_are_whole_words_and_arm_is_neon(tmp_path: Path) -> None:
     assert facts["simd"] == ["amx_int8", "avx2", "avx512_vnni", "avx512f"]
     arm = hardware(system(tmp_path, proc__cpuinfo="Features\t: fp asimd asimdhp"))
     assert (arm["simd"], arm["cpu"]) == (["neon"], None)
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("flags", "has"), [("avx2 avx512f", False), ("avx512_bf16", True), ("amx_int8 amx_bf16", True)]
+)
+def test_bfloat16_is_multiplied_where_there_are_instructions_for_it(
+    tmp_path: Path, flags: str, has: bool
+) -> None:
+    assert multiplies_bfloat16(system(tmp_path, proc__cpuinfo=f"flags\t: sse {flags}")) is has
 
 
 @linux_only

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attending import artifact
+from attending.mesh import multiplies_bfloat16
 from attending.sources import Progress
 from attending.verifier.judge import embedded, pairs
 from attending.verifier.judge.encoder import Bert, Weights
@@ -69,9 +70,9 @@ def run(
         save_file(small, draft / "judge.safetensors")
         result = report(bert, embedded.load_weights(draft, bert), files[0])  # as it was rounded
         artifact.write_json(draft / "report.json", result)
-        metrics = Counter(f"judge/{pair.kind}_pairs" for pair in made)
-        value = {"judge/macro_f1": result["embedded"]["macro-F1"][0]}
-        artifact.write_run(draft, record, value | metrics)
+        metrics = {"judge/macro_f1": result["embedded"]["macro-F1"][0]}
+        metrics |= Counter(f"judge/{pair.kind}_pairs" for pair in made)
+        artifact.write_run(draft, record, metrics)
     state.unlink(missing_ok=True)
     return result
 
@@ -85,7 +86,7 @@ def fit(
     *,
     resume: bool = False,
 ) -> dict[str, Tensor]:
-    """Adam on the weighted cross-entropy, in bfloat16; `state` is written every two minutes."""
+    """Adam on the weighted cross-entropy; `state` is written every two minutes."""
     found = embedded.gather(bert, [pair[:2] for pair in made])
     weights = start(config, bert)
     trained = [v.requires_grad_() for k, v in weights.items() if re.match(LEARNT[config.reads], k)]
@@ -93,11 +94,12 @@ def fit(
     batches = _batches([len(one.criterion) + len(one.text) for one in found], config)
     first = _load(state, trained, optimizer) if resume and state.is_file() else 0
     began = saved = time.monotonic()
+    half = torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16())
     for step, at in enumerate(batches[first:], first):
         share = (step + 1) / len(batches)
         optimizer.param_groups[0]["lr"] = config.rate * min(share / WARM_UP, 1.001 - share)
         met, weight = torch.tensor([(float(made[i].met), made[i].weight) for i in at]).T
-        with torch.autocast("cpu", torch.bfloat16):
+        with half:
             logits = embedded.logits(bert, weights, [found[i] for i in at])
         loss = functional.binary_cross_entropy_with_logits(logits.float(), met, weight)
         optimizer.zero_grad()
@@ -237,9 +239,8 @@ def _save(state: Path, step: int, trained: Sequence[Tensor], optimizer: torch.op
     for i, slots in optimizer.state_dict()["state"].items():
         values |= {f"{i}.{name}": value for name, value in slots.items()}
     draft = state.with_name(f"{state.name}.tmp")
-    save_file(
-        {name: value.contiguous() for name, value in values.items()}, draft, {"step": str(step)}
-    )
+    values = {name: value.contiguous() for name, value in values.items()}
+    save_file(values, draft, {"step": str(step)})
     draft.replace(state)
 
 
@@ -250,6 +251,5 @@ def _load(state: Path, trained: Sequence[Tensor], optimizer: torch.optim.Adam) -
             value.data.copy_(file.get_tensor(f"{i}.weight"))
             slots = ("step", "exp_avg", "exp_avg_sq")
             whole["state"][i] = {name: file.get_tensor(f"{i}.{name}") for name in slots}
-        step = int(file.metadata()["step"])
-    optimizer.load_state_dict(whole)
-    return step
+        optimizer.load_state_dict(whole)
+        return int(file.metadata()["step"])
