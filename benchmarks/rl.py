@@ -24,15 +24,16 @@ from rl_page import write
 
 import attending as product
 from attending import endpoint
+from attending.artifact import digest
 from attending.corpus.split import draw
 from attending.logs import read_metrics
-from attending.rl.cases import line_of, read_cases, write_rows
+from attending.rl.cases import PLAIN, line_of, read_cases, write_rows
+from attending.rl.fragments import tellable
 from attending.rl.interviews import names
 from attending.rl.types import Case
 from attending.verifier.consult import consult
 from attending.verifier.judge.embedded import EmbeddedJudge
 from attending.verifier.judge.pairs import PARTS, read_kqa
-from attending.verifier.patient.case import Access
 from attending.verifier.patient.find import find_case
 from attending.verifier.rubric.schema import read_lines
 from attending.verifier.rubric.score import affine_score
@@ -52,7 +53,7 @@ threshold = 1.0
 kind = "prompts"
 data = "practice.jsonl"
 repeats = {repeats}
-sampling = {{ temperature = 1.0, max_tokens = {tokens}, seed = {seed} }}
+sampling = {{ temperature = 1.0, top_p = 1.0, max_tokens = {tokens}, seed = {seed} }}
 """
 TUNING = """
 model = "{model}"
@@ -87,9 +88,17 @@ def attending(*words: object) -> None:
 
 
 def made(out: Path, *words: object, resume: bool = True) -> Path:
-    """What a command writes, if it is not there."""
+    """What a command writes, if it is not there; SystemExit if other words made it."""
+    file = out.with_name(f"{out.name}.asked.json")
     if not out.exists():
-        attending(*words, "--out", out, *(["--resume"] if resume else []))
+        file.unlink(missing_ok=True)
+
+    def make() -> dict[str, Any]:
+        if not out.exists():
+            attending(*words, "--out", out, *(["--resume"] if resume else []))
+        return {}
+
+    kept(file, [*map(str, words)], make)
     return out
 
 
@@ -147,7 +156,9 @@ def practice(told: argparse.Namespace) -> tuple[Path, Path]:
         made(folder / "heldout" / name, "cases", *how, *held, resume=False)
     files = []
     for part in ("train", "heldout"):
-        every = [case for file in sorted((folder / part).iterdir()) for case in read_cases(file)]
+        every = [
+            case for file in sorted((folder / part).glob("*.jsonl")) for case in read_cases(file)
+        ]
         files.append(folder / f"{part}.jsonl")
         write_rows(files[-1], map(line_of, every))
     return files[0], files[1]
@@ -161,15 +172,20 @@ def learn(told: argparse.Namespace, name: str, recipe: str, *pairs: str) -> Path
 
 
 def computed(run: Path, tokenizer: Any) -> dict[str, int]:
-    """Tokens that a run sampled, and rows that it trained on; groups that agree are none."""
-    sampled = trained = answers = 0
+    """Tokens that a run sampled, rows that it trained on, and the answers' tokens among them.
+
+    Groups that agree are none.
+    """
+    sampled = trained = answers = learnt = 0
     for _, row in read_lines(run / "rollouts.jsonl"):
         sizes = [one["tokens"] for one in row["answers"]]
         answers, sampled = answers + len(sizes), sampled + sum(sizes)
         if len({one["score"] for one in row["answers"]}) > 1:
             prompt = len(tokenizer.render(row["messages"]))
             trained += prompt + sum(sizes) - len(sizes)
-    return {"answers": answers, "sampled_tokens": sampled, "trained_rows": trained}
+            learnt += sum(sizes)
+    found = {"answers": answers, "sampled_tokens": sampled}
+    return found | {"trained_rows": trained, "learnt_tokens": learnt}
 
 
 def rejection(told: argparse.Namespace, train: Path, seed: int, spent: dict[str, int]) -> Path:
@@ -190,12 +206,13 @@ def rejection(told: argparse.Namespace, train: Path, seed: int, spent: dict[str,
         again = ["--resume"] if (answered / "plan.json").exists() else []
         how = ("--data", folder, "--out", answered, *again)
         attending("rejection", folder / "own.toml", told.model, *how)
-    tokenizer, size, right = product.load(told.model).tokenizer, 0, []
+    tokenizer, size, learnt, right = product.load(told.model).tokenizer, 0, 0, []
     for _, row in read_lines(answered / "kept.jsonl"):
         *before, last = row["messages"]
         shown = [turn | ({"weight": 0} if turn["role"] == "assistant" else {}) for turn in before]
         right.append({"id": row["id"], "messages": [*shown, last]})
-        size += len(tokenizer.examples(right[-1]["messages"])[0].ids) - 1
+        (example,) = tokenizer.examples(right[-1]["messages"])
+        size, learnt = size + len(example.ids) - 1, learnt + sum(example.is_learnt)
     write_rows(folder / "learnt.jsonl", right)
     if not size * spent["trained_rows"]:
         raise SystemExit("no answer was right, or no group told answers apart: take other cases.")
@@ -203,7 +220,8 @@ def rejection(told: argparse.Namespace, train: Path, seed: int, spent: dict[str,
     values = {"model": told.model, "root": folder, "epochs": f"{epochs:.4f}", "seed": seed}
     values |= {"context": told.context, "tokens": 4 * told.context, "micro": 2 * told.context}
     (folder / "tuning.toml").write_text(TUNING.format(**values), "utf-8")
-    write_json(folder / "told.json", {"kept": len(right), "epochs": epochs, "repeats": repeats})
+    found = {"kept": len(right), "epochs": epochs, "repeats": repeats}
+    write_json(folder / "told.json", found | {"learnt_tokens": round(learnt * epochs)})
     return made(out, "sft", folder / "tuning.toml")
 
 
@@ -215,17 +233,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def answered(told: argparse.Namespace, arm: str, model: object, file: Path) -> dict[str, Any]:
     """What a model answers to held-out cases: the likeliest first, then some that are sampled."""
-    out = told.work / f"answers-{arm}.json"
-    if out.exists():
-        found: dict[str, Any] = json.loads(out.read_text("utf-8"))
-        return found
     cases = read_cases(file)
 
     async def ask() -> dict[str, Any]:
         async with endpoint.open(str(model)) as opened:
 
             async def one(case: Case, seed: int) -> dict[str, Any]:
-                how = {"temperature": float(seed > 0), "top_p": 1.0, "seed": seed}
+                how = PLAIN | {"temperature": float(seed > 0), "seed": seed}
                 turns = [dict(turn) for turn in case.messages]
                 size = told.tokens * (2 if case.criteria else 1)
                 reply = await opened.chat(turns, max_tokens=size, **how)
@@ -240,12 +254,16 @@ def answered(told: argparse.Namespace, arm: str, model: object, file: Path) -> d
             rows[case.id]["answers"].append(reply)
         return rows
 
-    found = asyncio.run(ask())
-    for case in cases:
-        for one in found[case.id]["answers"]:
-            if case.rule:
-                one["score"] = float(check(case.rule, one["text"]).passed)
-    write_json(out, found)
+    def make() -> dict[str, Any]:
+        found = asyncio.run(ask())
+        for case in cases:
+            for one in found[case.id]["answers"]:
+                if case.rule:
+                    one["score"] = float(check(case.rule, one["text"]).passed)
+        return {"rows": found}
+
+    asked = {"model": str(model), "cases": digest(file), "tokens": told.tokens}
+    found: dict[str, Any] = kept(told.work / f"answers-{arm}.json", asked, make)["rows"]
     return found
 
 
@@ -380,10 +398,6 @@ def dialogues(told: argparse.Namespace) -> dict[str, Any]:
 
 def consulted(told: argparse.Namespace, arm: str, model: object, file: Path) -> dict[str, Any]:
     """Of each held-out patient: facts told after the complaint, turns, the share of what it has."""
-    out = told.work / f"consulted-{arm}.json"
-    if out.exists():
-        found: dict[str, Any] = json.loads(out.read_text("utf-8"))
-        return found
 
     async def ask() -> dict[str, Any]:
         rows: dict[str, Any] = {}
@@ -392,15 +406,16 @@ def consulted(told: argparse.Namespace, arm: str, model: object, file: Path) -> 
             for case in read_cases(file):
                 patient = find_case(case.patient)
                 trace = await consult(patient, doctor, **how)
-                known = {fact.id for fact in patient.of(Access.TELL) if fact.present}
+                known = tellable(patient)
                 first, *later = [known & {*turn.revealed} for turn in trace.turns]
                 new = set[str]().union(*later) - first
                 share = len(new | first) / len(known)
                 rows[case.id] = {"facts": len(new), "turns": max(len(later), 1), "share": share}
-        return rows
+        return {"rows": rows}
 
-    found = asyncio.run(ask())
-    write_json(out, found)
+    asked = {"model": str(model), "cases": digest(file), "tokens": told.tokens}
+    make = partial(asyncio.run, ask())
+    found: dict[str, Any] = kept(told.work / f"consulted-{arm}.json", asked, make)["rows"]
     return found
 
 

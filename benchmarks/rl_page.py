@@ -81,7 +81,10 @@ def first(found: Found) -> list[str]:
         f"({trained / 1e12:,.1f} TFLOP at 6 a weight and row). The baseline samples as many "
         f"answers ({', '.join(str(one['repeats']) for one in tuned)} to each case) and trains on "
         f"as many rows: {', '.join(str(one['kept']) for one in tuned)} right answers, "
-        f"{', '.join(format(one['epochs'], '.2f') for one in tuned)} epochs.",
+        f"{', '.join(format(one['epochs'], '.2f') for one in tuned)} epochs. Prompts are most of "
+        "the rows, and a group's is read once where the baseline reads it with every answer: "
+        f"{mean['learnt_tokens']:,.0f} tokens of answers are learnt from, by the baseline "
+        f"{np.mean([one['learnt_tokens'] for one in tuned]):,.0f}.",
         "",
     ]
     head = ["", "likeliest answer", f"mean of {len(next(iter(start.values()))['scores']) - 1}"]

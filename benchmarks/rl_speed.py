@@ -42,8 +42,14 @@ product left out {flat:.0%} of the groups. Lengths differ as what is sampled doe
 PARTS = ("generation", "verification", "training")
 
 
-def attending(*words: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "attending.cli", *map(str, words)])
+def limited(threads: int) -> dict[str, str]:
+    """An environment in which all parts of a run have so many threads."""
+    return os.environ | SHORT_SPIN | {"OMP_NUM_THREADS": str(threads)}
+
+
+def attending(threads: int, *words: object) -> None:
+    command = [sys.executable, "-m", "attending.cli", *map(str, words)]
+    done = subprocess.run(command, env=limited(threads))
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -82,7 +88,9 @@ def ours(told: argparse.Namespace, arm: str, repeat: int) -> dict[str, float]:
         f"optimizer.final={told.rate}",
     ]
     pairs += ["state.every_tokens=1000000000"]
-    attending("rl", "rules", *[w for pair in pairs for w in ("--set", pair)], "--out", out)
+    attending(
+        told.threads, "rl", "rules", *[w for pair in pairs for w in ("--set", pair)], "--out", out
+    )
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "rl/reward" in row][1:]
     shutil.rmtree(out)
     packing, sampling, judging, training = (
@@ -110,7 +118,7 @@ def trl(told: argparse.Namespace, repeat: int) -> dict[str, float]:
         [told.trl, str(HERE / "rl_trl.py"), str(file)],
         stdout=subprocess.PIPE,
         text=True,
-        env=SHORT_SPIN | {"OMP_NUM_THREADS": str(told.threads), "HF_HUB_OFFLINE": "1"} | os.environ,
+        env=limited(told.threads) | {"HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -162,7 +170,7 @@ def main(words: Sequence[str]) -> None:
         out = told.work / f"{name}.jsonl"
         if not out.exists():
             how = ("dosage", "--count", 64, "--part", part)
-            attending("cases", *how, "--out", out)
+            attending(told.threads, "cases", *how, "--out", out)
     is_there = bool(told.trl) and not subprocess.run([told.trl, "-c", "import trl"]).returncode
     reason = "" if is_there else "TRL was not measured: --trl names no Python that has it."
     print(reason or f"TRL by {Path(told.trl).name}", flush=True)

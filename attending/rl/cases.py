@@ -24,6 +24,8 @@ from attending.verifier.rules import check
 
 SCORED = {"rule": dict, "rubrics": list, "patient": str}
 KEYS = {"id", "messages", "kind", *SCORED}
+# Without a model's own settings for chat, such as top_k = 20: a run's sampler has none either.
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class Chosen(NamedTuple):
@@ -151,7 +153,7 @@ async def measure(
     template: Mapping[str, Any] | None = None,
     concurrency: int = 16,
 ) -> dict[str, list[str]]:
-    """So many answers of a model to each case with a rule, at temperature 1; by id.
+    """So many answers of a model to each case with a rule, sampled as a run samples them; by id.
 
     `template` is what the run will tell the chat template, as without it other answers are passed.
     A case to which a reply failed has fewer, or none, and is unmeasured then.
@@ -159,7 +161,7 @@ async def measure(
     found: dict[str, list[str]] = {case.id: [] for case in cases}
     todo = [(case, seed) for case in cases if case.rule for seed in range(samples)]
     pending, done = iter(todo), 0
-    how: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "max_tokens": max_tokens}
+    how: dict[str, Any] = {**PLAIN, "max_tokens": max_tokens}
     how |= {"chat_template_kwargs": dict(template)} if template else {}
 
     async def work() -> None:

@@ -18,7 +18,7 @@ def estimate(config: RlConfig) -> dict[str, Any]:
     batch = BatchConfig(tokens=config.prompts * group, micro_tokens=config.micro_tokens)
     stretch = Stretch("rl", config.steps, config.max_prompt + config.max_tokens)
     found = takes(arch, [stretch], batch, config.compute, config.assumed)
-    written = config.steps // config.updates * config.num_samples * config.max_tokens
+    written = config.tokens_of(config.steps)
     return found | {
         "tokens_written": written,
         "arithmetic": (

@@ -1,12 +1,13 @@
 """Baichuan-M2's third stage: slices of consultations, whose next single reply is reinforced.
 
 The model as it is interviews simulated patients for a few turns; what was said is the prompt, and
-of the replies sampled to it each is worth what it makes the patient tell: facts that were not told
-before, at most `most_facts`. A reply that was said before, or that nothing can be answered to, is
-worth nothing; one that concludes is worth the share of the case that was found out. The report
-scores fragments by rubrics that a model writes for each; facts told are counted by the simulator,
-which needs none. Where the simulator errs (`turn.faults`), or a consultation grows too long, the
-slice ends before that.
+of the replies sampled to it each is worth what it makes the patient tell: facts that it has and
+that were not told before, at most `most_facts`. What is denied or found by examining is worth
+nothing, or asking for everything would be paid. A reply that was said before, or that nothing can
+be answered to, is worth nothing; one that concludes is worth the share of the case that was found
+out. The report scores fragments by rubrics that a model writes for each; facts told are counted by
+the simulator, which needs none. Where the simulator errs (`turn.faults`), or a consultation grows
+too long, the slice ends before that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from attending.chat import Tokenizer
 from attending.errors import ConfigError
 from attending.overlap import normalise
-from attending.rl.prompts import Prompt
+from attending.rl.prompts import Prompt, text_of
 from attending.rl.recipe import RlConfig
 from attending.rl.sampler import Asked, Sampler
 from attending.rl.types import Verdict
@@ -96,7 +97,7 @@ async def play(
             asked.append(Asked(case.id, ids, int(own), temperature))
         for place, rollout in sorted(sampler.sample(asked, version)):
             at, known = going[place], fragments[going[place]]
-            text = (answer_of(room.tokenizer.decode(rollout.ids)) or "").strip()
+            text = (answer_of(text_of(room.tokenizer, rollout)) or "").strip()
             reply = await played[at].answer(text) if text else None
             after = None
             if reply and not reply.end and not reply.faults:
@@ -129,14 +130,19 @@ def worth_of(fragment: Fragment, reply: Turn, most_facts: int) -> Verdict:
     if reply.end:
         share = elicited_share(fragment)
         return Verdict(share, f"concluded ({reply.end})", {"concluded": share})
-    new = set(reply.revealed) - fragment.told
+    new = (set(reply.revealed) & tellable(fragment.patient)) - fragment.told
     score = min(len(new), most_facts) / most_facts
     return Verdict(score, f"{len(new)} new facts", {"asking": score})
 
 
+def tellable(case: PatientCase) -> frozenset[str]:
+    """Ids of what the patient has and can tell."""
+    return frozenset(fact.id for fact in case.of(Access.TELL) if fact.present)
+
+
 def elicited_share(fragment: Fragment) -> float:
     """Of the facts that the patient can tell, those that it has."""
-    known = {fact.id for fact in fragment.patient.of(Access.TELL) if fact.present}
+    known = tellable(fragment.patient)
     return len(known & fragment.told) / max(len(known), 1)
 
 

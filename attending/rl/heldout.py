@@ -18,7 +18,8 @@ async def answer_heldout(
     """Mean scores, of all and by kind, lengths and what is unscored; the ranks share the work.
 
     One answer to a case is the likeliest; several are sampled, always by the same seeds. Of a
-    patient the score is the share of its facts that a whole consultation elicits.
+    patient the score is the share of its facts that a whole consultation elicits. Without any
+    verdict there is no score.
     """
     count, every = config.watch.heldout_answers, setup.heldout.prompts[place.rank :: place.size]
     plain = [one for one in every if not one.case.patient]
@@ -53,8 +54,9 @@ async def answer_heldout(
         if scored
     }
     score, scored, length, answers = every_kind
+    if scored:
+        scores["heldout/score"] = score / scored
     return scores | {
-        "heldout/score": score / max(scored, 1),
         "heldout/length_tokens": length / answers,
         "heldout/unscored_share": 1 - scored / answers,
     }

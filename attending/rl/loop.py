@@ -11,7 +11,6 @@ from pathlib import Path
 
 from attending import artifact
 from attending.evaluate import forgetting
-from attending.logs import read_metrics
 from attending.rl import watch as watching
 from attending.rl.heldout import answer_heldout
 from attending.rl.loss import Objective
@@ -25,7 +24,7 @@ from attending.train.parallel import process_group
 from attending.train.recipe import HeldoutConfig
 from attending.train.schedule import Phase, due, learning_rate
 from attending.train.start import open_start
-from attending.train.watch import METRICS, Show, Watch
+from attending.train.watch import Show, Watch
 
 # Of the recipe, what cannot change on the way: `state.require_unchanged`.
 FINAL = r"(model|cases|heldout|template|seed|parents)\b"
@@ -62,9 +61,10 @@ def rl(
 
     Raises:
         ConfigError: Recipe, cases and model do not fit each other.
-        EndpointError: The judge or the sampling server is gone; the last state is whole.
+        EndpointError: The sampling server is gone; the last state is whole.
         TrainingError: A loss or a reward that is no number, or memory that ends.
-        CheckFailed: A limit of `watch` was passed; or more is forgotten than may be.
+        CheckFailed: A limit of `watch` was passed, or the judge is gone; or more is forgotten than
+            may be.
         Stopped: It was interrupted, and has saved its state.
     """
     with process_group(config.compute.precision) as (place, device):
@@ -84,14 +84,15 @@ def rl(
         objective = Objective(
             config.num_samples, config.max_tokens, *told_of, config.loss.most_weight
         )
-        judged_id = Path(config.model).name
         with (
             run.Signals() as signals,
             run.memory_and_disk(config.micro_tokens, out),
             asyncio.Runner() as runner,
         ):
             stack = AsyncExitStack()
-            own, other = runner.run(stack.enter_async_context(judges(config, judged_id)))
+            own, other = runner.run(
+                stack.enter_async_context(judges(config, Path(config.model).name))
+            )
             told_by = config.reward, config.dialogue.most_facts
             verifier = Verifier(start.tokenizer, setup.cases, own, *told_by)
             reporter = Verifier(start.tokenizer, setup.cases, other, *told_by)
@@ -104,13 +105,13 @@ def rl(
                     note(f"{part}: {line}")
             is_due = state.owes_measure
             while state.step < config.steps:
-                began, before = time.monotonic(), state.tokens
+                began = time.monotonic()
                 setup.sampler.load(decoder, partial(every_weight, decoder))
                 packed = time.monotonic() - began
                 if is_due:
                     held = runner.run(answer_heldout(config, setup, reporter, place))
                     watch.write(held)
-                    note(f"step {state.step}: held-out score {held['heldout/score']:.3f}")
+                    watching.look(config.watch, state.step, held, draft, note)
                 drawn = draw(config, setup, verifier, runner, place)
                 judged, batches = drawn.judged, drawn.batches
                 seen = {"time/packing_seconds": packed} | drawn.figures
@@ -129,20 +130,20 @@ def rl(
                 is_due = due(config.watch.every_steps, state.step - config.updates, state.step)
                 state.owes_measure = is_due
                 if place.rank == 0:
-                    rollouts.add(state.step, judged[: config.watch.samples], setup.cases)
-                    told_so_far = list(read_metrics(draft / METRICS)) if is_due else []
-                    if reason := watching.alarm(told_so_far, config.watch.alarm_steps):
-                        note(f"ALARM at step {state.step}: {reason}.")
-                kept = state, draft, config.state, before, signals, device
+                    spoken = {name: one.prompt.case for name, one in verifier.fragments.items()}
+                    kept = judged[: config.watch.samples]
+                    rollouts.add(state.step, kept, {**setup.cases, **spoken})
+                written = [config.tokens_of(x) for x in (state.step - config.updates, state.step)]
                 run.save_if_due(
-                    *kept,
+                    *(state, draft, config.state, state.tokens, signals, device),
                     lambda: watch.sizes() | rollouts.sizes(),
                     is_last=state.step == config.steps,
+                    is_end=due(config.state.every_tokens, *written),
                 )
             setup.sampler.load(decoder, partial(every_weight, decoder))
-            measured = runner.run(answer_heldout(config, setup, reporter, place))
-            note(f"at the end: held-out score {measured['heldout/score']:.3f}")
-            watch.write(measured)
+            held = runner.run(answer_heldout(config, setup, reporter, place))
+            watch.write(held)
+            watching.look(config.watch, state.step, held, draft, note)
             watch.finish(0)
             runner.run(stack.aclose())
             run.export(state, start.tokenizer, start.generation, draft)
@@ -152,6 +153,6 @@ def rl(
     watching.write_page(draft, config)
     lost = forgetting.compare(config.forgetting, config.model, draft, frozenset(), progress, note)
     record = replace(record, began_seconds=watch.began)
-    run.settle(draft, out, record, NOTE, measured | lost.figures())
+    run.settle(draft, out, record, NOTE, held | lost.figures())
     forgetting.check(lost, config.forgetting.max_forgetting)
     return out

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attending.chat import Tokenizer
+from attending.chat import THINK_OPEN, Tokenizer
 from attending.errors import ConfigError, TokenizerError
 from attending.rl.sampler import Asked
-from attending.rl.types import Case
+from attending.rl.types import Case, Rollout
 
 
 class Prompt(NamedTuple):
@@ -18,6 +18,12 @@ class Prompt(NamedTuple):
     number: int
     case: Case
     ids: tuple[int, ...]
+
+
+def text_of(tokenizer: Tokenizer, rollout: Rollout) -> str:
+    """What was written, with the `<think>` that the prompt opened."""
+    opened = tokenizer.opens_reasoning(rollout.prompt)
+    return (THINK_OPEN if opened else "") + tokenizer.decode(rollout.ids)
 
 
 class Prompts:

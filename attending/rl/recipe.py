@@ -48,7 +48,11 @@ class RewardConfig(Config):
     form: Literal["affine", "clipped"] = "affine"
     """Of a rubric's score in [0, 1]: Baichuan-M3's printed form, or HealthBench's."""
     length_threshold: Share | None = None
-    """Baichuan-M2's reward for short answers, where 80 % of a group score above this; None: off."""
+    """Baichuan-M2's reward for short answers, where some 80 % of a group score above this; None:
+    off."""
+    length_scale: PositiveFloat = 4.0
+    """c of that reward, c / sqrt(tokens); M2's is 4, for answers of thousands of tokens. Of fifty
+    tokens it is 0.57 and outweighs the score: take less for short ones."""
     count_thinking: bool = True
     """Whether thinking counts as length; M2's report does not say."""
 
@@ -160,7 +164,7 @@ class RlConfig(Config):
     compute: ComputeConfig = ComputeConfig()
     """How it is computed."""
     state: StateConfig
-    """What it can be resumed from."""
+    """What it can be resumed from; tokens as if all answers were `max_tokens` long."""
     watch: WatchConfig = WatchConfig()
     """When to look, to warn and to stop."""
     forgetting: ForgettingConfig = ForgettingConfig()
@@ -194,3 +198,7 @@ class RlConfig(Config):
     def warmup_steps(self) -> int:
         """Rounded up."""
         return -(-self.optimizer.warmup_tokens // (self.num_samples * self.max_tokens))
+
+    def tokens_of(self, step: int) -> int:
+        """Written until then, as if all answers were `max_tokens` long."""
+        return step // self.updates * self.num_samples * self.max_tokens

@@ -81,32 +81,35 @@ def answer_length(ids: Sequence[int], close: Sequence[int], *, count_thinking: b
 
 
 def length_rewards(
-    scores: Sequence[float | None], lengths: Sequence[int], threshold: float
+    scores: Sequence[float | None], lengths: Sequence[int], threshold: float, scale: float = 4.0
 ) -> list[float]:
     """Baichuan-M2's reward for short answers (arXiv 2509.02208, eq. 3), of one group.
 
     4 / sqrt(|o_i|) if P80 > threshold and R_i >= P80, else 0, where P80 is the 0.2-quantile of the
-    group's scores, between two of them linearly: at least 80 % of the group lie above it. The text
+    group's scores, between two of them linearly: of eight different ones six lie above it. The text
     calls it the 80th percentile; the formula is self-consistent and is what is done here. Unscored
     answers (None) have no part in the quantile, and neither they nor empty ones get a reward.
-    `lengths` are in tokens.
+    `lengths` are in tokens; `scale` is the 4, which fits answers of thousands of them.
     """
     known = [one for one in scores if one is not None]
     least = float(np.quantile(known, QUANTILE)) if known else -math.inf
     if not least > threshold:
         return [0.0] * len(lengths)
     return [
-        4 / math.sqrt(length) if one is not None and one >= least and length else 0.0
+        scale / math.sqrt(length) if one is not None and one >= least and length else 0.0
         for one, length in zip(scores, lengths, strict=True)
     ]
 
 
 def combine(
-    verdicts: Sequence[Verdict], lengths: Sequence[int], threshold: float | None
+    verdicts: Sequence[Verdict],
+    lengths: Sequence[int],
+    threshold: float | None,
+    scale: float = 4.0,
 ) -> list[float | None]:
     """R = R_verdict + R_length of one group's answers; without a threshold, R_verdict alone."""
     scores = [verdict.score for verdict in verdicts]
     if threshold is None:
         return scores
-    bonuses = length_rewards(scores, lengths, threshold)
+    bonuses = length_rewards(scores, lengths, threshold, scale)
     return [one if one is None else one + more for one, more in zip(scores, bonuses, strict=True)]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from attending.engine.native import pack
 from attending.engine.pages import pages_for
 from attending.engine.runner import Runner
 from attending.engine.sampler import Sampling
@@ -23,6 +24,7 @@ from attending.engine.scheduler import Request, Scheduler
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS, Architecture
 from attending.model.decoder import Decoder
+from attending.model.gguf_file import Blocks
 from attending.rl.recipe import SamplerConfig
 from attending.rl.types import Rollout
 
@@ -52,11 +54,25 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainedWeights:
-    """Weights in training, as the engine's packing reads a checkpoint."""
+    """Weights in training, as the engine's packing reads a quantised checkpoint.
+
+    A model that was rounded before lies on a grid to the point. On the same one an update below
+    half a step would be lost in every weight at once, and the engine would go on writing with the
+    weights of the start: of the default model in plain 8 bits it saw 3 to 7 % of an update. On a
+    grid that `is_spread` the weights lie anywhere between two integers, and what rounding takes
+    from one it gives to another.
+    """
 
     arch: Architecture
     tensors: Mapping[str, Tensor]
-    blocks: Callable[[str], None] = lambda name: None
+    form: str
+
+    def blocks(self, name: str, /) -> Blocks:
+        """One tensor, rounded; embedding and head to 8 bits."""
+        is_outside = name in ("model.embed_tokens.weight", "lm_head.weight")
+        bits, group, symmetric = pack.FORMATS["w8" if is_outside else self.form]
+        how: dict[str, Any] = {"symmetric": symmetric, "is_spread": True}
+        return pack.quantise(self.read(name), bits, group, **how)
 
     def read(self, name: str, /) -> NDArray[np.float32]:
         """One tensor in float32."""
@@ -105,15 +121,14 @@ class LocalSampler:
 
             self._runner = TorchRunner(decoder, pages)
             return
-        from attending.engine.native import pack
         from attending.engine.native.runner import NativeOptions, NativeRunner, obstacle
 
         if reason := obstacle(decoder.arch):
             raise UsageError(f"{reason} Sample with --set sampler.weights=float.")
         before, self._turn = self._folder / f"turn_{self._turn}", self._turn + 1
-        source = TrainedWeights(decoder.arch, weights())
+        source = TrainedWeights(decoder.arch, weights(), self._config.weights)
         now = self._folder / f"turn_{self._turn}"
-        packed = pack.open_packed(source, now, self._config.weights)
+        packed = pack.open_packed(source, now, "stored")
         options: dict[str, Any] = {"weights": self._config.weights, "threads": self._config.threads}
         self._runner = NativeRunner(packed, pages, NativeOptions(**options))
         shutil.rmtree(before, ignore_errors=True)

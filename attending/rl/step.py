@@ -39,7 +39,8 @@ def samples_of(
             answer_length(one.rollout.ids, close, count_thinking=told.count_thinking)
             for one in group
         ]
-        rewards += combine([one.verdict for one in group], lengths, told.length_threshold)
+        verdicts = [one.verdict for one in group]
+        rewards += combine(verdicts, lengths, told.length_threshold, told.length_scale)
         cases += [one.rollout.case for one in group]
     found = advantages(cases, rewards, METHODS[config.loss.advantage])
     worths = zip(rewards, found.values.tolist(), strict=True)

@@ -5,9 +5,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from attending.chat import THINK_OPEN, Tokenizer
-from attending.errors import EndpointError, ReplyError, UsageError
+from attending.chat import Tokenizer
+from attending.errors import CheckFailed, EndpointError, ReplyError, UsageError
 from attending.rl.fragments import Fragment, judge_reply
+from attending.rl.prompts import text_of
 from attending.rl.recipe import RewardConfig
 from attending.rl.reward import by_rubric, by_rule
 from attending.rl.sampler import Asked, Sampler
@@ -50,17 +51,12 @@ class Verifier:
 
     async def __call__(self, rollout: Rollout) -> Judged:
         """A judge that gives no word leaves the answer unscored."""
-        text = self.text_of(rollout)
+        text = text_of(self._tokenizer, rollout)
         case = self._cases[rollout.case]
         if case.patient:
             fragment = self.fragments[case.id]
             return Judged(rollout, text, await judge_reply(fragment, text, self._most_facts))
         return Judged(rollout, text, await judge_text(case, text, self._judge, self._reward))
-
-    def text_of(self, rollout: Rollout) -> str:
-        """What was written, with the `<think>` that the prompt opened."""
-        opened = self._tokenizer.opens_reasoning(rollout.prompt)
-        return (THINK_OPEN if opened else "") + self._tokenizer.decode(rollout.ids)
 
 
 async def judge_text(case: Case, text: str, judge: Judge | None, reward: RewardConfig) -> Verdict:
@@ -75,10 +71,9 @@ async def judge_text(case: Case, text: str, judge: Judge | None, reward: RewardC
         found = await judge(case.rubric, answer)
     except ReplyError as error:
         return Verdict(None, f"the judge failed: {error}")
-    except EndpointError as error:
-        raise EndpointError(
-            f"the judge is gone: {error} The last saved state is whole; --resume goes on."
-        ) from None
+    except (CheckFailed, EndpointError) as error:  # too many are lacking, or another answers
+        words = f"no judge to go on with: {error} The last saved state is whole; --resume goes on."
+        raise type(error)(words) from None
     return by_rubric(case, [one.met for one in found], reward.form)
 
 
@@ -97,7 +92,7 @@ async def collect(
     """Write all answers, and judge each as soon as it is whole.
 
     Raises:
-        EndpointError: The judge is gone; nothing of the step is kept.
+        CheckFailed: The judge is gone, or is another; nothing of the step is kept.
     """
     loop, began = asyncio.get_running_loop(), asyncio.get_running_loop().time()
     running: dict[int, asyncio.Task[Judged]] = {}

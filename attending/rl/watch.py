@@ -1,8 +1,10 @@
 """What a run is watched by: figures of a step, held-out scores, alarms, reasons to stop, a page."""
 
 import json
+import re
+import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from attending.rl.recipe import RlConfig, WatchConfig
 from attending.rl.types import Case, Sample
 from attending.rl.verify import Judged
 from attending.train.parallel import gathered
+from attending.train.watch import METRICS
 
 ROLLOUTS, PAGE = "rollouts.jsonl", "rollouts.html"
 CUT_SHARE, LENGTH_FACTOR = 0.9, 2.0  # of an alarm
@@ -69,6 +72,7 @@ def require_sound(config: WatchConfig, step: int, watched: Mapping[str, float]) 
         ("rl/mismatch_kl_nats", config.max_mismatch, 1, "the engine and the trainer disagree by"),
         ("rl/entropy_nats", config.min_entropy, -1, "the answers have become alike: entropy"),
         ("rl/unscored_share", config.max_unscored, 1, "answers without a verdict are a share of"),
+        ("heldout/unscored_share", config.max_unscored, 1, "held-out ones without a verdict are"),
     )
     for name, limit, sign, words in limits:
         if name in watched and sign * (watched[name] - limit) > 0:
@@ -79,11 +83,27 @@ def require_sound(config: WatchConfig, step: int, watched: Mapping[str, float]) 
             )
 
 
+def look(
+    config: WatchConfig,
+    step: int,
+    held: Mapping[str, float],
+    draft: Path,
+    note: Callable[[str], object],
+) -> None:
+    """Say what held-out cases score and what that speaks against; CheckFailed without verdicts."""
+    score = held.get("heldout/score")
+    told = "without a verdict" if score is None else f"score {score:.3f}"
+    note(f"step {step}: held-out {told}")
+    if reason := alarm(list(read_metrics(draft / METRICS)), config.alarm_steps):
+        note(f"ALARM at step {step}: {reason}.")
+    require_sound(config, step, held)
+
+
 def alarm(rows: Sequence[Mapping[str, float]], steps: int) -> str:
     """Why a reward that rises is not to be trusted; empty if it does not, or nothing speaks so.
 
     Compared are the first and the second half of the last `steps` rows of `metrics.jsonl`, and the
-    held-out scores there.
+    held-out scores from before them to behind them.
     """
     recent = [row for row in rows if "rl/reward" in row][-steps:]
     if len(recent) < steps or steps < 2:
@@ -95,7 +115,7 @@ def alarm(rows: Sequence[Mapping[str, float]], steps: int) -> str:
 
     if mean(second, "rl/reward") <= mean(first, "rl/reward"):
         return ""
-    begin = recent[0]["step"]
+    begin = recent[0]["step"] - 1
     held = [r["heldout/score"] for r in rows if "heldout/score" in r and r["step"] >= begin]
     if len(held) > 1 and held[-1] < held[0]:
         return f"the reward rises and the held-out score falls ({held[0]:.3f} -> {held[-1]:.3f})"
@@ -149,7 +169,7 @@ def write_page(folder: Path, config: RlConfig) -> None:
     source = (Path(__file__).parent / "rollouts.html.jinja").read_text("utf-8")
     steps = sorted({row["step"] for row in rows})
     metrics: dict[int, dict[str, float]] = {}
-    for row in read_metrics(folder / "metrics.jsonl"):
+    for row in read_metrics(folder / METRICS):
         metrics.setdefault(int(row["step"]), {}).update(row)
     page = environment.from_string(source).render(
         title=folder.name.removesuffix(".tmp"),
@@ -162,5 +182,6 @@ def write_page(folder: Path, config: RlConfig) -> None:
 
 
 def metric_name(text: str) -> str:
-    """A text as a metric's name may have it."""
-    return "".join(c if c.isalnum() else "_" for c in text.lower()).strip("_") or "other"
+    """A text as a metric's name may have it; a sum tells apart what other letters told apart."""
+    name = re.sub("[^a-z0-9]", "_", text.lower()).strip("_")
+    return name if text.isascii() and name else f"{name}_{zlib.crc32(text.encode()):08x}".strip("_")

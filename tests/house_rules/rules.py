@@ -36,7 +36,7 @@ ROOMS = {
     "midtrain": Room(4, 550),
     "sft": Room(4, 1_150),
     "prefer": Room(4, 1_080),
-    "rl": Room(4, 3_520),
+    "rl": Room(4, 3_560),
     "quantize": Room(4, 2_700),
     "draft": Room(4, 1_030),
     "gateway": Room(5, 1_400),

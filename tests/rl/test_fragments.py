@@ -12,7 +12,7 @@ import attending
 from attending.chat import Tokenizer
 from attending.errors import ConfigError
 from attending.logs import read_metrics
-from attending.rl.fragments import Fragment, Room, elicited_share, judge_reply, play
+from attending.rl.fragments import Fragment, Room, elicited_share, judge_reply, play, replay
 from attending.rl.loop import rl
 from attending.rl.prompts import Prompts
 from attending.rl.sampler import Asked
@@ -101,6 +101,25 @@ def test_a_reply_is_worth_the_new_facts_that_it_elicits(tokenizer: Tokenizer) ->
     assert reason.startswith("concluded") and share == elicited_share(after)
 
 
+def test_what_is_denied_or_found_by_examining_is_worth_nothing(tokenizer: Tokenizer) -> None:
+    start = played(tokenizer, turns=0)
+    assert worth(start, "Let me examine your abdomen and take your temperature.")[0] == 0.0
+    assert worth(start, "I will order blood tests and an ultrasound.")[0] == 0.0
+    other = start._replace(patient=find_case("肺炎"), told=frozenset())
+    assert worth(other, "有没有咳血？") == (0.0, "0 new facts")  # 没有咳血。
+    assert "咯血" in asyncio.run(asyncio.run(replay(other)).answer("有没有咳血？")).revealed
+
+
+def test_a_reply_cut_while_thinking_is_not_said_to_the_patient(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "opens_reasoning", lambda self, ids: True)
+    cut = played(tokenizer, "Do you have a fever?", turns=1)
+    assert cut.is_cut and cut.said == ()
+    whole = played(tokenizer, "Ask.</think>Do you have a fever?", turns=1)
+    assert whole.said == ("Do you have a fever?",)
+
+
 def test_judging_does_not_change_the_patient(tokenizer: Tokenizer) -> None:
     start = played(tokenizer, turns=0)
     assert worth(start, "Do you have a fever?") == worth(start, "Do you have a fever?")
@@ -141,3 +160,5 @@ def test_the_stage_runs_and_goes_on_where_it_was(folder: Path, tmp_path: Path) -
     assert len(held) == 3 and all(0 <= one <= 1 for one in held)
     kept = [json.loads(x) for x in (out / "rollouts.jsonl").read_text("utf-8").splitlines()]
     assert len(kept) == 2 and all(len(row["answers"]) == 4 for row in kept)
+    roles = [[turn["role"] for turn in row["messages"]] for row in kept]
+    assert all(one[:2] == ["system", "user"] for one in roles)  # what was said before

@@ -1,6 +1,7 @@
 """Reinforcement learning from end to end, on a model of a few thousand weights."""
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import attending
 from attending.errors import CheckFailed, ConfigError, EndpointError, UsageError
 from attending.logs import read_metrics
-from attending.rl import loop, vllm, watch
+from attending.rl import loop, verify, vllm, watch
 from attending.rl.estimate import estimate
 from attending.rl.loop import rl
 from attending.rl.recipe import RlConfig, WatchConfig
@@ -156,6 +157,7 @@ def test_several_updates_on_one_draw(made: Made, tmp_path: Path) -> None:
     told = rows(out)
     assert len(told) == 4 and told[0]["rl/reward"] == told[1]["rl/reward"]
     assert told[0]["rl/clip_share"] == 0 and told[0]["rl/reward"] != told[2]["rl/reward"]
+    assert told[1]["rl/clip_share"] > 0  # the second update's ratios are to before the first
 
 
 def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
@@ -207,18 +209,17 @@ def test_limits_stop_a_run(made: Made, tmp_path: Path) -> None:
 
 
 def test_an_alarm_says_why_a_reward_is_not_to_be_trusted() -> None:
+    """Rows as the loop writes them: held-out scores before step 1 and behind every tenth."""
+
     def made_rows(held: tuple[float, float], lengths: tuple[int, int], cut: float) -> Any:
-        half = 10
-        return [
-            {
-                "step": step,
-                "rl/reward": step / 20,
-                "rl/length_tokens": lengths[step >= half],
-                "rl/cut_share": cut,
-                **({"heldout/score": held[step > 0]} if step in (0, 19) else {}),
-            }
-            for step in range(20)
-        ]
+        found: list[dict[str, float]] = [{"step": 0, "heldout/score": held[0]}]
+        for step in range(1, 21):
+            size = lengths[step > 10]
+            row = {"rl/reward": step / 20, "rl/length_tokens": size, "rl/cut_share": cut}
+            found.append({"step": step} | row)
+            if step % 10 == 0:
+                found.append({"step": step, "heldout/score": held[1]})
+        return found
 
     assert watch.alarm(made_rows((0.2, 0.3), (10, 11), 0.0), 20) == ""
     assert "held-out score falls (0.300 -> 0.200)" in watch.alarm(
@@ -228,12 +229,81 @@ def test_an_alarm_says_why_a_reward_is_not_to_be_trusted() -> None:
         made_rows((0.2, 0.3), (10, 30), 0.0), 20
     )
     assert "95% of the answers are cut" in watch.alarm(made_rows((0.2, 0.3), (10, 11), 0.95), 20)
-    falling = [{**row, "rl/reward": -row["rl/reward"]} for row in made_rows((1, 0), (1, 9), 1)]
-    assert watch.alarm(falling, 20) == "" and watch.alarm(falling[:5], 20) == ""
+    turned = [
+        {**row, "rl/reward": -row.get("rl/reward", 0)} for row in made_rows((1, 0), (1, 9), 1)
+    ]
+    assert watch.alarm(turned, 20) == "" and watch.alarm(turned[:5], 20) == ""
 
 
-def test_a_judge_that_dies_ends_the_run_with_its_state(
+def test_a_loop_whose_held_out_score_falls_says_so(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter((0.9, 0.5, 0.4))
+
+    async def fall(*_: Any) -> dict[str, float]:
+        return {"heldout/score": next(scores), "heldout/unscored_share": 0.0}
+
+    monkeypatch.setattr(loop, "answer_heldout", fall)
+    notes: list[str] = []
+    watched = {"every_steps": 10, "alarm_steps": 20}
+    rl(recipe(made, steps=20, watch=watched), tmp_path / "out", note=notes.append)
+    told = [one for one in notes if "ALARM" in one]
+    assert len(told) == 1 and "step 20" in told[0] and "(0.900 -> 0.400)" in told[0]
+
+
+def test_a_state_is_saved_as_if_all_answers_were_of_full_length(made: Made, tmp_path: Path) -> None:
+    config = recipe(made, steps=6, state={"every_tokens": 2 * 16 * 8})
+    with pytest.raises(HaltedError):
+        rl(config, tmp_path / "out", show=halt_at(4))
+    newest = run.newest(tmp_path / "out.tmp")
+    assert newest and newest.name == "step_000000002"
+
+
+def test_held_out_cases_without_a_verdict_have_no_score(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rubric = [{"criterion": "Says e.", "points": 5, "tags": ["axis:\u8bca\u65ad"]}]
+    row = {"messages": [{"role": "user", "content": "x"}], "kind": "\u95ee\u8bca"}
+    for name, count in (("train", 4), ("heldout", 2)):
+        rows_of = [row | {"id": f"{name} {i}", "rubrics": rubric} for i in range(count)]
+        lines = "".join(json.dumps(one) + "\n" for one in rows_of)
+        (tmp_path / f"{name}.jsonl").write_text(lines, "utf-8")
+    says: list[Any] = []
+
+    async def judge(rubric: Any, answer: str) -> list[Verdict]:
+        return [Verdict("e" in answer, "")]
+
+    async def silent(rubric: Any, answer: str) -> list[Verdict]:
+        return says or [Verdict(None, "no word")]
+
+    monkeypatch.setattr(verify, "answer_of", lambda text: text or "nothing")
+
+    @asynccontextmanager
+    async def judges(*_: Any) -> AsyncIterator[Any]:
+        yield judge, silent
+
+    monkeypatch.setattr(loop, "judges", judges)
+    files = {
+        f: str(tmp_path / f"{n}.jsonl") for f, n in (("cases", "train"), ("heldout", "heldout"))
+    }
+    config, notes = recipe(made, **files), list[str]()
+    with pytest.raises(CheckFailed, match=r"step 0: held-out ones without a verdict are 1\.0"):
+        rl(config, tmp_path / "out", note=notes.append)
+    assert "step 0: held-out without a verdict" in notes
+    (first,) = read_metrics(tmp_path / "out.tmp" / "metrics.jsonl")
+    assert "heldout/score" not in first
+    says.append(Verdict(True, ""))
+    out = rl(config, tmp_path / "out", resume=True)
+    names = {name for one in read_metrics(out / "metrics.jsonl") for name in one}
+    own = [
+        name for name in names if re.fullmatch(r"(rl/part_axis|heldout/score)_[0-9a-f]{8}", name)
+    ]
+    assert len(own) == 2
+
+
+@pytest.mark.parametrize("error", [EndpointError, CheckFailed])
+def test_a_judge_that_dies_ends_the_run_with_its_state(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     lines = (made[0] / "train.jsonl").read_text("utf-8").splitlines()
     rubric = [{"criterion": "Says e.", "points": 5, "tags": []}]
@@ -247,7 +317,7 @@ def test_a_judge_that_dies_ends_the_run_with_its_state(
         nonlocal left
         left -= 1
         if left < 0:
-            raise EndpointError("gone.")
+            raise error("gone.")
         return [Verdict("e" in answer, "")]
 
     @asynccontextmanager
@@ -256,7 +326,7 @@ def test_a_judge_that_dies_ends_the_run_with_its_state(
 
     monkeypatch.setattr(loop, "judges", judges)
     config = recipe(made, cases=str(cases))
-    with pytest.raises(EndpointError, match=r"the judge is gone: gone\. The last saved state"):
+    with pytest.raises(error, match=r"no judge to go on with: gone\. The last saved state"):
         rl(config, tmp_path / "out")
     assert run.newest(tmp_path / "out.tmp")
     left = 1000

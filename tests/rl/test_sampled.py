@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from attending.engine.native import pack
 from attending.engine.pages import pages_for
 from attending.engine.sampler import Sampling
 from attending.engine.scheduler import Request, Scheduler
@@ -14,6 +17,7 @@ from attending.model.architecture import PAGE_TOKENS
 from attending.model.decoder import Decoder
 from attending.rl.batch import collate
 from attending.rl.loss import Objective, answer_values, differentiated
+from attending.rl.sampler import TrainedWeights
 from attending.rl.shared import Shared
 from attending.rl.types import Batch, Rollout, Sample
 from attending.train.step import accumulate
@@ -78,3 +82,24 @@ def test_a_batch_is_one_of_the_training_step() -> None:
     for one, weight in zip(ours, model.parameters(), strict=True):
         assert one is not None and weight.grad is not None and one.any()
         torch.testing.assert_close(one, weight.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("stored", "symmetric"), [(4, False), (4, True), (8, True)])
+def test_an_update_reaches_the_engine_although_the_model_was_rounded_before(
+    stored: int, symmetric: bool
+) -> None:
+    """What becomes of an update of a hundredth of a step, along itself: 1, and not 0."""
+    name, rng = "model.layers.0.mlp.down_proj.weight", np.random.default_rng(0)
+    start = 0.2 * rng.standard_normal((256, 512)).astype(np.float32)
+    start = pack.dequantise(pack.quantise(start, stored, 32, symmetric=symmetric))
+    update = (4e-5 * rng.choice([-1, 1], start.shape)).astype(np.float32)
+    arch = build(LLAMA).arch
+
+    def engine(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+        source = TrainedWeights(arch, {name: torch.from_numpy(weight)}, "w8")
+        return pack.dequantise(source.blocks(name))
+
+    seen = ((engine(start + update) - engine(start)) * update).sum() / np.square(update).sum()
+    assert 0.8 < seen < 1.2
+    apart = np.abs(engine(start) - start).max() / np.abs(start).max()
+    assert apart < 1 / 200

@@ -28,6 +28,7 @@ Floats = NDArray[np.float32]
 VERSION = 2
 TILE, GROUP, ALIGN = 16, 32, 64
 MAX_HEAD = 512  # values of a head, by the kernel's buffers
+GOLDEN = 0.618034  # its multiples lie evenly between 0 and 1
 SLICE_VALUES = 1 << 22  # rounded at once: the temporaries take some 16 bytes each
 FILE, INDEX, LOCK = "weights.bin", "index.json", "lock"
 # Bits, inputs that share a scale, and whether zero is in the middle. A grid from the smallest to
@@ -76,19 +77,24 @@ class Matrix:
     bias: Floats | None
 
 
-def quantise(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Blocks:
+def quantise(
+    weight: Floats, bits: int, group: int, *, symmetric: bool, is_spread: bool = False
+) -> Blocks:
     """Plain rounding of [N, K] by groups of inputs, some rows at a time.
 
     Symmetric: the value of largest magnitude in a group decides the scale. In 4 bits it takes -8
     itself, so a scale may be negative; in 8 bits it takes 127. Asymmetric: from the smallest to
-    the largest value.
+    the largest value; where it `is_spread`, in one to two steps fewer than the bits hold, another
+    fraction in every group.
     """
     rows = max(1, SLICE_VALUES // weight.shape[1])
     slices = [weight[at : at + rows] for at in range(0, len(weight), rows)]
-    return _joined([_round(part, bits, group, symmetric=symmetric) for part in slices])
+    return _joined(
+        [_round(part, bits, group, symmetric=symmetric, is_spread=is_spread) for part in slices]
+    )
 
 
-def _round(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Blocks:
+def _round(weight: Floats, bits: int, group: int, *, symmetric: bool, is_spread: bool) -> Blocks:
     outputs, inputs = weight.shape
     groups = -(-inputs // group)
     cut = np.zeros((outputs, groups * group), np.float32)
@@ -102,11 +108,14 @@ def _round(weight: Floats, bits: int, group: int, *, symmetric: bool) -> Blocks:
         shifted = cut
     else:
         minimum = _half(np.minimum(cut.min(-1), 0))
-        scale = _half((np.maximum(cut.max(-1), 0) - minimum) / ((1 << bits) - 1))
+        steps = np.full((outputs, groups), (1 << bits) - 1, np.float64)
+        if is_spread:
+            steps -= 1 + (np.arange(outputs * groups) * GOLDEN % 1).reshape(steps.shape)
+        scale = _half((np.maximum(cut.max(-1), 0) - minimum) / steps)
         shifted, middle = cut - minimum[..., None].astype(np.float32), 0
     wide = scale.astype(np.float32)[..., None]
-    steps = np.divide(shifted, wide, out=np.zeros_like(cut), where=wide != 0)
-    values = np.clip(np.rint(steps) + middle, 0, (1 << bits) - 1).astype(np.uint8)
+    found = np.divide(shifted, wide, out=np.zeros_like(cut), where=wide != 0)
+    values = np.clip(np.rint(found) + middle, 0, (1 << bits) - 1).astype(np.uint8)
     values = values.reshape(outputs, -1)[:, :inputs]
     return Blocks(bits, values, scale, minimum)
 
