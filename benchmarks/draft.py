@@ -21,11 +21,13 @@ from typing import Any
 from page import Measure, write
 
 import attending
-from attending.artifact import digest
+from attending.artifact import commit, digest
 from attending.corpus.split import draw, is_held_out
 from attending.engine.local import Model
 from attending.engine.scheduler import Request
 from attending.evaluate.intervals import bootstrap, ratio
+from attending.logs import cut
+from attending.sources import resolve
 from attending.verifier.judge.pairs import PARTS, read_kqa
 
 DEPTHS = (1, 2, 3, 4, 5)
@@ -35,7 +37,8 @@ PLAIN, TORCH = "plain", "torch, plain"
 NOTES = """
 {model} with the draft {draft}, on {prompts} prompts that it was not trained on ({sources}), greedy,
 at most {tokens} tokens an answer, one user, {threads}. *tau*: tokens of a round, the target's own
-included; *v*: a step of k + 1 rows, without the draft's part, over the plain path's of one row;
+included; *v*: a step of k + 1 rows, in which the draft's keys and values are kept but nothing is
+proposed, over the plain path's of one row;
 *d*: a step of the draft over that; *predicted*: tau / (v + k d); *measured*: time for a token, over
 that with the draft. Prompts' time is left out. Every path answered a prompt before the next one
 began. *{torch}* is the same model in float32.
@@ -48,7 +51,7 @@ By source, at k = {best}: {by_source}. Accepted by position there, where all bef
 Greedy answers identical to the plain one: {identical}.
 
 Several users at once, k = {best}, tokens/s over the same without a draft, medians of {repeats} with
-their range: {crowd}. Drafting pays up to {even} of these.
+their range: {crowd}. {even}
 """
 
 
@@ -122,10 +125,12 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows; those that are kept already are not measured again."""
     file, models = Path(asked.keep), paths(asked)
     file.parent.mkdir(parents=True, exist_ok=True)
+    cut(file)  # of one that was killed: half a line
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
-    settings = {key: getattr(asked, key) for key in ("model", "tokens", "threads")}
-    settings["draft"] = digest(Path(asked.draft))
+    settings = {key: getattr(asked, key) for key in ("model", "prompts", "tokens", "threads")}
+    settings |= {"draft": digest(Path(asked.draft)), "commit": commit()}
+    settings["target"] = digest(resolve(asked.model).path)
     rows = [row for row in rows if row["settings"] == settings]
     known = {(row["source"], row["number"], row["repeat"], row["path"]) for row in rows}
 
@@ -185,6 +190,16 @@ def crowds(rows: Sequence[dict[str, Any]], best: str) -> dict[int, list[float]]:
     }
 
 
+def even(alone: float, crowd: dict[int, list[float]]) -> str:
+    """Up to how many users it pays: up to the first that it does not."""
+    pays = 0
+    for users, gain in [(1, alone), *((u, statistics.median(of)) for u, of in crowd.items())]:
+        if gain <= 1:
+            break
+        pays = users
+    return f"Drafting pays up to {pays} of these." if pays else "Drafting does not pay here."
+
+
 def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
     """Write the page."""
     alone = [row for row in rows if row["source"] != "users"]
@@ -232,7 +247,7 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
             f"{users} users {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
             for users, found in crowd.items()
         ),
-        even=max([1, *(u for u, found in crowd.items() if statistics.median(found) > 1)]),
+        even=even(rate(of[best]) / rate(plain), crowd),
     )
     return write(asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True)
 

@@ -52,9 +52,9 @@ def digests(config: DraftConfig) -> list[dict[str, str]]:
 
 
 def prompts(config: DraftConfig) -> Iterator[Prompt]:
-    """All that is asked, source by source; records without the fields are passed over."""
+    """All that is asked, source by source, once; records without the fields are passed over."""
     for name, told in config.prompts.items():
-        own = list(_read(config.root, name, told))
+        own = {json.dumps(one.messages): one for one in _read(config.root, name, told)}.values()
         order = sorted(own, key=lambda one: draw("prompt", config.seed, *one[:2]))
         yield from order[: told.limit or None]
 

@@ -61,10 +61,11 @@ def estimate(config: DraftConfig) -> dict[str, Any]:
             "x steps x heads x micro_tokens x context"
         ),
         "flops_per_token": each,
-        "hours_at_most": round(config.epochs * tokens * each / rate / 3600, 3),
+        "hours_of_full_answers": round(config.epochs * tokens * each / rate / 3600, 3),
         "time_arithmetic": (
             "epochs x answers of full length x FLOP per token / (assumed.peak_tflops x "
-            "share_of_peak); that the target writes its answers comes before"
+            "share_of_peak); prompts are rows, too, and are not in it; that the target writes its "
+            "answers comes before"
         ),
         "assumed": assumed.model_dump(),
     }

@@ -22,6 +22,8 @@ from attending.train.step import accumulate
 from attending.train.watch import Show
 
 DATA = "data"
+# Of the recipe, what cannot change on the way: `state.require_unchanged`.
+FINAL = r"(model|root|prompts|writing|dialogues|head|begin|context|seed|parents)\b"
 NOTE = (
     "A draft head for speculative decoding. It proposes tokens, its target decides: what is "
     "written is the target's, and so are its mistakes."
@@ -65,7 +67,9 @@ def draft(
         parents = [start.parent, *data.digests(config), *begun_from(config)]
         record = artifact.Record("draft", recipe, config.seed, parents)
         told = {**recipe, "parents": parents}
-        folder = run.begin(out, told, place, resume=resume, accept_changes=accept_changes)
+        folder = run.begin(
+            out, told, place, resume=resume, accept_changes=accept_changes, final=FINAL
+        )
         answers = Path(config.dialogues or folder / DATA)
         counts = data.prepare(config, start, answers, folder / DATA, progress)
         for name, own in counts.items():

@@ -1,6 +1,6 @@
 """Before and after the loop: target, draft, answers and optimizer in; a draft folder out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,8 @@ from attending.draft.recipe import DraftConfig
 from attending.draft.watch import by_source
 from attending.errors import ConfigError
 from attending.mesh import World
-from attending.model.decoder import Decoder
+from attending.model.attend import Packed
+from attending.model.decoder import Decoder, Features
 from attending.model.eagle import Eagle, load_eagle, save_eagle
 from attending.model.eagle_files import EagleConfig, choose_vocabulary, eagle_config
 from attending.shards import Shards
@@ -24,8 +25,8 @@ from attending.sources import resolve
 from attending.train import run
 from attending.train.optimizer import adamw
 from attending.train.parallel import build
-from attending.train.reader import PackedReader, by_part
-from attending.train.rows import require_even
+from attending.train.reader import Batch, PackedReader, by_part
+from attending.train.rows import deal, require_even
 from attending.train.start import Start
 from attending.train.state import TrainState
 from attending.train.watch import Watched
@@ -98,6 +99,9 @@ def prepare(
         eagle.d2t.copy_(torch.from_numpy(d2t))
         eagle.t2d.copy_(torch.from_numpy(t2d))
         eagle.init_weights(target.head_weight(), target.model.norm.weight, config.seed)
+        some = open_reader(shards, config)
+        [batch] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
+        eagle.soften(features_of(target, eagle.config.layers, batch))
     torch.manual_seed(config.seed)
     optimizer = adamw(eagle.named_parameters(), config.optimizer)
     reader = open_reader(shards, config)
@@ -110,6 +114,14 @@ def prepare(
     loss = UnrolledLoss(target, config.unroll, config.decay)
     flops = operations(start.arch, told, config.context, config.unroll)
     return Setup(state, target, eagle, reader, steps, loss, watched, flops)
+
+
+@torch.no_grad()
+def features_of(target: Decoder, layers: Sequence[int], batch: Batch) -> Tensor:
+    """[T, 3 D]: what a draft reads of its target."""
+    features = Features(layers)
+    target(batch.ids, Packed(batch.lengths, device=batch.ids.device), features)
+    return features.whole()
 
 
 def begun_from(config: DraftConfig) -> list[dict[str, str]]:

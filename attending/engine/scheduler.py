@@ -220,7 +220,7 @@ class Scheduler:
             mine = rows[at : at + span.num_logits]
             at += span.num_logits
             if depth and len(span.ids) > 1:
-                found = self._check(sequence, span, mine, depth)
+                found = self._check(sequence, span, mine)
             else:
                 self._keep(sequence, len(span.ids))
                 found = self._read(sequence, span.cached, mine)
@@ -265,21 +265,20 @@ class Scheduler:
         spans = {s.handle: span for s, span in zip(able, longer, strict=True)}
         return depth, [(s, spans.get(s.handle, span)) for s, span in work]
 
-    def _check(
-        self, sequence: _Sequence, span: Span, logits: NDArray[np.float32], depth: int
-    ) -> list[Output]:
+    def _check(self, sequence: _Sequence, span: Span, logits: NDArray[np.float32]) -> list[Output]:
         """Choose token after token, as long as the one that was chosen had been proposed."""
         outputs: list[Output] = []
         row: int | None = 0
+        is_over = False
         path: list[int] = []
         while row is not None:
             path.append(row)
             self._keep(sequence, 1)
             outputs += self._read(sequence, span.cached, logits[row : row + 1])
-            is_over = outputs[-1].finish or outputs[-1].error
+            is_over = bool(outputs[-1].finish or outputs[-1].error)
             row = None if is_over else follower(span, row, sequence.ids[-1])
         assert self.speculation
-        self.speculation.keep(span, path, min(depth, len(span.ids) - 1))
+        self.speculation.keep(span, path, is_over=is_over)
         return outputs
 
     def _admit(self) -> None:

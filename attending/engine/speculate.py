@@ -13,6 +13,7 @@ draft is left alone, but for a look every now and then.
 
 import statistics
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -33,22 +34,29 @@ class Seconds:
 
     def __init__(self) -> None:
         self._of: dict[int, deque[float]] = {}
+        self._known: list[int] = []  # in order, and their medians: they are asked for every step
+        self._medians: list[float] = []
 
     def add(self, rows: int, seconds: float) -> None:
         """Another measurement."""
-        self._of.setdefault(rows, deque(maxlen=LATEST)).append(seconds)
+        at = bisect_left(self._known, rows)
+        if rows not in self._of:
+            self._of[rows] = deque(maxlen=LATEST)
+            self._known.insert(at, rows)
+            self._medians.insert(at, seconds)
+        self._of[rows].append(seconds)
+        self._medians[at] = statistics.median(self._of[rows])
 
     @property
     def most(self) -> int:
         """The most rows that were measured."""
-        return max(self._of, default=0)
+        return self._known[-1] if self._known else 0
 
     def at(self, rows: int) -> float:
         """Of a step of so many; 0 before any was measured."""
-        known = sorted(self._of)
+        known, times = self._known, self._medians
         if not known:
             return 0.0
-        times = [statistics.median(self._of[one]) for one in known]
         if rows > known[-1] and len(known) > 1:
             slope = max((times[-1] - times[0]) / (known[-1] - known[0]), 0.0)
             return times[-1] + slope * (rows - known[-1])
@@ -143,17 +151,18 @@ class Speculation:
         self.draft_seconds.add(len(spans), spent / depth)
         return found
 
-    def keep(self, span: Span, rows: Sequence[int], proposed: int) -> None:
+    def keep(self, span: Span, rows: Sequence[int], *, is_over: bool) -> None:
         """What came of a span's proposals: rows that are its answer now, from its token on.
 
         Args:
             span: As it was run.
             rows: In order.
-            proposed: The depth that was asked for.
+            is_over: The answer ends here, whatever was proposed behind it.
         """
         accepted = len(rows) - 1
         self.rounds += 1
-        tried = min(accepted + 1, proposed)
+        parents = span.parents or range(-1, len(span.ids) - 1)
+        tried = accepted + (rows[-1] in parents and not is_over)
         self.accepted[:accepted] += 1
         self.tried[:tried] += 1
         self._recent[:, :tried] *= FADE  # what was not tried is no less known

@@ -35,6 +35,8 @@ from attending.model.eagle_files import EMBEDDING, EagleConfig, open_eagle
 from attending.model.rope import inverse_frequencies
 from attending.model.weights import save_weights
 
+START_RMS = 0.4  # see `Eagle.soften`
+
 
 class Eagle(nn.Module):
     """Features and tokens in, states and logits out. Build on the meta device and load, or draw."""
@@ -97,7 +99,7 @@ class Eagle(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, head: Tensor, norm: Tensor, seed: int) -> None:
-        """Begin near the target: its head's rows that are proposed, its last norm, a mean feature.
+        """Begin with the target's own: its head's rows that are proposed, its norm, a mean feature.
 
         All else is drawn as a model's is, each tensor by its name and `seed`.
         """
@@ -113,6 +115,20 @@ class Eagle(nn.Module):
             self.fc.weight[:, start : start + size].fill_diagonal_(size / self.fc.in_features)
         self.lm_head.weight.copy_(head[self.used])
         self.norm.weight.copy_(norm)
+
+    @torch.no_grad()
+    def soften(self, features: Tensor) -> None:
+        """Scale what was drawn to a target's features [T, 3 D], before it is trained.
+
+        The mean feature foretells the token that is given, not the next one, and a target's stream
+        is a hundred times what a drawn layer adds to it. So the stream is brought to `START_RMS`
+        and the norm to logits that deviate by 1, in the median of the tokens, of which the first
+        are giants. Then the first guess is nearly none, and the layer is heard.
+        """
+        states = self.fc(features)
+        share = START_RMS / states.square().mean(-1).sqrt().median()
+        self.fc.weight.mul_(share)
+        self.norm.weight.div_(self.logits(share * states).std(-1).median())
 
 
 class Midlayer(nn.Module):

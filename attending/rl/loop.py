@@ -96,13 +96,11 @@ def rl(
             told_by = config.reward, config.dialogue.most_facts
             verifier = Verifier(start.tokenizer, setup.cases, own, *told_by)
             reporter = Verifier(start.tokenizer, setup.cases, other, *told_by)
-            watch = Watch(
-                draft, state, setup.watched, HeldoutConfig(every_tokens=1), config.steps, show
-            )
+            looked = draft, state, setup.watched, HeldoutConfig(every_tokens=1)
+            watch = Watch(*looked, config.steps, show)
             rollouts = watching.Rollouts(draft, state.files.get(watching.ROLLOUTS, 0), place.rank)
             for part, cases in (("to learn from", prompts), ("held out", setup.heldout)):
-                for line in cases.lines():
-                    note(f"{part}: {line}")
+                note(f"{part}: {', '.join(cases.lines())}")
             is_due = state.owes_measure
             while state.step < config.steps:
                 began = time.monotonic()
@@ -113,7 +111,7 @@ def rl(
                     watch.write(held)
                     watching.look(config.watch, state.step, held, draft, note)
                 drawn = draw(config, setup, verifier, runner, place)
-                judged, batches = drawn.judged, drawn.batches
+                batches = drawn.batches
                 seen = {"time/packing_seconds": packed} | drawn.figures
                 training = time.monotonic()
                 for _ in range(config.updates):
@@ -131,8 +129,8 @@ def rl(
                 state.owes_measure = is_due
                 if place.rank == 0:
                     spoken = {name: one.prompt.case for name, one in verifier.fragments.items()}
-                    kept = judged[: config.watch.samples]
-                    rollouts.add(state.step, kept, {**setup.cases, **spoken})
+                    some = drawn.judged[: config.watch.samples]
+                    rollouts.add(state.step, some, {**setup.cases, **spoken})
                 written = [config.tokens_of(x) for x in (state.step - config.updates, state.step)]
                 run.save_if_due(
                     *(state, draft, config.state, state.tokens, signals, device),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from attending.artifact import digest
 from attending.draft import data
@@ -48,6 +48,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A folder of prompts and a model; its engine writes the answers once, in `answers/`."""
     folder = tmp_path_factory.mktemp("made")
     model = make(folder, {**LLAMA, "num_hidden_layers": 4, "initializer_range": 0.3})
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 8  # sure of what it says
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     rows = [{"q": f"{w} {v}?", "n": n} for n, (w, v) in enumerate(zip(WORDS, WORDS, strict=True))]
     rows += [{"q": f"{WORDS[n % 10]} {n}"} for n in range(QUESTIONS - len(rows))]
     rows.append({"other": "has no question"})
@@ -191,12 +194,32 @@ def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
     for changes, words in (
         ({"context": 256}, "context=256 is more than the 128 tokens"),
         ({"batch": {"tokens": 100, "micro_tokens": 96}}, "batch.tokens=100"),
-        ({"head": {"vocabulary": 1}, "epochs": 0.1, "context": 8}, "no answer is left|8"),
+        (
+            {"epochs": 0.1, "context": 8, "batch": {"tokens": 8, "micro_tokens": 8}},
+            "no answer is le",
+        ),
+        ({"head": {"vocabulary": 1}}, "vocabulary of 1"),
         ({"prompts": {"p": {"path": "none.jsonl"}}}, "no file matches"),
         ({"compute": {"precision": "bfloat16"}}, "float32 or float64"),
     ):
         with pytest.raises(ConfigError, match=words):
             draft(recipe(made, **changes), tmp_path / "draft")
+
+
+def test_a_question_is_asked_once(made: Made, tmp_path: Path) -> None:
+    lines = [json.dumps({"q": word}) for word in ("fever", "cough", "fever", "rash", "cough")]
+    (tmp_path / "twice.jsonl").write_text("\n".join(lines), "utf-8")
+    told = {"twice": {"path": "twice.jsonl", "prompt": "{q}"}}
+    asked = list(data.prompts(recipe(made, root=str(tmp_path), prompts=told)))
+    assert sorted(one.messages[0]["content"] for one in asked) == ["cough", "fever", "rash"]
+
+
+def test_what_numbers_the_answers_cannot_change_on_the_way(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(HaltedError):
+        draft(recipe(made), tmp_path / "out", show=halt_at(4))
+    for changes in ({"context": 48}, {"head": {"vocabulary": 100, "dtype": "float32"}}):
+        with pytest.raises(ConfigError, match="cannot change on the way"):
+            draft(recipe(made, **changes), tmp_path / "out", resume=True, accept_changes=True)
 
 
 def test_the_estimate_counts_prompts_and_weights(made: Made) -> None:

@@ -1,5 +1,6 @@
 """The unrolled loss: against drafting with a cache, slot by slot, and to full acceptance."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attending.draft.loss import Unrolled, UnrolledLoss, alive, read, unroll
+from attending.draft.setup import features_of
 from attending.draft.watch import Foreseen, figures, foresee
 from attending.model import scoring
 from attending.model.architecture import parse_config
@@ -223,3 +225,23 @@ def test_later_steps_keep_their_own_keys() -> None:
     assert attend.positions.tolist() == [2, 1]
     with pytest.raises(NotImplementedError):
         attend.previous(spec, torch.zeros(1), torch.zeros(1))
+
+
+def test_a_draft_begins_near_no_guess_at_all_although_its_target_shouts() -> None:
+    """A stream of large states and a head that is sure: as targets have them."""
+    target, eagle = models({**LLAMA, "tie_word_embeddings": False})
+    with torch.no_grad():
+        target.model.embed_tokens.weight.mul_(300.0)
+        target.model.norm.weight.mul_(200.0)
+    one = batch((40,), (3,))
+    losses = []
+    for is_softened in (False, True):
+        eagle.init_weights(target.head_weight(), target.model.norm.weight, 0)
+        features = features_of(target, eagle.config.layers, one)
+        if is_softened:
+            eagle.soften(features)
+            heard = eagle.fc(features).square().mean(-1).sqrt()
+            assert float(heard.detach().median()) == pytest.approx(0.4)
+        losses.append(float(accumulate(eagle, [one], UnrolledLoss(target, 1, 1.0), 1, ["a"]).loss))
+    words = math.log(len(eagle.d2t))
+    assert losses[1] < 1.1 * words < losses[0]

@@ -44,17 +44,19 @@ def drafted(decoder: Decoder, pages: int | Sequence[int], shape: Shape = CHAIN) 
 
 
 def natively(
-    decoder: Decoder, eagle: Eagle, shape: Shape = CHAIN, pages: int = 12, **options: Any
+    decoder: Decoder, eagle: Eagle | None, shape: Shape = CHAIN, pages: int = 12, **options: Any
 ) -> NativeRunner:
-    """The native runner with the weights of both."""
+    """The native runner with the weights of both, or of the decoder alone."""
     with tempfile.TemporaryDirectory() as folder:
         packed = pack.open_packed(Trained(decoder), Path(folder), "w8")
+    chosen = NativeOptions(**{"threads": 2, **options})
+    counts = [pages] * len(decoder.arch.windows)
+    if eagle is None:
+        return NativeRunner(packed, counts, chosen, kernel=kernel())
     stored = {
         n: w.float().numpy() if w.is_floating_point() else w.numpy()
         for n, w in eagle.state_dict().items()
     }
-    chosen = NativeOptions(**{"threads": 2, **options})
-    counts = [pages] * len(decoder.arch.windows)
     draft = pack_draft(eagle.config, stored)
     return NativeRunner(packed, counts, chosen, kernel=kernel(), draft=draft, shape=shape)
 
