@@ -22,7 +22,7 @@ from attending.artifact import digest
 from attending.config import Config
 from attending.engine.runner import Shape
 from attending.errors import UsageError
-from attending.model.architecture import Architecture
+from attending.model.architecture import KV_CACHE, Architecture
 from attending.model.checkpoint import Checkpoint
 from attending.model.eagle_files import EagleConfig, open_eagle
 from attending.model.files import read_json
@@ -245,7 +245,7 @@ def weight_bytes(checkpoint: Checkpoint, options: ComputeOptions, *, native: boo
 
 def kv_of(arch: Architecture, options: ComputeOptions) -> str:
     """Of the native runner's cache: as asked; else what a quantised folder was measured with."""
-    return options.kv or ("int8" if _cache_scheme(arch).get("type") == "int" else "float16")
+    return options.kv or str(arch.source.get(KV_CACHE, "float16"))
 
 
 def _cache_scheme(arch: Architecture) -> Mapping[str, Any]:

@@ -163,6 +163,8 @@ class Architecture:
         return shapes
 
 
+KV_CACHE = "attending_kv_cache"
+"""Of `config.json`: what a folder's cache was measured with; known to this package only."""
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 

@@ -49,6 +49,8 @@ class Record(NamedTuple):
     prompt: str
     text: str
     """Empty: the model's to write."""
+    is_cut: bool = False
+    """The model did not come to the end."""
 
 
 class Samples(NamedTuple):
@@ -120,7 +122,10 @@ class Replies:
         self._opened: Endpoint | None = None
         logs.cut(file)  # of a last line that a crash left half-written
         lines = file.read_text("utf-8").splitlines() if file.exists() else []
-        self._known: dict[str, str] = {one["key"]: one["reply"] for one in map(json.loads, lines)}
+        rows = map(json.loads, lines)
+        self._known: dict[str, tuple[str, bool]] = {
+            one["key"]: (one["reply"], one.get("finish") == "length") for one in rows
+        }
 
     async def completed(self, wave: Sequence[Record], what: str) -> list[Record]:
         """Records with their replies; without those to which the model said nothing."""
@@ -128,18 +133,22 @@ class Replies:
         if missing and self._opened is None:
             self._opened = await self._stack.enter_async_context(endpoint.open(self._start.source))
         await together([self._ask(one, what) for one in missing])
-        whole = [o if o.text else o._replace(text=self._known[self._key(o)]) for o in wave]
-        return [one for one in whole if one.text]
+        whole = []
+        for one in wave:
+            text, is_cut = (one.text, False) if one.text else self._known[self._key(one)]
+            whole += [one._replace(text=text, is_cut=is_cut)] if text else []
+        return whole
 
     async def _ask(self, one: Record, what: str) -> None:
         assert self._opened is not None
         example = Example(one.id, ({"role": "user", "content": one.prompt},))
         answer = await asking.chat(self._opened, self._sampling, example, 0)
         row = {"key": self._key(one), "prompt": one.prompt, "reply": answer.text}
+        row |= {"finish": answer.finish_reason or ""}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._known[row["key"]] = answer.text
+        self._known[row["key"]] = answer.text, answer.finish_reason == "length"
         self._progress(len(self._known), None, f"replies to {what}")
 
     def _key(self, one: Record) -> str:
@@ -163,8 +172,8 @@ def records(config: CalibrationConfig, name: str, seed: int) -> tuple[list[Recor
                 one, key = _record(part, place, {} if found.fault else found.fields)
             except (LookupError, UnicodeError, TypeError, AttributeError):
                 continue  # a record without these fields
-            if one[1:] not in seen and (one.prompt or one.text):
-                seen.add(one[1:])
+            if one[1:3] not in seen and (one.prompt or one.text):
+                seen.add(one[1:3])
                 sides[is_held_out(key)].append(one)
     for side in sides:
         side.sort(key=lambda one: draw("quantize", seed, name, one.id))
@@ -174,8 +183,8 @@ def records(config: CalibrationConfig, name: str, seed: int) -> tuple[list[Recor
 def _record(part: PartConfig, place: str, fields: Mapping[str, object]) -> tuple[Record, str]:
     own = read.render(part.id, fields) if part.id else place
     key = read.render(part.holdout_key, fields) if part.holdout_key else own
-    texts = (read.render(template, fields).strip() for template in (part.prompt, part.text))
-    return Record(own, *texts), key
+    prompt, text = (read.render(one, fields).strip() for one in (part.prompt, part.text))
+    return Record(own, prompt, text), key
 
 
 def _counts(config: CalibrationConfig) -> dict[str, int]:
@@ -206,7 +215,8 @@ async def _gather(
             while len(ids) < count * config.length and (wave := list(islice(own, WAVE))):
                 num_records += len(wave)
                 for one in await replies.completed(wave, f"{name} ({side})"):
-                    ids += _encode(start.tokenizer, one)
+                    # No document fills more than a sample: few long ones would be all there is.
+                    ids += islice(_encode(start.tokenizer, one), config.length)
             rows = min(count, len(ids) // config.length)
             if not rows:
                 raise ConfigError(
@@ -225,6 +235,10 @@ def _encode(tokenizer: Tokenizer, one: Record) -> Iterator[int]:
         return
     turns = [{"role": "user", "content": one.prompt}, {"role": "assistant", "content": one.text}]
     try:
-        yield from tokenizer.examples(turns)[0].ids
+        ids = tokenizer.examples(turns)[0].ids
+        if one.is_cut:  # what ends an answer does not stand behind half a sentence
+            ends = [at for at, token in enumerate(ids) if token in tokenizer.stop_ids]
+            ids = ids[: ends[-1]] if ends else ids
+        yield from ids
     except TokenizerError as error:
         raise TokenizerError(f"record {one.id}: {error}") from None

@@ -10,7 +10,7 @@ from attending.model.quantized import stored_shapes
 from attending.model.scoring import CHUNK, CPU_CHUNK
 from attending.quantize.recipe import QuantizeConfig
 from attending.quantize.rotate import rotated
-from attending.quantize.stream import Shapes, matched, stage_of
+from attending.quantize.stream import HEAD, Shapes, matched, stage_of
 from attending.sources import resolve
 from attending.train.plan import GIB, flops, kept_per_token
 
@@ -92,11 +92,14 @@ def memory(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> Memory
     kept = max(kept_per_token(arch, index) for index in range(len(arch.layers)))
     passes = 4 * kept * min(config.batch, told.samples) * told.length
     rounding = max(ROUNDED * math.prod(shape) for shape in layers.values())
-    if config.by_gptq:
-        rounding = max(4 * HESSIANS * k * k + SOLVED * n * k for n, k in layers.values())
+    if solved := _solved(config, layers):
+        rounding = max(
+            4 * HESSIANS * k * k + SOLVED * n * k + (4 * n * k if name == HEAD else 0)
+            for name, (n, k) in solved.items()
+        )
     if config.by_signs:
         fitted = FITTED * max(_by_block(arch, layers))
-        rounding = max(rounding, fitted) if config.by_gptq else fitted
+        rounding = max(rounding, fitted) if solved else fitted
         batch = min(config.signed.batch, told.samples)
         passes = max(passes, 2 * 4 * kept * batch * told.length)
     chunk = CPU_CHUNK if config.device == "cpu" else CHUNK
@@ -119,10 +122,11 @@ def operations(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> fl
     through = flops(arch, [length]) / 3 - head * length  # of a sample, the blocks alone
     total = 2 * told.samples * through + 2 * told.evaluation * (through + head * length)
     if config.by_gptq:
-        inputs = {n.rpartition(".")[0] + str(stage_of(n)): k for n, (_, k) in layers.items()}
         total += 2.5 * told.samples * through  # up to each stage's inputs
-        total += sum(2.0 * told.samples * length * k * k for k in inputs.values())
-        total += sum(k**3 + 1.0 * n * k * k for n, k in layers.values())
+    solved = _solved(config, layers)
+    inputs = {n.rpartition(".")[0] + str(stage_of(n)): k for n, (_, k) in solved.items()}
+    total += sum(2.0 * told.samples * length * k * k for k in inputs.values())
+    total += sum(k**3 + 1.0 * n * k * k for n, k in solved.values())
     if config.by_signs:
         batch = min(config.signed.batch, told.samples)
         total += through * (3 * config.signed.steps * batch + 3 * told.samples)
@@ -142,6 +146,13 @@ def output_bytes(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> 
         parts |= {".g_idx": layer[1:]} if config.form == "gptq" else {}
         total += sum(STORED.get(part, 4) * math.prod(stored) for part, stored in parts.items())
     return total
+
+
+def _solved(config: QuantizeConfig, layers: Shapes) -> Shapes:
+    """What GPTQ rounds: all by its methods; of others but plain rounding, the head."""
+    if config.by_gptq or config.method == "plain":
+        return layers if config.by_gptq else {}
+    return {name: shape for name, shape in layers.items() if name == HEAD}
 
 
 def _by_block(arch: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:

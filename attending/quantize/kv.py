@@ -93,17 +93,11 @@ class Rounded(Packed):
 
 
 def cache_scheme(cache: Cache) -> dict[str, Any] | None:
-    """As compressed-tensors writes it in `config.json`; None for float16."""
-    if cache == "float16":
+    """As compressed-tensors writes FP8's; None for others, which vLLM refuses to read there."""
+    if cache != "fp8":
         return None
-    is_float = cache == "fp8"
-    return {
-        "num_bits": 8,
-        "type": "float" if is_float else "int",
-        "symmetric": True,
-        "strategy": "tensor" if is_float else "token",
-        "dynamic": not is_float,
-    }
+    kind = {"num_bits": 8, "type": "float", "symmetric": True}
+    return kind | {"strategy": "tensor", "dynamic": False}
 
 
 def cache_scales(cache: Cache, layers: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from attending import artifact
 from attending.errors import CheckpointError
 from attending.logs import MetricLog
 from attending.mesh import World
-from attending.model.architecture import Architecture
+from attending.model.architecture import KV_CACHE, Architecture
 from attending.model.checkpoint import open_checkpoint
 from attending.model.decoder import Block
+from attending.model.files import read_json
 from attending.model.quantized import require_float
 from attending.model.weights import read_tensor
 from attending.quantize import calibration, gate, rounding
@@ -143,7 +145,7 @@ def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict
             _save(file, _round(job, block, index, rough, exact, tell))
         _put(block, load_file(file), job, index)
         stream.step(block, rough)
-        error = float((rough - exact).square().sum() / exact.square().sum())
+        error = _share(rough, exact)
         if is_new:
             seconds = time.monotonic() - began
             values = {"quantize/block_error_share": error, "quantize/block_seconds": seconds}
@@ -159,6 +161,8 @@ def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict
 def write(job: Job, start: Start, draft: Path) -> None:
     """The model folder; what is not quantised comes from the stream, in the recipe's dtype."""
     config, arch = job.config, job.stream.arch
+    if config.kv == "int8":  # known to this package only
+        arch = replace(arch, source={**arch.source, KV_CACHE: config.kv})
     tensors: dict[str, Tensor] = {}
     blocks: dict[str, Tensor] = {}
     for file in sorted(job.states.glob("block_*.safetensors")):
@@ -213,6 +217,12 @@ def judge(
     total = len(start.arch.layers) + len(made.arch.layers)
     done = lambda number: progress(number, total, "gate: blocks")  # noqa: E731
     domains, divergences = gate.compare(before, after, evaluation, done)
+    # A suite that is changed on the way is asked anew; its store takes no other one.
+    asked, known = draft / STATES / "suite.json", config.gate.model_dump(mode="json")
+    own = {key: known[key] for key in ("suite", "data", "limit")}
+    if asked.is_file() and read_json(asked) != own:
+        shutil.rmtree(draft / "forgetting", ignore_errors=True)
+    artifact.write_json(asked, own)
     changes, flips = gate.ask(config.gate, config.model, draft, progress, note)
     found = gate.Gate(domains, changes, flips)
     gate.write(draft, found, divergences)
@@ -275,6 +285,14 @@ def _as_stored(job: Job, name: str) -> Tensor:
             f"{name} does not fit into {values.dtype}: take floats = bfloat16 or float32."
         )
     return values.contiguous()
+
+
+def _share(rough: Tensor, exact: Tensor) -> float:
+    """Of the squares of [S, T, D], those of the difference; sample by sample, to copy neither."""
+    pairs = zip(rough, exact, strict=True)
+    sums = torch.stack([torch.stack([(r - e).square().sum(), e.square().sum()]) for r, e in pairs])
+    lost, whole = sums.double().sum(0).tolist()
+    return float(lost / whole)
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from attending.model.architecture import NORMS, Architecture, LayerSpec
 from attending.model.decoder import Decoder, vocabulary_norms
 
 HEAD = "lm_head.weight"
+ROWS = 1024
 
 
 class Rotation(NamedTuple):
@@ -102,13 +103,17 @@ def folded(arch: Architecture, read: Callable[[str], Tensor], seed: int) -> Call
             index = int(layer)
             norm = read(f"model.layers.{layer}.{NORMS[part.startswith('mlp')]}.weight")
             wide = _of_layer(part, value.double(), norm, arch.layers[index], stream, heads[index])
-        elif name == HEAD:
-            wide = value.double()
-            if arch.norm_head:
-                wide = wide / vocabulary_norms(wide)[:, None]
-            wide = stream.turn(wide * read("model.norm.weight"))
-        else:
-            wide = torch.ones_like(value) if value.dim() == 1 else stream.turn(value)
+        elif value.dim() == 1:
+            wide = torch.ones_like(value)
+        else:  # embedding and head, some rows at a time: the temporaries are ten times as large
+            scale = read("model.norm.weight") if name == HEAD else torch.ones(1)
+            parts = []
+            for rows in torch.split(value, ROWS):
+                wide = rows.double() * scale
+                if arch.norm_head and name == HEAD:
+                    wide /= vocabulary_norms(rows.double())[:, None]
+                parts.append(stream.turn(wide).to(value.dtype))
+            wide = torch.cat(parts)
         return wide.to(value.dtype).contiguous()
 
     return turned

@@ -108,6 +108,21 @@ def test_it_goes_on_from_gptq() -> None:
     assert torch.equal(found.layers["0"].scales, solved.quantised.scales)
 
 
+def test_it_learns_what_gptq_was_not_told() -> None:
+    """GPTQ saw other inputs: from where it ended there is something to learn, with its scales."""
+    torch.manual_seed(1)
+    block = linear(torch.randn(16, 32))
+    x = torch.randn(8, 16, 8) @ torch.randn(8, 32) + 0.1 * torch.randn(8, 16, 32)
+    hessian, grid = Hessian(32), Grid(4, 32)
+    hessian.add(torch.randn(64, 32))
+    solved = solve(block.get_submodule("0").weight, hessian.matrix(), grid)
+    start = Start(solved.targets, Steps(solved.quantised.scales, solved.quantised.zeros))
+    config = SignedRounding(steps=200, batch=8, rate=5e-3, range_rate=0.0)
+    found = fit(block, block, x, block(x), ["0"], grid, config, starts={"0": start})
+    assert found.after < 0.8 * found.before
+    assert torch.equal(found.layers["0"].scales, solved.quantised.scales)
+
+
 def test_a_decoder_block_with_its_rotations() -> None:
     config = {"model_type": "qwen2", "vocab_size": 16, "hidden_size": 32, "rope_theta": 1e4}
     config |= {"intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
