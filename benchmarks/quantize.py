@@ -11,6 +11,7 @@ figures are kept in quantize/NAME.json as they come, with its date, commit and h
 stopped is gone on with, also on another day. Writes quantize.md and quantize.svg.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -19,7 +20,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,11 +46,17 @@ METHODS: dict[str, list[str]] = {
     "plain": ["method=plain", "search=0"],
     "plain, ranges tried": ["method=plain"],
     "GPTQ": ["method=gptq"],
-    "signed": ["method=signed", "signed.steps=200"],
+    "signed, 50 steps": ["method=signed", "signed.steps=50", "signed.rate=0.005", "search=0"],
+    "signed, 200 steps": ["method=signed", "signed.steps=200"],
     "GPTQ, then signed": ["method=gptq+signed", "signed.steps=100", "signed.rate=0.005"],
     "rotation + GPTQ": ["method=gptq", "rotate=true"],
 }
-PEERS = {"llm-compressor GPTQ": "llmcompressor", "HQQ": "hqq", "auto-round light": "autoround"}
+PEERS = {
+    "llm-compressor GPTQ": ("llmcompressor",),
+    "HQQ": ("hqq",),
+    "auto-round, 50 steps": ("autoround", "50"),
+    "auto-round, 200 steps": ("autoround", "200"),
+}
 SIZES = (256, 512, 1024)
 Figures = dict[str, Any]
 
@@ -96,6 +103,23 @@ def watched(words: Sequence[str]) -> Watched:
     return Watched(output, peak)
 
 
+def slug(*words: object) -> str:
+    """As a file is named."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower())
+
+
+@cache
+def identity(model: str) -> str:
+    """Of its files."""
+    return digest(resolve(model).path)
+
+
+def stamp(bench: Bench, model: str, *own: str) -> str:
+    """Of all that decides a folder in WORK: what was made of something else is never taken."""
+    told = json.dumps([identity(model), bench.pairs, own])
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
+
+
 def noted(name: str, asked: Sequence[str], make: Callable[[], Figures]) -> Figures:
     """An arm's figures, now or before, beside its recipe and the digest of its calibration."""
     return kept(HERE / "quantize" / f"{name}.json", list(asked), make)
@@ -110,7 +134,7 @@ def settings(bench: Bench, model: str, *own: str) -> list[str]:
 def samples(bench: Bench, model: str) -> tuple[Path, dict[str, torch.Tensor]]:
     """The file that peers read, and the held-out ids that all are judged by."""
     config = QuantizeConfig.load("open", "quantize", settings(bench, model))
-    folder = bench.work / f"samples-{Path(model).name}"
+    folder = bench.work / f"samples-{stamp(bench, model)}"
     folder.mkdir(exist_ok=True)
     silent = (lambda *_: None, lambda line: print(line, file=sys.stderr))
     start = open_start(model)
@@ -132,11 +156,14 @@ def judged(model: str, folder: Path, evaluation: dict[str, torch.Tensor], **how:
 
 def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
     """An arm of ours, by the command that users have."""
-    slug = re.sub(r"\W+", "-", f"{Path(model).name} {name}".lower())
+    arm = slug(Path(model).name, name)
     file, evaluation = samples(bench, model)
 
     def make() -> Figures:
-        out, peak = bench.work / slug, None  # unknown where a run of another day left the folder
+        out, peak = (
+            folder_of(bench, model, name, *own),
+            None,
+        )  # unknown where a run of another day left the folder
         if not out.exists():
             pairs = settings(bench, model, *own)
             words = [word for pair in pairs for word in ("--set", pair)]
@@ -147,14 +174,19 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
         found = judged(model, out, evaluation, rounds_activations=is_qqq)
         return found | {"seconds": sum(blocks), "peak_bytes": peak, "version": "attending"}
 
-    return noted(slug, [*bench.pairs, *own, digest(file)], make)
+    return noted(arm, [*bench.pairs, *own, digest(file), identity(model)], make)
+
+
+def folder_of(bench: Bench, model: str, name: str, *own: str) -> Path:
+    """An arm's."""
+    return bench.work / f"{slug(Path(model).name, name)}-{stamp(bench, model, *own)}"
 
 
 def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) -> Figures | None:
     """A peer's arm; None, and why, where it is not there."""
-    name = PEERS[peer]
+    name, *more = PEERS[peer]
     file, evaluation = samples(bench, model)
-    source = bench.work / f"float-{Path(model).name}"
+    source = bench.work / f"float-{identity(model)[:8]}"
     if not source.exists():
         attending.load(model, dtype="float32").save(source)
     module = {"autoround": "auto_round"}.get(name, name)
@@ -164,13 +196,13 @@ def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) 
         return None
 
     def make() -> Figures:
-        out = bench.work / f"{Path(model).name}-{name}-{group}"
+        out = bench.work / f"{slug(peer, group)}-{digest(file)[:8]}"
         script = HERE / "quantize" / f"run_{name}.py"
-        done = watched([python, str(script), str(source), str(file), str(group), str(out)])
+        done = watched([python, str(script), str(source), str(file), str(group), str(out), *more])
         told: Figures = json.loads(done.output.strip().splitlines()[-1])
         return judged(model, out, evaluation) | told | {"peak_bytes": done.peak_bytes}
 
-    return noted(f"{Path(model).name}-{name}-{group}", [peer, digest(file)], make)
+    return noted(slug(Path(model).name, peer, group), [peer, digest(file), identity(model)], make)
 
 
 def measures(arms: dict[str, Figures]) -> list[Measure]:
@@ -207,7 +239,7 @@ def rows(arms: dict[str, Figures]) -> list[str]:
 def served(bench: Bench) -> list[str]:
     """The folder in the engine, beside 8 bits and floats."""
     arms = {
-        "4 bits, groups of 64": [str(bench.work / f"{Path(bench.first).name}-gptq")],
+        "4 bits, groups of 64": [str(folder_of(bench, bench.first, "GPTQ", *METHODS["GPTQ"]))],
         "8 bits": [bench.first, "--weights", "w8"],
         "float32 (torch)": [bench.first, "--dtype", "float32"],
     }
@@ -235,12 +267,16 @@ def grown(bench: Bench) -> list[str]:
             config = QuantizeConfig.load("open", "quantize", pairs)
             arch = open_checkpoint(source).arch
             layers = matched(arch, ".*", False, config.scheme, config.form)
+            out = folder_of(bench, str(source), f"grown {method}", *own)
             planned = memory(arch, config, layers).total
 
-            def make(pairs: list[str] = pairs, name: str = f"grown-{hidden}-{method}") -> Figures:
+            def make(
+                pairs: list[str] = pairs,
+                out: Path = out,
+            ) -> Figures:
                 words = [word for pair in pairs for word in ("--set", pair)]
                 command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
-                done = watched([*command, "--out", str(bench.work / name), "--resume"])
+                done = watched([*command, "--out", str(out), "--resume"])
                 return {"peak_bytes": done.peak_bytes - idle}
 
             peak = noted(f"grown-{hidden}-{method}", own, make)["peak_bytes"]
@@ -251,7 +287,7 @@ def grown(bench: Bench) -> list[str]:
 
 def random_model(bench: Bench, hidden: int) -> Path:
     """Two blocks of random weights with the default model's tokenizer."""
-    folder = bench.work / f"random-{hidden}"
+    folder = bench.work / f"random-{hidden}-{identity(bench.first)[:8]}"
     if not folder.exists():
         start = open_start(bench.first)
         values = dict(start.arch.to_config()) | {"hidden_size": hidden, "num_hidden_layers": 2}

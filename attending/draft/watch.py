@@ -1,7 +1,7 @@
 """How far a draft would have come on held-out answers of its target: counted, not timed.
 
 A chain of k is drafted greedily and checked against what the target wrote. Where the answers are
-greedy that is what the engine will do, token for token; where they were sampled, a proposal x is
+greedy that is what the engine will do, but for its 8 bits; where they were sampled, a proposal x is
 accepted with the target's p(x), which is how often the text agrees. So both are unbiased.
 """
 

@@ -1,4 +1,7 @@
-"""auto-round by its light recipe, 50 steps at rate 0.005: pip install auto-round."""
+"""auto-round by its light recipe (50 steps at rate 0.005) or its own (200 at 1 / 200).
+
+pip install auto-round; the steps are the last word of the command.
+"""
 
 import sys
 from pathlib import Path
@@ -12,14 +15,15 @@ from measuring import main
 
 def rounds(model: Any, samples: list[torch.Tensor], group: int) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+    steps = int(sys.argv[5])
     rounding = auto_round.AutoRound(
         model,
         tokenizer,
         bits=4,
         group_size=group,
         sym=True,
-        iters=50,
-        lr=5e-3,
+        iters=steps,
+        lr=5e-3 if steps == 50 else None,
         nsamples=len(samples),
         batch_size=8,
         seqlen=samples[0].shape[1],
