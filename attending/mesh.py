@@ -62,10 +62,7 @@ def hardware(root: Path = Path("/")) -> dict[str, object]:
 
 
 def multiplies_bfloat16(root: Path = Path("/")) -> bool:
-    """Whether the CPU has instructions for it: without, torch takes 37 times float32's time.
-
-    That was measured on an EPYC with AVX2 alone, 1024 x 384 x 1536 on one thread.
-    """
+    """Whether the CPU has instructions for it: without, torch takes many times float32's time."""
     simd = cast(list[str], hardware(root)["simd"])
     return bool({"amx_bf16", "avx512_bf16"} & {*simd})
 

@@ -160,10 +160,8 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
     file, evaluation = samples(bench, model)
 
     def make() -> Figures:
-        out, peak = (
-            folder_of(bench, model, name, *own),
-            None,
-        )  # unknown where a run of another day left the folder
+        out = folder_of(bench, model, name, *own)
+        peak = None  # unknown where a run of another day left the folder
         if not out.exists():
             pairs = settings(bench, model, *own)
             words = [word for pair in pairs for word in ("--set", pair)]
@@ -270,16 +268,14 @@ def grown(bench: Bench) -> list[str]:
             out = folder_of(bench, str(source), f"grown {method}", *own)
             planned = memory(arch, config, layers).total
 
-            def make(
-                pairs: list[str] = pairs,
-                out: Path = out,
-            ) -> Figures:
+            def make(pairs: list[str] = pairs, out: Path = out) -> Figures:
                 words = [word for pair in pairs for word in ("--set", pair)]
                 command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
                 done = watched([*command, "--out", str(out), "--resume"])
                 return {"peak_bytes": done.peak_bytes - idle}
 
-            peak = noted(f"grown-{hidden}-{method}", own, make)["peak_bytes"]
+            asked = [*own, identity(str(source))]
+            peak = noted(f"grown-{hidden}-{method}", asked, make)["peak_bytes"]
             cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
             found.append([f"{hidden}, {method}", *cells, f"{peak / planned:.2f}"])
     return table(["hidden size, method", "planned, MiB", "measured, MiB", "ratio"], found)

@@ -414,8 +414,8 @@ def consulted(told: argparse.Namespace, arm: str, model: object, file: Path) -> 
         return {"rows": rows}
 
     asked = {"model": str(model), "cases": digest(file), "tokens": told.tokens}
-    make = partial(asyncio.run, ask())
-    found: dict[str, Any] = kept(told.work / f"consulted-{arm}.json", asked, make)["rows"]
+    file = told.work / f"consulted-{arm}.json"
+    found: dict[str, Any] = kept(file, asked, lambda: asyncio.run(ask()))["rows"]
     return found
 
 

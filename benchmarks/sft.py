@@ -208,8 +208,9 @@ def main() -> None:
     text = ["# Fine-tuning: what it gives, and what it costs", "", NOTES.read_text("utf-8").strip()]
     text += ["", *read(run), "", *answers(run), "", "![Held-out answers](sft.svg)", ""]
     abouts = [f"- training: {run['about']}"]
-    if told.suite:
-        report = kept(folder / "asked.json", began, partial(asked, told.data, told.work, model))
+    file = folder / "asked.json"
+    if told.suite or file.is_file():
+        report = kept(file, began, partial(asked, told.data, told.work, model))
         text += [*scores(report), ""]
         abouts.append(f"- suite: {report['about']}")
     else:

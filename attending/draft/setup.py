@@ -1,6 +1,6 @@
 """Before and after the loop: target, draft, answers and optimizer in; a draft folder out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -11,13 +11,12 @@ from torch import Tensor
 from attending.artifact import digest
 from attending.draft.data import token_counts
 from attending.draft.estimate import operations
-from attending.draft.loss import UnrolledLoss
+from attending.draft.loss import UnrolledLoss, read
 from attending.draft.recipe import DraftConfig
 from attending.draft.watch import by_source
 from attending.errors import ConfigError
 from attending.mesh import World
-from attending.model.attend import Packed
-from attending.model.decoder import Decoder, Features
+from attending.model.decoder import Decoder
 from attending.model.eagle import Eagle, load_eagle, save_eagle
 from attending.model.eagle_files import EagleConfig, choose_vocabulary, eagle_config
 from attending.shards import Shards
@@ -25,7 +24,7 @@ from attending.sources import resolve
 from attending.train import run
 from attending.train.optimizer import adamw
 from attending.train.parallel import build
-from attending.train.reader import Batch, PackedReader, by_part
+from attending.train.reader import PackedReader, by_part
 from attending.train.rows import deal, require_even
 from attending.train.start import Start
 from attending.train.state import TrainState
@@ -101,7 +100,7 @@ def prepare(
         eagle.init_weights(target.head_weight(), target.model.norm.weight, config.seed)
         some = open_reader(shards, config)
         [batch] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
-        eagle.soften(features_of(target, eagle.config.layers, batch))
+        eagle.soften(read(target, eagle, batch).features)
     torch.manual_seed(config.seed)
     optimizer = adamw(eagle.named_parameters(), config.optimizer)
     reader = open_reader(shards, config)
@@ -114,14 +113,6 @@ def prepare(
     loss = UnrolledLoss(target, config.unroll, config.decay)
     flops = operations(start.arch, told, config.context, config.unroll)
     return Setup(state, target, eagle, reader, steps, loss, watched, flops)
-
-
-@torch.no_grad()
-def features_of(target: Decoder, layers: Sequence[int], batch: Batch) -> Tensor:
-    """[T, 3 D]: what a draft reads of its target."""
-    features = Features(layers)
-    target(batch.ids, Packed(batch.lengths, device=batch.ids.device), features)
-    return features.whole()
 
 
 def begun_from(config: DraftConfig) -> list[dict[str, str]]:

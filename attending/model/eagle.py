@@ -121,7 +121,7 @@ class Eagle(nn.Module):
         """Scale what was drawn to a target's features [T, 3 D], before it is trained.
 
         The mean feature foretells the token that is given, not the next one, and a target's stream
-        is a hundred times what a drawn layer adds to it. So the stream is brought to `START_RMS`
+        is far larger than what a drawn layer adds to it. So the stream is brought to `START_RMS`
         and the norm to logits that deviate by 1, in the median of the tokens, of which the first
         are giants. Then the first guess is nearly none, and the layer is heard.
         """

@@ -150,9 +150,9 @@ def output_bytes(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> 
 
 def _solved(config: QuantizeConfig, layers: Shapes) -> Shapes:
     """What GPTQ rounds: all by its methods; of others but plain rounding, the head."""
-    if config.by_gptq or config.method == "plain":
-        return layers if config.by_gptq else {}
-    return {name: shape for name, shape in layers.items() if name == HEAD}
+    if config.method == "plain":
+        return {}
+    return {name: shape for name, shape in layers.items() if config.by_gptq or name == HEAD}
 
 
 def _by_block(arch: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:

@@ -110,7 +110,6 @@ def _require_judged(config: RlConfig, own: Sequence[Case], watched: Sequence[Cas
 def _derived(config: RlConfig, own: Sequence[Case], count: int) -> dict[str, Any]:
     """What the templates take besides the recipe; verl counts draws, not updates or tokens."""
     draws = config.steps // config.updates
-    draw_tokens = config.num_samples * config.max_tokens
     is_plain = config.reward.length_threshold is None and all(case.rule for case in own)
     return {
         "config": config,
@@ -126,7 +125,7 @@ def _derived(config: RlConfig, own: Sequence[Case], count: int) -> dict[str, Any
         "draws": draws,
         "epochs": -(-draws // max(count // config.prompts, 1)),
         "test_draws": -(-config.watch.every_steps // config.updates),
-        "save_draws": -(-config.state.every_tokens // draw_tokens),
+        "save_draws": -(-config.state.every_tokens // config.draw_tokens),
     }
 
 

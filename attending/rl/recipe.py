@@ -197,8 +197,13 @@ class RlConfig(Config):
     @property
     def warmup_steps(self) -> int:
         """Rounded up."""
-        return -(-self.optimizer.warmup_tokens // (self.num_samples * self.max_tokens))
+        return -(-self.optimizer.warmup_tokens // self.draw_tokens)
+
+    @property
+    def draw_tokens(self) -> int:
+        """Of a draw of answers, as if all were `max_tokens` long."""
+        return self.num_samples * self.max_tokens
 
     def tokens_of(self, step: int) -> int:
-        """Written until then, as if all answers were `max_tokens` long."""
-        return step // self.updates * self.num_samples * self.max_tokens
+        """Written until then, counted so."""
+        return step // self.updates * self.draw_tokens

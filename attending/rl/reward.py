@@ -102,10 +102,7 @@ def length_rewards(
 
 
 def combine(
-    verdicts: Sequence[Verdict],
-    lengths: Sequence[int],
-    threshold: float | None,
-    scale: float = 4.0,
+    verdicts: Sequence[Verdict], lengths: Sequence[int], threshold: float | None, scale: float
 ) -> list[float | None]:
     """R = R_verdict + R_length of one group's answers; without a threshold, R_verdict alone."""
     scores = [verdict.score for verdict in verdicts]

@@ -58,9 +58,8 @@ class TrainedWeights:
 
     A model that was rounded before lies on a grid to the point. On the same one an update below
     half a step would be lost in every weight at once, and the engine would go on writing with the
-    weights of the start: of the default model in plain 8 bits it saw 3 to 7 % of an update. On a
-    grid that `is_spread` the weights lie anywhere between two integers, and what rounding takes
-    from one it gives to another.
+    weights of the start. On a grid that `is_spread` the weights lie anywhere between two integers,
+    and what rounding takes from one it gives to another.
     """
 
     arch: Architecture
@@ -69,10 +68,10 @@ class TrainedWeights:
 
     def blocks(self, name: str, /) -> Blocks:
         """One tensor, rounded; embedding and head to 8 bits."""
-        is_outside = name in ("model.embed_tokens.weight", "lm_head.weight")
-        bits, group, symmetric = pack.FORMATS["w8" if is_outside else self.form]
-        how: dict[str, Any] = {"symmetric": symmetric, "is_spread": True}
-        return pack.quantise(self.read(name), bits, group, **how)
+        form = "w8" if name in pack.OUTSIDE else self.form
+        bits, group, symmetric = pack.FORMATS[form]
+        weight = self.read(name)
+        return pack.quantise(weight, bits, group, symmetric=symmetric, is_spread=True)
 
     def read(self, name: str, /) -> NDArray[np.float32]:
         """One tensor in float32."""

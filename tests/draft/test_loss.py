@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attending.draft.loss import Unrolled, UnrolledLoss, alive, read, unroll
-from attending.draft.setup import features_of
 from attending.draft.watch import Foreseen, figures, foresee
 from attending.model import scoring
 from attending.model.architecture import parse_config
@@ -237,7 +236,7 @@ def test_a_draft_begins_near_no_guess_at_all_although_its_target_shouts() -> Non
     losses = []
     for is_softened in (False, True):
         eagle.init_weights(target.head_weight(), target.model.norm.weight, 0)
-        features = features_of(target, eagle.config.layers, one)
+        features = read(target, eagle, one).features
         if is_softened:
             eagle.soften(features)
             heard = eagle.fc(features).square().mean(-1).sqrt()

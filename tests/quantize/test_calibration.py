@@ -70,7 +70,7 @@ def test_dialogues_go_through_the_template_and_documents_end(model: Path, tmp_pa
     assert row == wanted[: len(row)]
 
 
-def test_a_reply_that_was_cut_does_not_end(model: Path, tmp_path: Path) -> None:
+def test_a_reply_that_was_cut_does_not_end(model: Path) -> None:
     tokenizer = open_start(str(model)).tokenizer
     whole = calibration.Record("a", "x", "hm")
     ids, cut = (

@@ -47,8 +47,9 @@ def test_unscored_and_empty_answers_get_no_length_reward() -> None:
 def test_combined_by_hand() -> None:
     verdicts = [Verdict(0.9), Verdict(None, "timeout"), Verdict(0.6)]
     # 0.6 + 0.2 * 0.3 = 0.66 is the least
-    assert combine(verdicts, [16, 4, 4], 0.5) == [1.9, None, 0.6]
-    assert combine(verdicts, [16, 4, 4], None) == [0.9, None, 0.6]
+    assert combine(verdicts, [16, 4, 4], 0.5, 4.0) == [1.9, None, 0.6]
+    assert combine(verdicts, [16, 4, 4], 0.5, 0.4) == pytest.approx([1.0, None, 0.6])
+    assert combine(verdicts, [16, 4, 4], None, 4.0) == [0.9, None, 0.6]
 
 
 def test_lengths_with_and_without_thinking() -> None:

@@ -30,6 +30,7 @@ TILE, GROUP, ALIGN = 16, 32, 64
 MAX_HEAD = 512  # values of a head, by the kernel's buffers
 GOLDEN = 0.618034  # its multiples lie evenly between 0 and 1
 SLICE_VALUES = 1 << 22  # rounded at once: the temporaries take some 16 bytes each
+OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")  # of the blocks: at least 8 bits
 FILE, INDEX, LOCK = "weights.bin", "index.json", "lock"
 # Bits, inputs that share a scale, and whether zero is in the middle. A grid from the smallest to
 # the largest weight is finer, so it is what floats are rounded to unless asked otherwise.
@@ -108,7 +109,7 @@ def _round(weight: Floats, bits: int, group: int, *, symmetric: bool, is_spread:
         shifted = cut
     else:
         minimum = _half(np.minimum(cut.min(-1), 0))
-        steps = np.full((outputs, groups), (1 << bits) - 1, np.float64)
+        steps = np.full((outputs, groups), (1 << bits) - 1, np.float32)
         if is_spread:
             steps -= 1 + (np.arange(outputs * groups) * GOLDEN % 1).reshape(steps.shape)
         scale = _half((np.maximum(cut.max(-1), 0) - minimum) / steps)
@@ -305,7 +306,7 @@ def _matrices(arch: Architecture) -> dict[str, list[str]]:
 
 
 def _stored_or_rounded(weights: Weights, name: str, form: str) -> Blocks:
-    outside = name in ("model.embed_tokens.weight", "lm_head.weight")
+    outside = name in OUTSIDE
     is_norm_head = name == "lm_head.weight" and weights.arch.norm_head
     stored = weights.blocks(name) if form == "stored" and not is_norm_head else None
     if stored is not None:
