@@ -4,15 +4,18 @@ python benchmarks/midtrain.py DATA_DIR WORK_DIR [ARM ...]
 
 makes the corpus in WORK_DIR once, then the runs of `ARMS` (or of those named) that have no record
 yet, one after the other, and writes midtrain.md. A run that was stopped is gone on with; one that
-ended leaves its figures in midtrain/ARM.json, from which the page is made.
+ended leaves its figures in midtrain/ARM.json, from which the page is made. The arms of `BACK` are
+those runs' models, brought back to `SHARE` of the way from the start as `interpolation` of a recipe
+does it before it measures; nothing is trained twice for them.
 WORK_DIR/tests holds the suite's data: general text by the split rule's held-out side only.
 
 Budget on two cores without AVX512-BF16 (130 tokens/s of 135M trained, 360 measured): plain 13
-minutes, the others 33 to 43, and 15 of measures each: 3 hours.
+minutes, the others 33 to 43, and 15 of measures each, as of the arms of `BACK`: 4 hours.
 """
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,25 +23,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import pyplot
 from page import HERE
 
 from attending.corpus.split import is_held_out
+from attending.evaluate import forgetting
 from attending.evaluate.forgetting import DocumentBits, of_documents, read_documents
 from attending.evaluate.page import Change
 from attending.logs import read_metrics
-from attending.mesh import multiplies_bfloat16
+from attending.mesh import multiplies_bfloat16, world
+from attending.midtrain.recipe import MidtrainConfig
+from attending.midtrain.setup import heldout_by_part
+from attending.model.weights import save_model
+from attending.train.heldout import score_documents
+from attending.train.parallel import build, interpolate, whole_weights
+from attending.train.start import open_start
 
 MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
 # Five times the recipe's rate: arms that forget can be compared.
 HIGH = ("optimizer.peak=1e-3", "optimizer.final=1e-4")
-HEAVY = "parts.general.weight=4"
 ARMS = {
     "plain": ("plain", "plain continued training", MEDICAL, HIGH),
     "replay": ("replay", "replay: cross entropy on all", ALL, HIGH),
     "open": ("open", "self-constraint on general and maths", ALL, HIGH),
-    "heavy": ("open", "self-constraint, general weighed 4", ALL, (*HIGH, HEAVY)),
 }
+SHARE = 0.7
+BACK = {f"{arm}_back": arm for arm in ARMS}
+TITLES = {arm: title for arm, (_, title, _, _) in ARMS.items()}
+TITLES |= {arm: f"{TITLES[of]}, {SHARE} of the way" for arm, of in BACK.items()}
 PARTS = ("medical", "general", "maths")
 NOTES = HERE / "midtrain" / "notes.md"
 LIMIT = 40
@@ -57,15 +70,45 @@ def make(data: Path, work: Path, arms: Sequence[str]) -> None:
     for arm in arms:
         if record(arm).exists():
             continue
-        recipe, _, tokens, own = ARMS[arm]
+        recipe, _, tokens, own = ARMS[BACK.get(arm, arm)]
         settings = [f"corpus={work / 'corpus'}", f"forgetting.data={work / 'tests'}"]
         settings += [f"forgetting.limit={LIMIT}", f"compute.precision={precision()}"]
         settings += [f"tokens={tokens}", f"heldout.every_tokens={tokens // 2}"]
         settings += ["optimizer.warmup_tokens=20480", *own]
+        if arm in BACK:
+            bring_back(work, arm, MidtrainConfig.load(recipe, "midtrain", settings))
+            continue
         pairs = [word for setting in settings for word in ("--set", setting)]
         if not (work / arm).exists():
             attending("midtrain", recipe, *pairs, "--out", str(work / arm), "--resume")
-        note(work / arm, arm)
+        note(work / arm, arm, work / arm)
+
+
+def bring_back(work: Path, arm: str, config: MidtrainConfig) -> None:
+    """An arm of `BACK`: the end of a run with `interpolation`, from the model that has been."""
+    trained, out = work / BACK[arm], work / arm
+    start, place, cpu = open_start(config.model), world(), torch.device("cpu")
+    heldout, kept = heldout_by_part(Path(config.corpus), config)
+    out.mkdir(exist_ok=True)
+    if not (out / "config.json").exists():
+        decoder = build(start.arch, open_start(str(trained)).fill, place, cpu, config.compute)
+        interpolate(decoder, start.fill, SHARE)
+        for name, documents in heldout.items():
+            rows = score_documents(
+                decoder,
+                documents,
+                context=config.context,
+                micro_tokens=config.batch.micro_tokens,
+                max_tokens=config.heldout.final_tokens,
+                place=place,
+                device=cpu,
+            )
+            lines = [json.dumps(row._asdict()) + "\n" for row in rows]
+            (out / f"heldout_{name}.jsonl").write_text("".join(lines), "utf-8")
+            shutil.copy(trained / f"heldout_{name}_before.jsonl", out)
+        save_model(out, start.arch, whole_weights(decoder), start.tokenizer, start.generation)
+    forgetting.compare(config.forgetting, config.model, out, kept, lambda *_: None, print)
+    note(out, arm, trained)
 
 
 def record(arm: str) -> Path:
@@ -73,10 +116,10 @@ def record(arm: str) -> Path:
     return HERE / "midtrain" / f"{arm}.json"
 
 
-def note(folder: Path, arm: str) -> None:
-    """Keep what the page needs of a run that ended."""
-    run = json.loads((folder / "run.json").read_text("utf-8"))
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss_nats" in row]
+def note(folder: Path, arm: str, trained: Path) -> None:
+    """Keep what the page needs of a model and of the run that trained it."""
+    run = json.loads((trained / "run.json").read_text("utf-8"))
+    rows = [row for row in read_metrics(trained / "metrics.jsonl") if "train/loss_nats" in row]
     tokens, key = int(rows[-1]["train/consumed_tokens"]), "train/medical_loss_nats"
     told = json.loads((folder / "forgetting.json").read_text("utf-8"))["changes"]
     documents = {name: [*map(list, read_documents(folder, name))] for name in PARTS}
@@ -104,7 +147,8 @@ def about(run: dict[str, Any]) -> str:
 
 def noted() -> dict[str, dict[str, Any]]:
     """The figures of all arms that have some."""
-    return {arm: json.loads(record(arm).read_text("utf-8")) for arm in ARMS if record(arm).exists()}
+    found = {arm: record(arm) for arm in TITLES}
+    return {arm: json.loads(f.read_text("utf-8")) for arm, f in found.items() if f.exists()}
 
 
 def precision() -> str:
@@ -136,7 +180,7 @@ def table(runs: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, dict[st
     head += ["general loss, bits a byte", "of plain's", "maths loss, bits a byte", "of plain's"]
     rows = []
     for arm, run in runs.items():
-        told = [ARMS[arm][1], f"{run['tokens']:,}", f"{run['operations'] / 1e15:,.2f}"]
+        told = [TITLES[arm], f"{run['tokens']:,}", f"{run['operations'] / 1e15:,.2f}"]
         told.append(f"{run['seconds'] / 3600:.2f}")
         for name, sign in zip(PARTS, (1, -1, -1), strict=True):
             told += [cell(changes[arm][name], sign), share(changes[arm][name], plain[name])]
@@ -150,7 +194,7 @@ def beside_plain(runs: dict[str, dict[str, Any]]) -> list[str]:
     for arm, run in runs.items():
         if arm == "plain":
             continue
-        told = [ARMS[arm][1]]
+        told = [TITLES[arm]]
         for name in PARTS:
             ends = zip(runs["plain"]["documents"][name], run["documents"][name], strict=True)
             pairs = [DocumentBits(plain[1], own[1], own[2]) for plain, own in ends]
@@ -180,7 +224,7 @@ def cell(change: Change, sign: int) -> str:
 
 def tasks(runs: dict[str, dict[str, Any]]) -> list[str]:
     """The suite before and after, by arm."""
-    head, rows = ["", "before", *(ARMS[arm][1] for arm in runs)], {}
+    head, rows = ["", "before", *(TITLES[arm] for arm in runs)], {}
     for at, run in enumerate(runs.values()):
         for one in run["tasks"]:
             key = f"{one['task']}, {one['metric']}"
@@ -203,9 +247,11 @@ def draw(runs: dict[str, dict[str, Any]], changes: dict[str, dict[str, Change]])
             low, high = one.interval or (one.gain, one.gain)
             panel.bar(place, one.gain, 0.7, yerr=[[one.gain - low], [high - one.gain]], capsize=4)
         panel.axhline(0, color="#1c2733", lw=0.8)
-        panel.set_xticks(range(len(runs)), runs, fontsize=8)
+        panel.set_xticks(range(len(runs)), [arm.replace("_", "\n") for arm in runs], fontsize=8)
         panel.set_title(f"{name}: bits a byte gained", fontsize=9)
     for arm, run in runs.items():
+        if arm in BACK:
+            continue
         x, y = np.array(run["curve"]).T
         smooth = np.convolve(y, np.ones(10) / 10, "valid")
         panels[3].plot(x[len(x) - len(smooth) :] / 1e3, smooth, label=arm)
@@ -219,12 +265,12 @@ def draw(runs: dict[str, dict[str, Any]], changes: dict[str, dict[str, Change]])
 
 
 def main(data: Path, work: Path, *arms: str) -> None:
-    make(data, work, arms or tuple(ARMS))
+    make(data, work, arms or tuple(TITLES))
     runs = noted()
     rows, changes = table(runs)
     draw(runs, changes)
     told = ", ".join(f"{len(own)} {name}" for name, own in runs["plain"]["documents"].items())
-    missing = [ARMS[arm][1] for arm in ARMS if arm not in runs]
+    missing = [title for arm, title in TITLES.items() if arm not in runs]
     text = ["# Mid-training: what is gained, and what it costs", ""]
     text += [NOTES.read_text("utf-8").strip(), "", f"Held-out documents: {told}.", ""]
     text += [f"Not run yet: {'; '.join(missing)}.", ""] if missing else []

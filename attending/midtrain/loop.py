@@ -13,7 +13,7 @@ from attending.midtrain.recipe import MidtrainConfig
 from attending.midtrain.setup import open_models, parents, prepare
 from attending.sources import Progress
 from attending.train import run
-from attending.train.parallel import process_group
+from attending.train.parallel import interpolate, process_group
 from attending.train.rows import deal, where
 from attending.train.schedule import due, learning_rate
 from attending.train.step import accumulate
@@ -92,6 +92,8 @@ def midtrain(
                 state.owes_measure = due(config.heldout.every_tokens, before, state.tokens)
                 kept = state, draft, config.state, before, signals, device, watch.sizes
                 run.save_if_due(*kept, is_last=state.step == config.num_steps)
+            if config.interpolation < 1:
+                interpolate(decoder, start.fill, config.interpolation)
             measured = watch.finish(config.context)
             run.export(state, start.tokenizer, start.generation, draft)
     if place.rank:

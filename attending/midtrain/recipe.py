@@ -65,6 +65,10 @@ class MidtrainConfig(TrainConfig):
     """Tokens of a row; documents are packed into rows and cut at their ends."""
     schedule: Shape = "cosine"
     """The learning rate after the warm-up stays, or falls to the final one."""
+    interpolation: float = Field(1.0, gt=0, le=1)
+    """How far from the start to the trained weights the model that comes out is (the mixing
+    coefficient of WiSE-FT, arXiv 2109.01903). Below 1, what training cost comes back sooner than
+    what it taught goes; the states that are gone on from stay whole."""
     forgetting: ForgettingConfig = ForgettingConfig()
     """What is compared before and after."""
     seed: NonNegativeInt = 0

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from attending.mesh import World, world
@@ -138,6 +139,21 @@ def build(
     if is_sharded:
         register_fsdp_forward_method(decoder, "measure")
     return decoder
+
+
+@torch.no_grad()
+def interpolate(decoder: Decoder, fill: Fill, share: float) -> None:
+    """Bring weights back to `share` of the way from where `fill` has them; every rank calls it.
+
+    start + share x (trained - start), the weight-space ensemble of WiSE-FT (arXiv 2109.01903).
+    """
+    for name, weight in decoder.named_parameters():
+        start = torch.empty(weight.shape)
+        fill(name, start)
+        start = start.to(weight.device, weight.dtype)
+        if isinstance(weight, DTensor):
+            start = distribute_tensor(start, weight.device_mesh, weight.placements)
+        weight.lerp_(start, 1 - share)
 
 
 def total(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from attending.midtrain.estimate import estimate
 from attending.midtrain.loop import midtrain
 from attending.midtrain.recipe import MidtrainConfig
 from attending.train import run
+from attending.train.watch import Notes
 from tests.train.making import HaltedError, halt_at, make_corpus, make_model, make_tokenizer
 from tests.train.ranks import require_two_equal_one
 
@@ -100,9 +101,44 @@ def test_resume_is_bitwise(text: Text, tmp_path: Path) -> None:
     assert first == second and len(first) == 8
 
 
+def test_what_comes_out_is_a_part_of_the_way(text: Text, tmp_path: Path) -> None:
+    whole = midtrain(recipe(text), tmp_path / "whole")
+    part = midtrain(recipe(text, interpolation=0.25), tmp_path / "part")
+    start, end, found = weights(text[2]), weights(whole), weights(part)
+    assert not torch.equal(end["model.norm.weight"], start["model.norm.weight"])
+    for name in end:
+        assert torch.allclose(found[name], start[name] + 0.25 * (end[name] - start[name]))
+
+    def bits(out: Path, name: str) -> float:
+        metrics = json.loads((out / "run.json").read_text("utf-8"))["metrics"]
+        return float(metrics[f"heldout/{name}_bits_per_byte"])
+
+    # It is what was measured: the same weights, gone on with at no rate, measure the same before.
+    again = recipe((*text[:2], part), optimizer={"peak": 1e-30, "final": 1e-30, "warmup_tokens": 0})
+    same = midtrain(again, tmp_path / "same")
+    assert bits(same, "medical") == pytest.approx(bits(part, "medical"), rel=1e-6)
+    assert bits(whole, "medical") < bits(part, "medical")
+
+
+def test_going_on_after_the_last_step_goes_back_once(text: Text, tmp_path: Path) -> None:
+    config = recipe(text, interpolation=0.5)
+    whole = midtrain(config, tmp_path / "whole")
+
+    def halt(told: object) -> None:
+        if isinstance(told, Notes) and told.step == config.num_steps:
+            raise HaltedError
+
+    with pytest.raises(HaltedError):
+        midtrain(config, tmp_path / "cut", show=halt)
+    cut = midtrain(config, tmp_path / "cut", resume=True)
+    one, other = weights(whole), weights(cut)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_two_ranks_equal_one(text: Text, tmp_path: Path) -> None:
     batch = {"tokens": 256, "micro_tokens": 64}
-    config = recipe(text, tokens=768, compute={"precision": "float64"}, batch=batch)
+    compute = {"precision": "float64"}
+    config = recipe(text, tokens=768, compute=compute, batch=batch, interpolation=0.5)
     names = ("train/loss", "train/medical", "train/maths", "train/gradient", "heldout/")
     require_two_equal_one("midtrain", config, tmp_path, names)
 
