@@ -42,14 +42,18 @@ from attending.sources import resolve
 from attending.train.plan import GIB
 from attending.train.start import open_start
 
+LIGHT = ["method=signed", "signed.steps=50", "signed.rate=0.005", "search=0"]
+DISTILLED = ["distill.epochs=2"]
 METHODS: dict[str, list[str]] = {
     "plain": ["method=plain", "search=0"],
     "plain, ranges tried": ["method=plain"],
     "GPTQ": ["method=gptq"],
-    "signed, 50 steps": ["method=signed", "signed.steps=50", "signed.rate=0.005", "search=0"],
+    "signed, 50 steps": LIGHT,
     "signed, 200 steps": ["method=signed", "signed.steps=200"],
     "GPTQ, then signed": ["method=gptq+signed", "signed.steps=100", "signed.rate=0.005"],
     "rotation + GPTQ": ["method=gptq", "rotate=true"],
+    "GPTQ, distilled": ["method=gptq", *DISTILLED],
+    "signed, 50 steps, distilled": [*LIGHT, *DISTILLED],
 }
 PEERS = {
     "llm-compressor GPTQ": ("llmcompressor",),
@@ -167,10 +171,11 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
             words = [word for pair in pairs for word in ("--set", pair)]
             command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
             peak = watched([*command, "--out", str(out), "--resume"]).peak_bytes
-        blocks = [row["quantize/block_seconds"] for row in read_metrics(out / "metrics.jsonl")]
+        took = {"quantize/block_seconds", "distill/step_seconds"}
+        seconds = [row[key] for row in read_metrics(out / "metrics.jsonl") for key in took & {*row}]
         is_qqq = "form=qqq" in own
         found = judged(model, out, evaluation, rounds_activations=is_qqq)
-        return found | {"seconds": sum(blocks), "peak_bytes": peak, "version": "attending"}
+        return found | {"seconds": sum(seconds), "peak_bytes": peak, "version": "attending"}
 
     return noted(arm, [*bench.pairs, *own, digest(file), identity(model)], make)
 
@@ -258,8 +263,9 @@ def grown(bench: Bench) -> list[str]:
     found = []
     for hidden in SIZES:
         source = random_model(bench, hidden)
-        for method in ("gptq", "signed"):
+        for method, more in (("gptq", "0"), ("signed", "0"), ("plain", "0.2")):
             own = [f"method={method}", "signed.steps=3", "calibration.samples=32"]
+            own += [f"distill.epochs={more}", "distill.batch=8"]
             own += ["calibration.evaluation=3", "group=64", 'layers=".*"']
             pairs = settings(bench, str(source), *own)
             config = QuantizeConfig.load("open", "quantize", pairs)
@@ -277,7 +283,8 @@ def grown(bench: Bench) -> list[str]:
             asked = [*own, identity(str(source))]
             peak = noted(f"grown-{hidden}-{method}", asked, make)["peak_bytes"]
             cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
-            found.append([f"{hidden}, {method}", *cells, f"{peak / planned:.2f}"])
+            name = "distilled" if method == "plain" else method
+            found.append([f"{hidden}, {name}", *cells, f"{peak / planned:.2f}"])
     return table(["hidden size, method", "planned, MiB", "measured, MiB", "ratio"], found)
 
 

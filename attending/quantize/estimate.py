@@ -20,6 +20,7 @@ SHARD = 5_000_000_000  # of a file that is written, in memory for a moment
 HESSIANS = 8  # K^2 float32 at once: the sum, its mean, in order, damped, flipped, factor, eye, root
 SOLVED = 17  # bytes a weight: what is left (4), targets (4 + 4), integers (1), the result (4)
 FITTED = 48  # bytes a weight: offset and eight intermediates (4 each), gradients, three candidates
+LEARNT = 20  # bytes a scale or norm's weight: itself, its factor, gradient and two moments
 ROUNDED = 24  # bytes a weight of plain rounding: quotients, integers, the result
 
 
@@ -34,6 +35,8 @@ class Memory(NamedTuple):
     """What the method needs, of the widest layer or, for signed rounding, of the block."""
     passes: int
     """What a forward pass, or forward and backward, of one batch keeps."""
+    distillation: int
+    """The whole model in integers, what its scales take, the teacher's hidden states, a step."""
     gate: int
     """Both heads, hidden states, a chunk's logits."""
     writing: int
@@ -42,7 +45,7 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         """The largest phase."""
-        return max(sum(self[:4]), self.block + self.gate, self.writing)
+        return max(sum(self[:4]), self.distillation, self.block + self.gate, self.writing)
 
 
 def estimate(config: QuantizeConfig) -> dict[str, Any]:
@@ -63,11 +66,12 @@ def estimate(config: QuantizeConfig) -> dict[str, Any]:
             "total_gib": round(need.total / GIB, 3),
             "fits": need.total / GIB <= assumed.memory_gib,
             "arithmetic": (
-                "the largest of rounding (activations + block + rounding + passes), gate and "
-                "writing; activations: 2 x samples x length x hidden x 4 B; rounding: "
+                "the largest of rounding (activations + block + rounding + passes), distillation, "
+                "gate and writing; activations: 2 x samples x length x hidden x 4 B; rounding: "
                 f"{HESSIANS} x inputs^2 x 4 B and {SOLVED} B a weight of the widest layer (GPTQ), "
-                f"{FITTED} B a weight of the block (signed). The process itself (some 0.3 GiB of "
-                "torch) and files that the system keeps in its cache are not counted"
+                f"{FITTED} B a weight of the block (signed); distillation: the integers, "
+                f"{LEARNT} B a scale, and a step's activations and weights. The process itself "
+                "(some 0.3 GiB of torch) and files that the system caches are not counted"
             ),
         },
         "time": {
@@ -109,9 +113,31 @@ def memory(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> Memory
         block=4 * max(_by_block(arch, arch.tensor_shapes())),
         rounding=rounding,
         passes=passes,
+        distillation=_distillation(arch, config, layers),
         gate=4
         * (2 * hidden + 2 * arch.vocab_size * arch.hidden_size + 6 * chunk * arch.vocab_size),
         writing=min(SHARD, output_bytes(arch, config, layers)),
+    )
+
+
+def _distillation(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> int:
+    """Bytes; without `recompute` every block's activations and weights are there at once."""
+    told, how = config.calibration, config.distill
+    if not how.epochs:
+        return 0
+    tokens = min(how.batch, told.samples) * told.length
+    inner = [math.prod(shape) for name, shape in layers.items() if name != HEAD]
+    scales = sum(n * (k // config.group if config.group > 0 else 1) for n, k in layers.values())
+    every = _by_block(arch, arch.tensor_shapes())
+    kept = [4 * tokens * kept_per_token(arch, index) + 8 * size for index, size in enumerate(every)]
+    inputs = 4 * len(kept) * tokens * arch.hidden_size
+    chunk = CPU_CHUNK if config.device == "cpu" else CHUNK
+    return (
+        sum(inner) * (2 if config.bits == 8 else 1)
+        + LEARNT * scales
+        + 4 * told.samples * told.length * arch.hidden_size
+        + 4 * arch.vocab_size * ((1 + config.head) * arch.hidden_size + 6 * chunk)
+        + (max(kept) + inputs if how.recompute else sum(kept))
     )
 
 
@@ -130,7 +156,8 @@ def operations(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> fl
     if config.by_signs:
         batch = min(config.signed.batch, told.samples)
         total += through * (3 * config.signed.steps * batch + 3 * told.samples)
-    return total
+    seen = config.distill.steps(told.samples) * min(config.distill.batch, told.samples)
+    return total + seen * (through * (4 if config.distill.recompute else 3) + 3 * head * length)
 
 
 def output_bytes(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> int:

@@ -23,7 +23,8 @@ from attending.model.files import read_json
 from attending.model.quantized import require_float
 from attending.model.weights import read_tensor
 from attending.quantize import calibration, gate, rounding
-from attending.quantize.export import save_quantized
+from attending.quantize.distill import NORM, Rounded, distill
+from attending.quantize.export import pack_layer, save_quantized
 from attending.quantize.kv import cache_scales, cache_scheme
 from attending.quantize.probe import Probe
 from attending.quantize.recipe import QuantizeConfig
@@ -36,6 +37,7 @@ from attending.train.state import STATES, TOLD
 from attending.train.watch import peak_memory
 
 OVERFLOW = "overflow.json"
+DISTILLED = "distilled.safetensors"
 FINAL = r"(?!gate\.)"  # of the recipe, what cannot change on the way: all but the gate
 NOTE = (
     "Rounded to few bits. What that cost stands in gate.json, on the text that the recipe names; "
@@ -122,7 +124,7 @@ def _has_begun(draft: Path) -> bool:
 
 
 def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict[str, float]:
-    """Every block and, if asked for, the head, into files of the state; mean errors for `run.json`.
+    """All that is rounded or learnt, into files of the state; the last error for `run.json`.
 
     A block's error is that of its outputs, as a share of their squares: with it come the errors of
     all blocks before.
@@ -151,11 +153,49 @@ def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict
             values = {"quantize/block_error_share": error, "quantize/block_seconds": seconds}
             log.write(index + 1, values)
         progress((index + 1) * units, count * units, "blocks")
-    log.close()
     if config.head and not (file := job.states / "head.safetensors").is_file():
         found = rounding.of_head(config, stream.tensor(f"{HEAD}.weight"), stream.last(rough))
         _save(file, rounding.pack(config, HEAD, found))
+    del rough
+    if config.distill.epochs and not (file := job.states / DISTILLED).is_file():
+        _save(file, _distilled(job, ids, stream.last(exact), log, progress))
+    log.close()
     return {"quantize/last_block_error_share": error}
+
+
+def _distilled(
+    job: Job, ids: Tensor, teacher: Tensor, log: MetricLog, progress: Progress
+) -> dict[str, Tensor]:
+    """Scales and norms that were learnt through the whole model, as they are stored."""
+    config, stream = job.config, job.stream
+    kept = {f"model.{NORM}": _as_stored(job, f"model.{NORM}")}
+    for file in sorted(job.states.glob("block_*.safetensors")):
+        kept |= load_file(file)
+    inner = {name: shape for name, shape in job.layers.items() if name != HEAD}
+    layers = {n: rounding.unpack(config, n, shape, kept) for n, shape in inner.items()}
+    floats = {n: x for n, x in kept.items() if not n.startswith(tuple(f"{one}." for one in layers))}
+    heads = [stream.head()] * 2
+    if config.head:
+        parts = load_file(job.states / "head.safetensors")
+        heads[1] = stream.head(rounding.read(config, HEAD, job.layers[HEAD], parts))
+    count, last = len(stream.arch.layers), time.monotonic()
+
+    def told(step: int, divergence: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        values = {"distill/divergence_nats": divergence, "distill/step_seconds": now - last}
+        log.write(count + step, values)
+        progress(step, config.distill.steps(len(ids)), "distillation")
+        last = now
+
+    state, rounded = job.states / "distillation.safetensors", Rounded(layers, floats)
+    how = config.distill, state
+    found = distill(stream, rounded, ids, teacher, heads, *how, seed=config.seed, told=told)
+    tensors = dict(found.floats)
+    for name, layer in found.layers.items():
+        parts = pack_layer(name, layer, config.form)
+        tensors |= {part: x for part, x in parts.items() if x.is_floating_point()}
+    return tensors
 
 
 def write(job: Job, start: Start, draft: Path) -> None:
@@ -171,6 +211,8 @@ def write(job: Job, start: Start, draft: Path) -> None:
         if not name.startswith("model.layers.") and name.removesuffix(".weight") not in job.layers:
             tensors[name] = _as_stored(job, name)
     tensors |= blocks
+    if config.distill.epochs:
+        tensors |= load_file(job.states / DISTILLED)
     if config.form == "compressed-tensors":
         tensors |= cache_scales(config.kv, len(arch.layers))
     if config.head:

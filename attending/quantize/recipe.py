@@ -16,6 +16,7 @@ from attending.corpus.recipe import Format
 from attending.evaluate.forgetting import ForgettingConfig
 from attending.evaluate.recipe import SamplingConfig
 from attending.model.quantized import Scheme
+from attending.quantize.distill import Distillation
 from attending.quantize.export import Form
 from attending.quantize.grid import Grid
 from attending.quantize.kv import Cache
@@ -119,6 +120,8 @@ class QuantizeConfig(Config):
     signed: SignedRounding = SignedRounding()
     """Signed rounding: 50 steps at rate 0.005 are AutoRound's light recipe, 200 its default, 1000
     its best. From GPTQ's end the ranges stay, since its integers fit its scales."""
+    distill: Distillation = Distillation()
+    """Scales and norms learnt through the whole model, once all blocks are rounded."""
     kv: Cache = "float16"
     """How keys and values are to be cached; the gate rounds them so, and `config.json` says so."""
     floats: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
@@ -166,4 +169,6 @@ class QuantizeConfig(Config):
             raise ValueError("signed rounding needs neighbours: static_groups = true")
         if self.form == "qqq" and (self.bits, self.symmetric, self.head) != (4, True, False):
             raise ValueError("qqq is 4 bits, symmetric, and leaves the head float")
+        if self.form == "qqq" and self.distill.epochs:
+            raise ValueError("qqq's scales are integers, which are not learnt: distill.epochs = 0")
         return self

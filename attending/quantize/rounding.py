@@ -103,11 +103,17 @@ def read(
     config: QuantizeConfig, name: str, shape: tuple[int, int], parts: Mapping[str, Tensor]
 ) -> Tensor:
     """The weight [N, K] that any reader of the folder makes of what is written."""
+    return torch.from_numpy(unpack(config, name, shape, parts).dequantise())
+
+
+def unpack(
+    config: QuantizeConfig, name: str, shape: tuple[int, int], parts: Mapping[str, Tensor]
+) -> Quantized:
+    """What is written of a layer [N, K], read again."""
     shapes = stored_shapes(config.form, config.scheme, *shape)
     named = {name + part: size for part, size in shapes.items()}
     arrays = {part: parts[part].numpy() for part in named}
-    layer = Layer(name, config.form, config.scheme, shape, named).read(arrays)
-    return torch.from_numpy(layer.dequantise())
+    return Layer(name, config.form, config.scheme, shape, named).read(arrays)
 
 
 def _by_gptq(

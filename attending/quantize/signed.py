@@ -101,7 +101,7 @@ def fit(
     rates = [(item.offset, rate) for item in roundings.values()]
     if range_rate:
         rates += [(part, range_rate) for item in roundings.values() for part in item.multipliers]
-    called = _Called(block, forward)
+    called = Called(block, forward)
 
     def errors(weights: Mapping[str, Tensor], samples: Tensor) -> Tensor:
         """Of each sample, [len(samples)]."""
@@ -122,9 +122,9 @@ def fit(
     before, least = all_errors(candidates[0]), 1.0
     if not before.isfinite().all():
         raise UsageError("the block's output is not finite: look for NaN in its weights or inputs.")
-    batches = _batches(len(inputs), config.batch, seed)
+    order = batches(len(inputs), config.batch, seed)
     for step in range(config.steps):
-        samples = next(batches)
+        samples = next(order)
         loss = errors({name: item.weight() for name, item in roundings.items()}, samples).sum()
         ratio = float(loss.detach() / before[samples].sum().clamp_min(1e-30))
         if ratio < least:
@@ -143,7 +143,7 @@ def fit(
     return Fitted(candidates[best], means[0], means[best])
 
 
-class _Called(nn.Module):
+class Called(nn.Module):
     """So that `functional_call` lends the block its weights while the caller's function runs."""
 
     def __init__(self, block: nn.Module, forward: Forward) -> None:
@@ -152,6 +152,7 @@ class _Called(nn.Module):
         self._run = functools.partial(forward)  # bare, a module would be registered twice
 
     def forward(self, x: Tensor) -> Tensor:
+        """As the caller's."""
         return self._run(x)
 
 
@@ -223,7 +224,7 @@ def _roundings(
     return found
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Samples without end, each as often as any other; a pass's last batch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:

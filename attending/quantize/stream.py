@@ -119,10 +119,14 @@ class Stream:
             )
         return values
 
+    def empty(self, index: int) -> Block:
+        """One block without storage, to be lent its weights."""
+        with torch.device("meta"):
+            return Block(self.arch, self.arch.layers[index])
+
     def block(self, index: int) -> Block:
         """One block, filled."""
-        with torch.device("meta"):
-            block = Block(self.arch, self.arch.layers[index])
+        block = self.empty(index)
         at = f"model.layers.{index}."
         weights = {name: self.tensor(at + name) for name in block.state_dict()}
         block.load_state_dict(weights, assign=True)
@@ -162,9 +166,11 @@ class Stream:
             part.copy_(norm(part.to(self.device)))
         return x
 
-    def head(self) -> Tensor:
-        """[V, D], as `Decoder.head_weight`."""
-        weight = self.tensor(EMBEDDING if self.arch.tied else f"{HEAD}.weight")
+    def head(self, weight: Tensor | None = None) -> Tensor:
+        """[V, D], as `Decoder.head_weight`; of another weight, if one is given."""
+        if weight is None:
+            weight = self.tensor(EMBEDDING if self.arch.tied else f"{HEAD}.weight")
+        weight = weight.to(self.device)
         return weight / vocabulary_norms(weight)[:, None] if self.arch.norm_head else weight
 
     def hidden(self, ids: Tensor, done: Callable[[int], object] = lambda _: None) -> Tensor:

@@ -8,11 +8,13 @@ from safetensors.torch import load_file
 
 from attending.model.architecture import parse_config
 from attending.model.files import read_config
+from attending.model.scoring import CPU_CHUNK
 from attending.quantize.estimate import estimate, memory, operations, output_bytes
 from attending.quantize.loop import quantize
 from attending.quantize.recipe import QuantizeConfig
 from attending.quantize.rotate import rotated
 from attending.quantize.stream import matched
+from attending.train.plan import kept_per_token
 from tests.engine.folders import write_model
 from tests.quantize.making import MODEL
 from tests.quantize.text import recipe, write_text
@@ -64,6 +66,14 @@ def test_memory_by_hand() -> None:
     assert gptq.rounding == 8 * 4 * 128 * 128 + 17 * 64 * 128
     signed = memory(*planned(method="signed"))
     assert signed.rounding == 48 * LINEAR and signed.passes > need.passes
+    assert need.distillation == 0
+    kept = 4 * 2 * 24 * kept_per_token(planned()[0], 0) + 8 * (LINEAR + 2 * 64)
+    shared = 2 * LINEAR + 20 * 2 * LINEAR // 32 + 8 * 24 * 64 * 4 + 4 * 100 * (64 + 6 * CPU_CHUNK)
+    whole, cut = (
+        memory(*planned(distill={"epochs": 1, "recompute": again})).distillation
+        for again in (False, True)
+    )
+    assert (whole, cut) == (shared + 2 * kept, shared + kept + 4 * 2 * 2 * 24 * 64)
     both = memory(*planned(method="gptq+signed"))
     assert both.rounding == max(gptq.rounding, signed.rounding)
 
@@ -76,6 +86,8 @@ def test_time_grows_with_steps_and_samples() -> None:
     assert plain == pytest.approx(2 * 8 * forward + 2 * 2 * (forward + 2 * 100 * 64 * 24))
     assert many - few == pytest.approx(10 * 8 * 3 * forward)
     assert plain < gptq < few + many
+    learnt = operations(*planned(distill={"epochs": 1.5, "batch": 2})) - plain
+    assert learnt == pytest.approx(12 * (3 * forward + 3 * 2 * 100 * 64 * 24))
 
 
 def test_32b_is_planned_without_its_files() -> None:
