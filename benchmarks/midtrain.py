@@ -31,6 +31,7 @@ from attending.corpus.split import is_held_out
 from attending.evaluate import forgetting
 from attending.evaluate.forgetting import DocumentBits, of_documents, read_documents
 from attending.evaluate.page import Change
+from attending.evaluate.store import PLAN
 from attending.logs import read_metrics
 from attending.mesh import multiplies_bfloat16, world
 from attending.midtrain.recipe import MidtrainConfig
@@ -107,8 +108,22 @@ def bring_back(work: Path, arm: str, config: MidtrainConfig) -> None:
             (out / f"heldout_{name}.jsonl").write_text("".join(lines), "utf-8")
             shutil.copy(trained / f"heldout_{name}_before.jsonl", out)
         save_model(out, start.arch, whole_weights(decoder), start.tokenizer, start.generation)
+    if not (out / "forgetting").exists():
+        take_answers(trained / "forgetting", out / "forgetting")
     forgetting.compare(config.forgetting, config.model, out, kept, lambda *_: None, print)
     note(out, arm, trained)
+
+
+def take_answers(asked: Path, place: Path) -> None:
+    """The start's, which are the same for all arms."""
+    draft = place.with_suffix(".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    for side in (forgetting.BEFORE, "examples"):
+        shutil.copytree(asked / side, draft / side)
+    plan = json.loads((asked / PLAN).read_text("utf-8")).items()
+    kept = {key: value for key, value in plan if not key.endswith(forgetting.AFTER)}
+    (draft / PLAN).write_text(json.dumps(kept), "utf-8")
+    draft.replace(place)
 
 
 def record(arm: str) -> Path:

@@ -1,6 +1,7 @@
 """A float folder in, a quantised one out: every family, method and format; stopped and resumed."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from attending.cli import app
 from attending.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from attending.logs import read_metrics
 from attending.model.checkpoint import open_checkpoint
-from attending.model.weights import load_decoder, save_weights
-from attending.quantize import loop, rounding
+from attending.model.weights import load_decoder, read_tensor, save_weights
+from attending.quantize import gate, loop, rounding
 from attending.quantize.loop import quantize
 from attending.quantize.rotate import rotate
+from attending.quantize.stream import Stream
 from tests.engine.folders import write_model
 from tests.quantize.making import MODEL
 from tests.quantize.text import M1, recipe, write_text
@@ -159,6 +161,41 @@ def test_the_folder_names_the_cache_that_it_was_measured_with(
     caplog.clear()
     assert attending.load(wide, threads=1).path["kv"] == "float16"
     assert "asks for a cache in FP8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"kv": "int8"}, {"cache": "int8"}),
+        (
+            {"method": "gptq", "rotate": True, "form": "qqq", "group": 128},
+            {"rounds_activations": True},
+        ),
+    ],
+)
+def test_the_gate_rounds_what_is_rounded_where_it_is_served(
+    changes: dict[str, Any], how: dict[str, Any], model: Path, text: Path, tmp_path: Path
+) -> None:
+    texts: dict[str, torch.Tensor] = {}
+
+    def keep(*_: object) -> None:
+        if not texts:
+            found = load_file(tmp_path / "out.tmp" / "state" / "samples.safetensors")
+            texts.update({n[11:]: ids for n, ids in found.items() if n.startswith("evaluation.")})
+
+    out = quantize(recipe(model, text, **changes), tmp_path / "out", progress=keep)
+    before, made = open_checkpoint(model), open_checkpoint(out)
+    divergences = []
+    for told in (how, {}):
+        streams = (
+            Stream(before.arch, partial(read_tensor, before)),
+            Stream(made.arch, partial(read_tensor, made), **told),
+        )
+        (notes, _), _ = gate.compare(*streams, {name: texts[name] for name in ("notes", "talks")})
+        divergences.append(notes.divergence)
+    measured = figures(out)["gate/notes_divergence_nats"]
+    assert measured == pytest.approx(divergences[0], rel=1e-5)
+    assert abs(measured - divergences[1]) > 1e-3 * measured
 
 
 def test_the_suite_is_asked_before_and_after(model: Path, text: Path, tmp_path: Path) -> None:
