@@ -23,8 +23,10 @@ from attending.cli import (
     use,
 )
 from attending.cli.terminal import err, escape, out
-from attending.errors import AttendingError
+from attending.errors import AttendingError, UsageError
 from attending.mesh import SHORT_SPIN
+
+EXTRAS = "pip install -e '.[train,corpus,verify]' in the clone"
 
 app = typer.Typer(
     help="The open medical language model, from raw text to a private assistant.",
@@ -70,6 +72,12 @@ def main() -> None:
             raise
         err.print(f"[bold red]error:[/] {escape(error)}")
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if "--debug" in sys.argv or str(error.name).startswith(__package__.split(".")[0]):
+            raise
+        what = f"{error.name} is not installed: {EXTRAS} has what all verbs need"
+        err.print(f"[bold red]error:[/] {escape(what)}")
+        sys.exit(UsageError.exit_code)
 
 
 @app.callback(invoke_without_command=True)

@@ -26,7 +26,7 @@ RecordsFlag = Annotated[
     bool, typer.Option("--records", help="Each line is a JSON record, as in a .jsonl.")
 ]
 CAUTION = (
-    "No filter finds everything: see docs/phi.md for what leaks. A person must check before "
+    "No filter finds everything: see benchmarks/phi.md for what leaks. A person must check before "
     "anything leaves."
 )
 

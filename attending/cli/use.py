@@ -36,7 +36,7 @@ WeightsOption = Annotated[
 ActivationsOption = Annotated[str | None, typer.Option(help="int8 or float32.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="Of the cache: float16 or int8.")]
 DraftOption = Annotated[
-    str | None, typer.Option(help="A draft's source; by default the one shipped for the model.")
+    str | None, typer.Option(help="A draft's source; by default one that is shipped for the model.")
 ]
 NoDraftFlag = Annotated[bool, typer.Option("--no-draft", help="Write token by token.")]
 DtypeOption = Annotated[str | None, typer.Option(help="By torch: float32, bfloat16 or float16.")]
@@ -154,7 +154,8 @@ def serve(
 ) -> None:
     """Serve a private assistant: chat page and OpenAI-compatible API, behind keys.
 
-    Nothing leaves this machine. A key is made at the first start and shown once.
+    Nothing leaves this machine, unless --upstream names another. A key is made at the first start
+    and shown once.
     """
     if new_key is not None or revoke_key is not None or list_keys:
         _manage_keys(new_key, revoke_key, as_json=as_json)

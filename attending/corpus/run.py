@@ -214,7 +214,9 @@ def _check(config: CorpusConfig, out: Path, draft: Path, resume: bool) -> None:
     if is_inside and any("**" in source.path for source in config.sources.values()):
         raise UsageError(f"{out.name} lies below the root, which `**` reads: set --out elsewhere.")
     if config.executor.kind == "ray" and find_spec("ray") is None:
-        raise ConfigError("executor.kind is ray, which is not here: pip install 'attending[scale]'")
+        raise ConfigError(
+            "executor.kind is ray, which is not here: pip install -e '.[scale]' in the clone"
+        )
     multiprocess.set_forkserver_preload(["attending.corpus.run"])  # not in every worker again
     language_of(config.quality.languages)
     Encoder.load(config.pack)

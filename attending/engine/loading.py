@@ -59,7 +59,7 @@ class ComputeOptions(Config):
     """`int8` (the default) or `float32`."""
     kv: str | None = None
     """Of keys and values in the cache: `float16` or `int8`; None: what a quantised folder's
-    `kv_cache_scheme` says, else float16."""
+    `attending_kv_cache` says, else float16."""
     threads: PositiveInt | None = None
     """Of the CPU; None takes every core."""
     draft: str | None = None

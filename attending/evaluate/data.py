@@ -44,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             from pyarrow import parquet
         except ModuleNotFoundError:
             raise UsageError(
-                f"{path.name} needs pyarrow: pip install 'attending[corpus]'"
+                f"{path.name} needs pyarrow: pip install -e '.[corpus]' in the clone"
             ) from None
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     elif path.suffix in (".csv", ".tsv"):

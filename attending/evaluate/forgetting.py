@@ -21,6 +21,7 @@ from attending.evaluate import results
 from attending.evaluate.page import Change, changes, draw_changes
 from attending.evaluate.recipe import EvalConfig
 from attending.evaluate.run import ModelSetup, Run
+from attending.evaluate.sample import Task
 from attending.evaluate.store import PLAN, Store
 from attending.evaluate.tasks import build
 from attending.sources import Progress
@@ -85,13 +86,20 @@ class Forgetting(NamedTuple):
 
 
 def require_measured(config: ForgettingConfig, kept: frozenset[str]) -> None:
-    """Before training: ConfigError where a limit is set and nothing that counts is measured."""
+    """Before training, what would else be known only after it.
+
+    Raises:
+        ConfigError: A limit is set, and nothing that counts is measured.
+        UsageError: The suite's data is not in the folder, or what grades it is not installed.
+    """
     if config.max_forgetting is not None and config.data is None and not kept:
         raise ConfigError(
             f"max_forgetting={config.max_forgetting} would compare nothing: name the folder with "
             f"the data of the suite {config.suite} (--set forgetting.data=DIR), or mark held-out "
             "parts as is_kept."
         )
+    if config.data is not None:
+        _asked(config, config.data)
 
 
 def compare(
@@ -179,12 +187,7 @@ def of_suite(
         note: Told what people should know.
     """
     assert config.data is not None
-    suite = EvalConfig.load(config.suite, "eval")
-    tasks = suite.model_dump(mode="json")["tasks"]
-    for task in tasks.values():
-        task["limit"] = config.limit or task["limit"]
-    suite = suite.replace(tasks=tasks, concurrency=config.concurrency)
-    built = [build(one, Path(config.data)) for one in suite.tasks.values()]
+    suite, built = _asked(config, config.data)
     options = EndpointOptions(max_concurrency=suite.concurrency, price_per_million=(0.0, 0.0))
     how = {"engine": suite.engine, "model_id": "", "options": options}
     models = [ModelSetup(BEFORE, start, how), ModelSetup(AFTER, str(folder), how)]
@@ -192,6 +195,16 @@ def of_suite(
     store = Store(place, resume=(place / PLAN).exists())
     run = Run(suite, built, models, None, store, progress, note)
     return changes(results.evaluate(run, config.suite))
+
+
+def _asked(config: ForgettingConfig, data: str) -> tuple[EvalConfig, list[Task]]:
+    """The suite as it is asked, and its tasks with their examples."""
+    suite = EvalConfig.load(config.suite, "eval")
+    tasks = suite.model_dump(mode="json")["tasks"]
+    for task in tasks.values():
+        task["limit"] = config.limit or task["limit"]
+    suite = suite.replace(tasks=tasks, concurrency=config.concurrency)
+    return suite, [build(one, Path(data)) for one in suite.tasks.values()]
 
 
 def write(folder: Path, found: Forgetting) -> None:

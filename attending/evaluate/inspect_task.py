@@ -27,7 +27,9 @@ try:
     from inspect_ai.scorer import SampleScore, Score, Scorer, Target, metric, scorer
     from inspect_ai.solver import TaskState, generate
 except ModuleNotFoundError as error:
-    raise UsageError(f"{error.name} is not installed: pip install 'attending[harness]'") from None
+    raise UsageError(
+        f"{error.name} is not installed: pip install -e '.[harness]' in the clone"
+    ) from None
 
 
 @task

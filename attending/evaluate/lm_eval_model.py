@@ -20,7 +20,9 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError:
-    raise UsageError("this needs lm-evaluation-harness: pip install 'attending[harness]'") from None
+    raise UsageError(
+        "this needs lm-evaluation-harness: pip install -e '.[harness]' in the clone"
+    ) from None
 
 T = TypeVar("T")
 GIVEN = {"batch_size", "max_batch_size", "device"}  # to every model

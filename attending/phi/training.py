@@ -180,7 +180,9 @@ def _add_libraries(add: Add, entries: dict[str, int]) -> None:
         lists = importlib.import_module("zxcvbn.frequency_lists").FREQUENCY_LISTS
         jieba = importlib.import_module("jieba").__file__
     except ImportError as error:
-        raise UsageError(f"training needs {error.name}: pip install 'attending[phi]'") from None
+        raise UsageError(
+            f"training needs {error.name}: pip install -e '.[phi]' in the clone"
+        ) from None
     for place in pkgutil.iter_modules(people.__path__):
         provider = importlib.import_module(f"{people.__name__}.{place.name}").Provider
         for name, value in vars(provider).items():

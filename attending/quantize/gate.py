@@ -106,13 +106,14 @@ class Gate(NamedTuple):
 
 
 def require_measured(config: GateConfig) -> None:
-    """Before anything is computed: ConfigError where a limit's subject would not be measured."""
+    """Before anything is computed: as `forgetting.require_measured`, of the gate's limits, too."""
     asked = [n for n in ("max_choice_flips", "max_forgetting") if getattr(config, n) is not None]
     if asked and config.data is None:
         raise ConfigError(
             f"gate.{asked[0]} would compare nothing: name the folder with the data of the suite "
             f"{config.suite} (--set gate.data=DIR)."
         )
+    forgetting.require_measured(config, frozenset())
 
 
 def compare(

@@ -154,7 +154,9 @@ def _write_rows(
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise UsageError(f"{path.name} needs pyarrow: pip install 'attending[corpus]'") from None
+        raise UsageError(
+            f"{path.name} needs pyarrow: pip install -e '.[corpus]' in the clone"
+        ) from None
     rows = [_row(one, tokenizer, config.seed, split) for one in prompts]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 

@@ -105,7 +105,7 @@ def launch(
     try:
         import ray
     except ModuleNotFoundError:
-        raise UsageError("--ray needs Ray: pip install 'attending[scale]'") from None
+        raise UsageError("--ray needs Ray: pip install -e '.[scale]' in the clone") from None
     try:
         ray.init(address=address)
     except (ConnectionError, RuntimeError) as error:

@@ -148,7 +148,7 @@ class Watch:
             self._state.owes_measure = False
 
     def finish(self, context: int) -> dict[str, float]:
-        """The last measure, of all held-out documents, with intervals; every rank calls it."""
+        """The last measure, of `final_tokens` of a domain, with intervals; every rank calls it."""
         found, lines = self._measure_all(context, "")
         if found:
             self.write(found)

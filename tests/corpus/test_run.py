@@ -338,7 +338,7 @@ def test_ray_jobs_are_built(tmp_path: Path) -> None:
     stages = run.build_executors(config, tmp_path / "out.tmp", plan(config))
     assert type(stages[0].executor).__name__ == "RayPipelineExecutor" and len(stages) == 7
     if find_spec("ray") is None:
-        with pytest.raises(ConfigError, match=r"attending\[scale\]"):
+        with pytest.raises(ConfigError, match=r"'\.\[scale\]'"):
             run.build(config, tmp_path / "out")
     with pytest.raises(ConfigError, match="options do not suit ray"):
         wrong = recipe(tmp_path, executor={"kind": "ray", "options": {"partition": "x"}})

@@ -1,9 +1,14 @@
 """The suite of a model before and after, asked of this machine's engine."""
 
 import json
+import sys
 from pathlib import Path
 
-from attending.evaluate.forgetting import ForgettingConfig, check, compare
+import pytest
+
+from attending.errors import UsageError
+from attending.evaluate.forgetting import ForgettingConfig, check, compare, require_measured
+from attending.verifier.rules import text
 from tests.train.making import CHATML, LLAMA, make_model, make_tokenizer
 
 SUITE = """
@@ -47,3 +52,26 @@ def test_a_suite_is_asked_of_both_and_kept_with_the_run(tmp_path: Path) -> None:
     written = json.loads((after / "forgetting.json").read_text("utf-8"))
     assert [one["task"] for one in written["changes"]] == [one.task for one in found.changes]
     check(found, config.max_forgetting)
+
+
+def test_what_the_suite_needs_is_missed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ForgettingConfig(data=str(tmp_path))
+    with pytest.raises(UsageError, match=r"no data 'gsm8k_test.jsonl'.*not in --data"):
+        require_measured(config, frozenset())
+    sums = {"question": "1 + 1?", "answer": "#### 2"}
+    asked = {"key": 1, "prompt": "Write.", "kwargs": [{"language": "de"}]}
+    asked["instruction_id_list"] = ["language:response_language"]
+    for name, row in (
+        ("gsm8k_test", sums),
+        ("ifeval_541", asked),
+        ("general_openstax", {"book": "b", "module": "m", "text": "A mill."}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    text._identifier.cache_clear()
+    with pytest.raises(UsageError, match=r"needs py3langid.*'\.\[verify\]'"):
+        require_measured(config, frozenset())
+    monkeypatch.undo()
+    require_measured(config, frozenset())

@@ -94,5 +94,5 @@ async def test_a_judge_that_is_the_model_is_refused(tmp_path: Path) -> None:
 async def test_without_inspect_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, TASK, raising=False)
     monkeypatch.setitem(sys.modules, "inspect_ai", None)
-    with pytest.raises(UsageError, match=r"inspect_ai is not installed: pip install 'attending"):
+    with pytest.raises(UsageError, match=r"inspect_ai is not installed: pip install -e"):
         importlib.import_module(TASK)

@@ -22,7 +22,7 @@ TEMPLATE = "the patient has a {{ question }}"
 def test_without_the_harness_the_error_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("lm_eval"):
         pytest.skip("lm_eval is here")
-    with pytest.raises(UsageError, match="pip install 'attending"):
+    with pytest.raises(UsageError, match="pip install -e"):
         import attending.evaluate.lm_eval_model  # noqa: F401
     assert "attending.evaluate.lm_eval_model" not in sys.modules
 

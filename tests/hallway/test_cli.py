@@ -39,6 +39,16 @@ def test_one_question_prints_the_answer_alone_on_standard_output(model: str) -> 
     assert as_json["finish_reason"] == "length" and as_json["output_tokens"] == 5
 
 
+def test_a_verb_without_its_extra_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['datatrove'] = None\n")
+    words = [*COMMAND, "corpus", "folder", "--set", f"root={tmp_path}", "--dry-run"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    said = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert said.returncode == 2 and "Traceback" not in said.stderr
+    told = " ".join(said.stderr.split())
+    assert "datatrove is not installed: pip install -e '.[train,corpus,verify]'" in told
+
+
 def test_a_question_can_come_from_a_pipe(model: str) -> None:
     words = ("-m", model, "--temperature", "0", "--max-tokens", "5")
     assert run("chat", "-", *words, stdin="fever?").stdout == run("chat", "fever?", *words).stdout

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES = 500, 80, 120
-PYTHON_LINES, NATIVE_LINES = 40_800, 1_500
+PYTHON_LINES, NATIVE_LINES = 40_900, 1_500
 HALLWAY = ""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -31,7 +31,7 @@ ROOMS = {
     "corpus": Room(2, 2_260),
     "train": Room(2, 2_050),
     "engine": Room(2, 5_700),
-    "evaluate": Room(3, 3_730),
+    "evaluate": Room(3, 3_760),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 550),
     "sft": Room(4, 1_150),

@@ -98,7 +98,7 @@ def test_without_the_word_lists_training_says_what_to_install(
         raise ImportError(name=name)
 
     monkeypatch.setattr(training.importlib, "import_module", absent)
-    with pytest.raises(UsageError, match=r"pip install 'attending\[phi\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[phi\]'"):
         training.lexicon()
 
 

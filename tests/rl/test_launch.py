@@ -22,7 +22,7 @@ from tests.rl.test_loop import made as made  # a fixture
 
 HERE = Place("127.0.0.1", 0, 1024)
 NEEDS_RAY = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'attending[scale]'"
+    importlib.util.find_spec("ray") is None, reason="needs ray: pip install -e '.[scale]'"
 )
 VLLM = """#!{python}
 import http.server, json, sys

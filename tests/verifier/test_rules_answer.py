@@ -290,5 +290,5 @@ def test_a_wrong_rule_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> No
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(rule, "import_module", absent)
-    with pytest.raises(UsageError, match=r"needs math_verify.*pip install 'attending\[verify\]'"):
+    with pytest.raises(UsageError, match=r"needs math_verify.*pip install -e '\.\[verify\]'"):
         check({"kind": "maths", "answer": "1"}, "1")

@@ -38,6 +38,7 @@ class Instructions(Base[InstructionsConfig]):
         keys = ("instruction_id_list", "kwargs")
         rule = {"kind": "ifeval"} | {key: row.cell(key, list) for key in keys}
         row = row._replace(columns=row.columns.replace(id="key"))
+        check(rule, "A word.")  # a wrong row, or a module that is absent, is better known now
         return row.example(row.cell("prompt", str), rule=rule)
 
     def worth(self, example: Example, answer: Answer) -> Grade:

@@ -46,7 +46,7 @@ def extra(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         what = f"this rule needs {error.name}, which is not installed"
-        raise UsageError(f"{what}: pip install 'attending[verify]'") from None
+        raise UsageError(f"{what}: pip install -e '.[verify]' in the clone") from None
 
 
 @cache
