@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib import pyplot
 from page import HERE
+from page import about as facts
 
 from attending.corpus.split import is_held_out
 from attending.evaluate import forgetting
@@ -33,12 +33,12 @@ from attending.evaluate.forgetting import DocumentBits, of_documents, read_docum
 from attending.evaluate.page import Change
 from attending.evaluate.store import PLAN
 from attending.logs import read_metrics
-from attending.mesh import multiplies_bfloat16, world
+from attending.mesh import multiplies_bfloat16
 from attending.midtrain.recipe import MidtrainConfig
 from attending.midtrain.setup import heldout_by_part
 from attending.model.weights import save_model
 from attending.train.heldout import score_documents
-from attending.train.parallel import build, interpolate, whole_weights
+from attending.train.parallel import build, interpolate, process_group, whole_weights
 from attending.train.start import open_start
 
 MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
@@ -49,8 +49,8 @@ ARMS = {
     "replay": ("replay", "replay: cross entropy on all", ALL, HIGH),
     "open": ("open", "self-constraint on general and maths", ALL, ("interpolation=1",)),
 }
-SHARE = 0.7
-BACK = {f"{arm}_back": arm for arm in ("plain", "open")}
+SHARE = MidtrainConfig.load("open", "midtrain").interpolation
+BACK = {f"{arm}_back": arm for arm in ARMS}
 TITLES = {arm: title for arm, (_, title, _, _) in ARMS.items()}
 TITLES |= {arm: f"{TITLES[of]}, {SHARE} of the way" for arm, of in BACK.items()}
 PARTS = ("medical", "general", "maths")
@@ -88,26 +88,36 @@ def make(data: Path, work: Path, arms: Sequence[str]) -> None:
 def bring_back(work: Path, arm: str, config: MidtrainConfig) -> None:
     """An arm of `BACK`: the end of a run with `interpolation`, from the model that has been."""
     trained, out = work / BACK[arm], work / arm
-    start, place, cpu = open_start(config.model), world(), torch.device("cpu")
+    if not trained.exists():
+        raise SystemExit(
+            f"{arm} needs the model {trained}: remove {record(BACK[arm])} to train it."
+        )
+    start = open_start(config.model)
     heldout, kept = heldout_by_part(Path(config.corpus), config)
-    out.mkdir(exist_ok=True)
-    if not (out / "config.json").exists():
-        decoder = build(start.arch, open_start(str(trained)).fill, place, cpu, config.compute)
-        interpolate(decoder, start.fill, SHARE)
-        for name, documents in heldout.items():
-            rows = score_documents(
-                decoder,
-                documents,
-                context=config.context,
-                micro_tokens=config.batch.micro_tokens,
-                max_tokens=config.heldout.final_tokens,
-                place=place,
-                device=cpu,
+    if not out.exists():
+        draft = out.with_suffix(".tmp")
+        draft.mkdir(exist_ok=True)
+        with process_group(config.compute.precision) as (place, device):
+            decoder = build(
+                start.arch, open_start(str(trained)).fill, place, device, config.compute
             )
-            lines = [json.dumps(row._asdict()) + "\n" for row in rows]
-            (out / f"heldout_{name}.jsonl").write_text("".join(lines), "utf-8")
-            shutil.copy(trained / f"heldout_{name}_before.jsonl", out)
-        save_model(out, start.arch, whole_weights(decoder), start.tokenizer, start.generation)
+            interpolate(decoder, start.fill, SHARE)
+            for name, documents in heldout.items():
+                rows = score_documents(
+                    decoder,
+                    documents,
+                    context=config.context,
+                    micro_tokens=config.batch.micro_tokens,
+                    max_tokens=config.heldout.final_tokens,
+                    place=place,
+                    device=device,
+                )
+                lines = [json.dumps(row._asdict()) + "\n" for row in rows]
+                (draft / f"heldout_{name}.jsonl").write_text("".join(lines), "utf-8")
+                shutil.copy(trained / f"heldout_{name}_before.jsonl", draft)
+            weights = whole_weights(decoder)
+        save_model(draft, start.arch, weights, start.tokenizer, start.generation)
+        draft.replace(out)
     if not (out / "forgetting").exists():
         take_answers(trained / "forgetting", out / "forgetting")
     forgetting.compare(config.forgetting, config.model, out, kept, lambda *_: None, print)
@@ -145,7 +155,7 @@ def note(folder: Path, arm: str, trained: Path) -> None:
         "documents": {k: [[round(x, 3) for x in one] for one in v] for k, v in documents.items()},
         "tasks": [one for one in told if one["task"] not in PARTS or not one["is_loss"]],
         "curve": [[row["train/consumed_tokens"], row[key]] for row in rows if key in row],
-        "about": about(run),
+        "about": about(run) if folder == trained else f"{facts()}; trained as {trained.name}",
     }
     record(arm).write_text(json.dumps(found) + "\n", "utf-8")
 

@@ -7,19 +7,20 @@ own error is blind to what later blocks make of it; this one is what the gate me
 After EfficientQAT's second phase (Chen 2024, arXiv 2407.11062), which trains step sizes on the
 text itself. Differs: the float model teaches, whose last hidden states are there already; factors
 instead of values, so that one rate fits scales of all sizes; the norms, which stay float anyway,
-come along.
+come along; some of the text is not learnt from, and what comes out is never worse on it than what
+went in.
 
 Shapes: S samples of L tokens, D hidden size, V vocabulary; N, K, G as in `grid`.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +38,8 @@ from attending.quantize.signed import Called, batches
 from attending.quantize.stream import Stream
 
 NORM = "norm.weight"  # how the names of norms end, those of queries and keys among them
+WATCHED = 8  # one sample in so many is not learnt from: by these start or end is chosen
+WARM_UP = 10  # one step in so many; Adam's first ones are as large as its rate
 STATES = 10  # that are saved on the way, each in the place of the one before
 MOMENTS = "first/", "second/"
 
@@ -44,10 +47,10 @@ MOMENTS = "first/", "second/"
 class Distillation(Config):
     """How long and how fast to learn."""
 
-    epochs: float = Field(0.0, ge=0)
+    epochs: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Passes over the calibration text; 0: not at all."""
-    rate: float = Field(1e-3, gt=0)
-    """Adam's, of factors that begin at 1; falls as a cosine to 0."""
+    rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    """Adam's, of factors that begin at 1; after a short warm-up it falls as a cosine to 0."""
     batch: int = Field(2, ge=1)
     """Samples a step."""
     recompute: bool = False
@@ -55,17 +58,38 @@ class Distillation(Config):
     work, and neither all activations nor all weights in float32 at once."""
 
     def steps(self, samples: int) -> int:
-        """Rounded up."""
-        return math.ceil(self.epochs * samples / self.batch)
+        """Of so many samples, some of which are watched; rounded up."""
+        learnt = samples - watched(samples)
+        return math.ceil(self.epochs * learnt / min(self.batch, learnt))
 
 
 class Rounded(NamedTuple):
-    """A model, or what was learnt of one, by full names."""
+    """The whole model but embedding and head, by full names."""
 
-    layers: Mapping[str, Quantized]
+    layers: Sequence[str]
     """Linear layers of the blocks."""
+    read: Callable[[str], Quantized]
+    """One of them; not kept, but for its integers."""
     floats: Mapping[str, Tensor]
-    """All else in the blocks, and the last norm; of what was learnt, the norms' weights."""
+    """All else in the blocks, and the last norm."""
+
+
+class Found(NamedTuple):
+    """What was learnt, by full names."""
+
+    scales: dict[str, Tensor]
+    """[N, G] float32, of the linear layers."""
+    norms: dict[str, Tensor]
+    """Weights, of the dtype they had."""
+    before: float
+    """KL(float || rounded), nats a token, of samples that were not learnt from, at the start."""
+    after: float
+    """Of what is returned; at most `before`."""
+
+
+def watched(samples: int) -> int:
+    """How many are not learnt from; of one alone, none."""
+    return min(samples - 1, -(-samples // WATCHED))
 
 
 def distill(
@@ -79,12 +103,12 @@ def distill(
     *,
     seed: int = 0,
     told: Callable[[int, float], object] = lambda *_: None,
-) -> Rounded:
+) -> Found:
     """Learn, from the last state on if there is one.
 
     Args:
-        stream: That the blocks are of; only its shapes and its way of attending are used.
-        rounded: The whole model but embedding and head.
+        stream: That the blocks are of; only its embedding, shapes and way of attending are used.
+        rounded: The model.
         ids: [S, L], the calibration text.
         teacher: [S, L, D], what the float model's head reads of it.
         heads: [V, D] of the float model, and of the rounded one.
@@ -97,50 +121,70 @@ def distill(
         UsageError: The divergence is no number.
     """
     model = _Model(stream, rounded, config.recompute)
-    optimizer = Adam(model.factors.values(), config.rate, betas=(0.9, 0.95))
-    total = config.steps(len(ids))
+    inputs = stream.embed(ids)
+    count, total = len(ids) - watched(len(ids)), config.steps(len(ids))
+
+    def divergence(samples: Tensor) -> Tensor:
+        chosen = (inputs[samples].to(stream.device), teacher[samples].to(stream.device))
+        return _divergence(model, *chosen, heads)
+
+    @torch.no_grad()
+    def of_watched() -> float:
+        kept = torch.arange(count, len(ids)) if count < len(ids) else torch.arange(count)
+        found = [float(divergence(part)) * len(part) for part in torch.split(kept, config.batch)]
+        return sum(found) / len(kept)
+
+    before = of_watched()
+    optimizer = Adam(model.factors.values(), config.rate, betas=(0.9, 0.95), eps=1e-12)
     begun = _restore(state, model.factors, optimizer) if state.is_file() else 0
-    order = batches(len(ids), config.batch, seed)
+    order, warm = batches(count, config.batch, seed), max(1, total // WARM_UP)
     for step in range(total):
         samples = next(order)
         if step < begun:
             continue
-        loss = _divergence(model, stream, ids[samples], teacher[samples], heads)
+        loss = divergence(samples)
         if not math.isfinite(value := loss.item()):
-            raise UsageError(f"distill: the divergence of step {step + 1} is {value}.")
+            raise UsageError(
+                f"distill: the divergence of step {step + 1} is {value}. Lower distill.rate and "
+                "--resume: the blocks are kept."
+            )
         for group in optimizer.param_groups:
-            group["lr"] = config.rate * (1 + math.cos(math.pi * step / total)) / 2
+            rise = min(1.0, (step + 1) / warm)
+            group["lr"] = config.rate * rise * (1 + math.cos(math.pi * step / total)) / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % max(1, total // STATES) == 0:
             _keep(state, model.factors, optimizer, step + 1)
         told(step + 1, value)
-    return model.found()
+    after = of_watched()
+    if not after <= before:  # or no number
+        model.reset()
+        after = before
+    return Found(*model.found(), before, after)
 
 
 def _divergence(
-    model: "_Model", stream: Stream, ids: Tensor, teacher: Tensor, heads: Sequence[Tensor]
+    model: "_Model", inputs: Tensor, teacher: Tensor, heads: Sequence[Tensor]
 ) -> Tensor:
-    """Mean KL(float || rounded) over the tokens of some samples."""
-    device = stream.device
+    """Mean KL(float || rounded) over the tokens of some samples, each [.., L, D]."""
     theirs, own = heads
-    hidden = model(stream.embed(ids).to(device)).flatten(0, 1)
+    hidden = model(inputs).flatten(0, 1)
 
     def apart(logits: Tensor, states: Tensor) -> Tensor:
         p, q = F.linear(states, theirs).log_softmax(-1), logits.log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)
 
-    each = torch.full((len(hidden),), 1 / len(hidden), device=device)
-    return over_logits(hidden, own, apart, each, teacher.to(device).flatten(0, 1))[0]
+    each = torch.full((len(hidden),), 1 / len(hidden), device=hidden.device)
+    return over_logits(hidden, own, apart, each, teacher.flatten(0, 1))[0]
 
 
 class _Model:
     """The rounded model, a function of its factors."""
 
     def __init__(self, stream: Stream, rounded: Rounded, recompute: bool) -> None:
-        self._rounded, self._recompute, device = rounded, recompute, stream.device
-        self._layers = {name: _Layer(one, device) for name, one in rounded.layers.items()}
+        self._floats, self._recompute, device = rounded.floats, recompute, stream.device
+        self._layers = {name: _Layer(rounded.read(name), device) for name in rounded.layers}
         sizes = {name: one.scales.shape for name, one in self._layers.items()}
         sizes |= {n: x.shape for n, x in rounded.floats.items() if n.endswith(NORM)}
         self.factors = {n: torch.ones(s, device=device).requires_grad_() for n, s in sizes.items()}
@@ -158,29 +202,36 @@ class _Model:
                 x = checkpoint(run, x, *factors, use_reentrant=False)
             else:
                 x = run(x, *factors)
-        weight = self._rounded.floats[self._last].to(x.device, torch.float32)
+        weight = self._floats[self._last].to(x.device, torch.float32)
         lent = {"weight": weight * self.factors[self._last]}
         out: Tensor = functional_call(self._norm, lent, (x,))
         return out
 
-    def found(self) -> Rounded:
-        """As it will be written."""
-        layers, norms = {}, {}
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As it was rounded."""
+        for factor in self.factors.values():
+            factor.fill_(1)
+
+    @torch.no_grad()
+    def found(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scales and norms."""
+        scales, norms = {}, {}
         for name, factor in self.factors.items():
             if name in self._layers:
-                layers[name] = self._layers[name].scaled(factor)
+                scales[name] = (self._layers[name].scales * factor).cpu()
             else:
-                stored = self._rounded.floats[name]
-                norms[name] = (stored.float() * factor.detach().cpu()).to(stored.dtype)
-        return Rounded(layers, norms)
+                stored = self._floats[name]
+                norms[name] = (stored.float() * factor.cpu()).to(stored.dtype)
+        return scales, norms
 
     def _block(self, stream: Stream, index: int) -> tuple[list[str], Callable[..., Tensor]]:
         """The names of a block's factors, and what it makes of its inputs and these."""
         at = f"model.layers.{index}."
         own = {name: one for name, one in self._layers.items() if name.startswith(at)}
         floats = {
-            name.removeprefix(at): x.to(stream.device, torch.float32)
-            for name, x in self._rounded.floats.items()
+            name.removeprefix(at): x.to(stream.device)
+            for name, x in self._floats.items()
             if name.startswith(at)
         }
         block = stream.empty(index)
@@ -188,13 +239,13 @@ class _Model:
         names = [name for name in self.factors if name.startswith(at)]
 
         def run(x: Tensor, *factors: Tensor) -> Tensor:
-            lent = dict(floats)
+            lent = {key: x.float() for key, x in floats.items()}
             for name, factor in zip(names, factors, strict=True):
                 key = name.removeprefix(at)
                 if name in own:
                     lent[f"{key}.weight"] = own[name].weight(factor)
                 else:
-                    lent[key] = floats[key] * factor
+                    lent[key] = lent[key] * factor
             lent = {f"block.{name}": value for name, value in lent.items()}
             out: Tensor = functional_call(called, lent, (x,))
             return out
@@ -206,13 +257,13 @@ class _Layer:
     """Integers without their zeros, and scales, groups in order."""
 
     def __init__(self, stored: Quantized, device: torch.device | str) -> None:
-        self._stored = stored
-        steps = stored.values.astype(np.int16 if stored.bits == 8 else np.int8)
+        steps = stored.values
         order = None if stored.groups is None else stored.groups.argsort(kind="stable")
         steps = steps if order is None else steps[:, order]
-        cut = steps.reshape(*stored.scales.shape, -1)
+        cut: NDArray[Any] = steps.reshape(*stored.scales.shape, -1)
         if stored.zeros is not None:
-            cut = cut - stored.zeros.astype(cut.dtype)[..., None]
+            wide = cut.astype(np.int16 if stored.bits == 8 else np.int8)
+            cut = wide - stored.zeros.astype(wide.dtype)[..., None]
         self._steps = torch.from_numpy(np.ascontiguousarray(cut)).to(device)
         self._back = None if order is None else torch.from_numpy(order.argsort()).to(device)
         self.scales = torch.from_numpy(stored.scales.astype(np.float32)).to(device)
@@ -221,11 +272,6 @@ class _Layer:
         """[N, K] of factors [N, G]."""
         weight = (self._steps * (self.scales * factors)[..., None]).flatten(1)
         return weight if self._back is None else weight[:, self._back]
-
-    def scaled(self, factors: Tensor) -> Quantized:
-        """With the scales that factors [N, G] make of them."""
-        scales = (self.scales * factors.detach()).cpu().numpy()
-        return replace(self._stored, scales=scales.astype(self._stored.scales.dtype))
 
 
 def _keep(file: Path, factors: Mapping[str, Tensor], optimizer: Adam, step: int) -> None:

@@ -8,6 +8,7 @@ from attending.model.architecture import Architecture, parse_config
 from attending.model.files import read_config
 from attending.model.quantized import stored_shapes
 from attending.model.scoring import CHUNK, CPU_CHUNK
+from attending.quantize.distill import watched
 from attending.quantize.recipe import QuantizeConfig
 from attending.quantize.rotate import rotated
 from attending.quantize.stream import HEAD, Shapes, matched, stage_of
@@ -20,7 +21,7 @@ SHARD = 5_000_000_000  # of a file that is written, in memory for a moment
 HESSIANS = 8  # K^2 float32 at once: the sum, its mean, in order, damped, flipped, factor, eye, root
 SOLVED = 17  # bytes a weight: what is left (4), targets (4 + 4), integers (1), the result (4)
 FITTED = 48  # bytes a weight: offset and eight intermediates (4 each), gradients, three candidates
-LEARNT = 20  # bytes a scale or norm's weight: itself, its factor, gradient and two moments
+LEARNT = 24  # bytes a scale: itself, its factor, gradient, two moments, the update
 ROUNDED = 24  # bytes a weight of plain rounding: quotients, integers, the result
 
 
@@ -36,7 +37,7 @@ class Memory(NamedTuple):
     passes: int
     """What a forward pass, or forward and backward, of one batch keeps."""
     distillation: int
-    """The whole model in integers, what its scales take, the teacher's hidden states, a step."""
+    """The model in integers, what its scales take, inputs and the teacher's states, a step."""
     gate: int
     """Both heads, hidden states, a chunk's logits."""
     writing: int
@@ -126,17 +127,21 @@ def _distillation(arch: Architecture, config: QuantizeConfig, layers: Shapes) ->
     if not how.epochs:
         return 0
     tokens = min(how.batch, told.samples) * told.length
-    inner = [math.prod(shape) for name, shape in layers.items() if name != HEAD]
-    scales = sum(n * (k // config.group if config.group > 0 else 1) for n, k in layers.values())
+    inner = {name: shape for name, shape in layers.items() if name != HEAD}
+    weights, widest = (one(map(math.prod, inner.values())) for one in (sum, max))
+    scales = sum(n * (k // config.group if config.group > 0 else 1) for n, k in inner.values())
     every = _by_block(arch, arch.tensor_shapes())
-    kept = [4 * tokens * kept_per_token(arch, index) + 8 * size for index, size in enumerate(every)]
+    width = WIDTHS[arch.dtype if config.floats == "stored" else config.floats]
+    kept = [4 * tokens * kept_per_token(arch, index) + 4 * size for index, size in enumerate(every)]
     inputs = 4 * len(kept) * tokens * arch.hidden_size
     chunk = CPU_CHUNK if config.device == "cpu" else CHUNK
     return (
-        sum(inner) * (2 if config.bits == 8 else 1)
+        weights * (2 if config.bits == 8 and not config.symmetric else 1)
+        + width * (sum(every) - weights)
         + LEARNT * scales
-        + 4 * told.samples * told.length * arch.hidden_size
+        + 2 * 4 * told.samples * told.length * arch.hidden_size
         + 4 * arch.vocab_size * ((1 + config.head) * arch.hidden_size + 6 * chunk)
+        + 8 * widest
         + (max(kept) + inputs if how.recompute else sum(kept))
     )
 
@@ -156,8 +161,12 @@ def operations(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> fl
     if config.by_signs:
         batch = min(config.signed.batch, told.samples)
         total += through * (3 * config.signed.steps * batch + 3 * told.samples)
-    seen = config.distill.steps(told.samples) * min(config.distill.batch, told.samples)
-    return total + seen * (through * (4 if config.distill.recompute else 3) + 3 * head * length)
+    how, kept = config.distill, watched(told.samples)
+    if how.epochs:
+        seen = how.steps(told.samples) * min(how.batch, told.samples - kept)
+        total += seen * (through * (4 if how.recompute else 3) + 3 * head * length)
+        total += 2 * kept * (through + 2 * head * length)
+    return total
 
 
 def output_bytes(arch: Architecture, config: QuantizeConfig, layers: Shapes) -> int:

@@ -1,5 +1,6 @@
 """Quantising a model: calibration text, block after block, the folder, the gate."""
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -8,19 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attending import artifact
-from attending.errors import CheckpointError
+from attending.errors import CheckpointError, UsageError
 from attending.logs import MetricLog
 from attending.mesh import World
 from attending.model.architecture import KV_CACHE, Architecture
 from attending.model.checkpoint import open_checkpoint
 from attending.model.decoder import Block
 from attending.model.files import read_json
-from attending.model.quantized import require_float
+from attending.model.quantized import Quantized, require_float
 from attending.model.weights import read_tensor
 from attending.quantize import calibration, gate, rounding
 from attending.quantize.distill import NORM, Rounded, distill
@@ -37,8 +39,8 @@ from attending.train.state import STATES, TOLD
 from attending.train.watch import peak_memory
 
 OVERFLOW = "overflow.json"
-DISTILLED = "distilled.safetensors"
-FINAL = r"(?!gate\.)"  # of the recipe, what cannot change on the way: all but the gate
+# Of the recipe, what cannot change on the way: all but what comes later, or changes no result.
+FINAL = r"(?!(gate|distill)\.|(device|batch):)"
 NOTE = (
     "Rounded to few bits. What that cost stands in gate.json, on the text that the recipe names; "
     "what the float model says wrongly, this one does too."
@@ -156,8 +158,8 @@ def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict
     if config.head and not (file := job.states / "head.safetensors").is_file():
         found = rounding.of_head(config, stream.tensor(f"{HEAD}.weight"), stream.last(rough))
         _save(file, rounding.pack(config, HEAD, found))
-    del rough
-    if config.distill.epochs and not (file := job.states / DISTILLED).is_file():
+    del rough, block
+    if config.distill.epochs and not (file := _learnt(job)).is_file():
         _save(file, _distilled(job, ids, stream.last(exact), log, progress))
     log.close()
     return {"quantize/last_block_error_share": error}
@@ -171,31 +173,45 @@ def _distilled(
     kept = {f"model.{NORM}": _as_stored(job, f"model.{NORM}")}
     for file in sorted(job.states.glob("block_*.safetensors")):
         kept |= load_file(file)
-    inner = {name: shape for name, shape in job.layers.items() if name != HEAD}
-    layers = {n: rounding.unpack(config, n, shape, kept) for n, shape in inner.items()}
-    floats = {n: x for n, x in kept.items() if not n.startswith(tuple(f"{one}." for one in layers))}
+    names = [name for name in job.layers if name != HEAD]
+    floats = {name: x for name, x in kept.items() if name in stream.arch.tensor_shapes()}
     heads = [stream.head()] * 2
     if config.head:
         parts = load_file(job.states / "head.safetensors")
         heads[1] = stream.head(rounding.read(config, HEAD, job.layers[HEAD], parts))
     count, last = len(stream.arch.layers), time.monotonic()
 
+    def read(name: str) -> Quantized:
+        return rounding.unpack(config, name, job.layers[name], kept)
+
     def told(step: int, divergence: float) -> None:
         nonlocal last
         now = time.monotonic()
         values = {"distill/divergence_nats": divergence, "distill/step_seconds": now - last}
         log.write(count + step, values)
-        progress(step, config.distill.steps(len(ids)), "distillation")
+        progress(step, total, "distillation")
         last = now
 
-    state, rounded = job.states / "distillation.safetensors", Rounded(layers, floats)
-    how = config.distill, state
+    total, how = config.distill.steps(len(ids)), (config.distill, _learnt(job, "state"))
+    rounded = Rounded(names, read, floats)
     found = distill(stream, rounded, ids, teacher, heads, *how, seed=config.seed, told=told)
-    tensors = dict(found.floats)
-    for name, layer in found.layers.items():
+    values = {"distill/watched_before_nats": found.before, "distill/watched_nats": found.after}
+    log.write(count + total, values | {"distill/step_seconds": time.monotonic() - last})
+    tensors = dict(found.norms)
+    for name, scales in found.scales.items():
+        halves = config.grid.stored(scales)
+        if not halves.isfinite().all():
+            raise UsageError(f"distill: {name}'s scales do not fit float16. Lower distill.rate.")
+        layer = replace(read(name), scales=halves.numpy().astype(np.float16))
         parts = pack_layer(name, layer, config.form)
         tensors |= {part: x for part, x in parts.items() if x.is_floating_point()}
     return tensors
+
+
+def _learnt(job: Job, what: str = "done") -> Path:
+    """The file of a distillation; of other settings another one, unless they change no result."""
+    told = job.config.distill.model_dump_json(exclude={"recompute"})
+    return job.states / f"distilled-{hashlib.sha256(told.encode()).hexdigest()[:8]}-{what}"
 
 
 def write(job: Job, start: Start, draft: Path) -> None:
@@ -212,7 +228,7 @@ def write(job: Job, start: Start, draft: Path) -> None:
             tensors[name] = _as_stored(job, name)
     tensors |= blocks
     if config.distill.epochs:
-        tensors |= load_file(job.states / DISTILLED)
+        tensors |= load_file(_learnt(job))
     if config.form == "compressed-tensors":
         tensors |= cache_scales(config.kv, len(arch.layers))
     if config.head:

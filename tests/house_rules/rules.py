@@ -37,7 +37,7 @@ ROOMS = {
     "sft": Room(4, 1_150),
     "prefer": Room(4, 1_080),
     "rl": Room(4, 3_580),
-    "quantize": Room(4, 3_080),
+    "quantize": Room(4, 3_150),
     "draft": Room(4, 1_050),
     "gateway": Room(5, 1_400),
 }
