@@ -10,9 +10,9 @@ out. --first names another model than the default one, --set changes every arm's
 figures are kept in quantize/NAME.json as they come, with its date, commit and hardware: what was
 stopped is gone on with, also on another day. Writes quantize.md and quantize.svg.
 
-Budget on two cores, reckoned from 110 tokens/s forward and backward of the default model: 50 signed
-steps of 8 samples and three looks at all of them 41 minutes, two passes of distillation 20, GPTQ 10,
-auto-round 40; all arms and peers of the default model 4.5 hours.
+Budget on two cores, reckoned from 110 tokens/s forward and backward of the default model: 50
+signed steps of 8 samples and three looks at all of them 41 minutes, two passes of distillation 20,
+GPTQ 10, auto-round 40; all arms and peers of the default model 4.5 hours.
 """
 
 import hashlib
@@ -174,8 +174,8 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
             command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
             peak = watched([*command, "--out", str(out), "--resume"]).peak_bytes
         took = {"quantize/block_seconds", "distill/step_seconds"}
-        rows = read_metrics(out / "metrics.jsonl")  # a step that was made again counts once
-        seconds = {(row["step"], key): row[key] for row in rows for key in took & {*row}}
+        log = read_metrics(out / "metrics.jsonl")  # a step that was made again counts once
+        seconds = {(row["step"], key): row[key] for row in log for key in took & {*row}}
         is_qqq = "form=qqq" in own
         found = judged(model, out, evaluation, rounds_activations=is_qqq)
         return found | {
