@@ -56,10 +56,8 @@ class Sampler(Protocol):
 class TrainedWeights:
     """Weights in training, as the engine's packing reads a quantised checkpoint.
 
-    A model that was rounded before lies on a grid to the point. On the same one an update below
-    half a step would be lost in every weight at once, and the engine would go on writing with the
-    weights of the start. On a grid that `is_spread` the weights lie anywhere between two integers,
-    and what rounding takes from one it gives to another.
+    A model that was rounded before lies on a grid to the point, and its updates would be rounded
+    off on the same one, also in 4 bits: every grid `is_spread`.
     """
 
     arch: Architecture

@@ -25,7 +25,7 @@ from attending.model.gguf_file import Blocks
 from attending.sources import cache_dir
 
 Floats = NDArray[np.float32]
-VERSION = 2
+VERSION = 3
 TILE, GROUP, ALIGN = 16, 32, 64
 MAX_HEAD = 512  # values of a head, by the kernel's buffers
 GOLDEN = 0.618034  # its multiples lie evenly between 0 and 1
@@ -86,7 +86,8 @@ def quantise(
     Symmetric: the value of largest magnitude in a group decides the scale. In 4 bits it takes -8
     itself, so a scale may be negative; in 8 bits it takes 127. Asymmetric: from the smallest to
     the largest value; where it `is_spread`, in one to two steps fewer than the bits hold, another
-    fraction in every group.
+    fraction in every group, so that weights which lay on another grid lie anywhere on this one:
+    on the same one each would be rounded back, whatever small update it has had.
     """
     rows = max(1, SLICE_VALUES // weight.shape[1])
     slices = [weight[at : at + rows] for at in range(0, len(weight), rows)]
@@ -318,7 +319,8 @@ def _stored_or_rounded(weights: Weights, name: str, form: str) -> Blocks:
     if is_norm_head:  # rows of unit length, as the decoder's NormHead has them
         values = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
     bits, group, symmetric = FORMATS["w8" if outside or form == "stored" else form]
-    return quantise(values, bits, group, symmetric=symmetric)
+    # Else a model that was rounded before and then tuned a little would be served as it was before.
+    return quantise(values, bits, group, symmetric=symmetric, is_spread=bits == 8)
 
 
 def _require_finite(name: str, values: NDArray[Any] | None) -> None:
