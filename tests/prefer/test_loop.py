@@ -169,6 +169,7 @@ def test_what_was_forgotten_is_told_and_may_fail_the_run(
     lost = Change("maths", "score", "before", "after", 0.5, 0.4, -0.1, (-0.2, -0.05), False)
     found = forgetting.Forgetting([lost], frozenset({"maths"}))
     monkeypatch.setattr(forgetting, "compare", lambda *_: found)
+    monkeypatch.setattr(forgetting, "require_measured", lambda *_: None)  # there is no suite
     limits = {"data": "data", "max_forgetting": 0.1}
     with pytest.raises(CheckFailed, match=r"maths lost 20\.0%"):
         prefer(recipe(model, pairs, "dpo", forgetting=limits), tmp_path / "out")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attending.errors import CheckFailed, ConfigError
+from attending.errors import CheckFailed, ConfigError, UsageError
 from attending.evaluate.page import Change
 from attending.model.attend import Packed
 from attending.quantize import gate
@@ -95,7 +95,9 @@ def test_what_is_no_number_passes_no_limit() -> None:
 def test_a_limit_without_its_data_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gate.max_forgetting would compare nothing"):
         gate.require_measured(GateConfig(max_forgetting=0.02))
-    gate.require_measured(GateConfig(max_forgetting=0.02, data="somewhere", max_flips=0.1))
+    with pytest.raises(UsageError, match=r"no data 'medqa_us_4opt_test.jsonl': not in --data"):
+        gate.require_measured(GateConfig(max_flips=0.1, data="somewhere"))
+    gate.require_measured(GateConfig(max_flips=0.1))
 
 
 def test_lines_figures_and_files(tmp_path: Path) -> None:
