@@ -42,12 +42,13 @@ from attending.train.parallel import build, interpolate, process_group, whole_we
 from attending.train.start import open_start
 
 MEDICAL, ALL = 100_000, 250_000  # tokens of an arm: of medical text, and with the others'
-# Five times the recipes' rate, as `open` has it: arms that forget can be compared.
+# Five times the recipe's rate, as the others have it: arms that forget can be compared.
 HIGH = ("optimizer.peak=1e-3", "optimizer.final=1e-4")
+WHOLE = ("interpolation=1",)
 ARMS = {
     "plain": ("plain", "plain continued training", MEDICAL, HIGH),
-    "replay": ("replay", "replay: cross entropy on all", ALL, HIGH),
-    "open": ("open", "self-constraint on general and maths", ALL, ("interpolation=1",)),
+    "replay": ("replay", "replay: cross entropy on all", ALL, WHOLE),
+    "open": ("open", "self-constraint on general and maths", ALL, WHOLE),
 }
 SHARE = MidtrainConfig.load("open", "midtrain").interpolation
 BACK = {f"{arm}_back": arm for arm in ARMS}
