@@ -255,8 +255,9 @@ def tasks(runs: dict[str, dict[str, Any]]) -> list[str]:
         for one in run["tasks"]:
             key = f"{one['task']}, {one['metric']}"
             row = rows.setdefault(key, [f"{one['before']:.3f}", *["not measured"] * len(runs)])
-            low, high = one["interval"] or (math.nan, math.nan)
-            row[at + 1] = f"{one['after']:.3f} ({low:+.3f} to {high:+.3f})"
+            ends = one["interval"]  # of the same answers to all there is none
+            told = f" ({ends[0]:+.3f} to {ends[1]:+.3f})" if ends else ""
+            row[at + 1] = f"{one['after']:.3f}{told}"
     return markdown(head, [[name, *row] for name, row in rows.items()])
 
 
