@@ -75,7 +75,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if "--debug" in sys.argv or str(error.name).startswith(__package__.split(".")[0]):
             raise
-        what = f"{error.name} is not installed: {EXTRAS} has what all verbs need"
+        what = f"{error.name} is not installed: {EXTRAS} has what most verbs need"
         err.print(f"[bold red]error:[/] {escape(what)}")
         sys.exit(UsageError.exit_code)
 

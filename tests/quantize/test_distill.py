@@ -20,7 +20,8 @@ from attending.quantize.loop import quantize
 from attending.quantize.stream import Stream
 from tests.engine.folders import write_model
 from tests.quantize.making import MODEL
-from tests.quantize.text import M1, recipe, write_text
+from tests.quantize.text import M1, recipe
+from tests.train.making import HaltedError
 
 LEARNT = {"epochs": 12, "rate": 5e-3, "batch": 4}
 FORMS = [
@@ -31,20 +32,6 @@ FORMS = [
     ("baichuan_m1", {"method": "plain", "symmetric": False, "head": True}),
     ("llama", {"method": "gptq", "rotate": True}),
 ]
-
-
-class HaltedError(Exception):
-    """Of a test."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "m", **MODEL)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "t")
 
 
 def divergences(out: Path) -> list[float]:

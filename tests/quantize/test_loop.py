@@ -23,24 +23,11 @@ from attending.quantize.rotate import rotate
 from attending.quantize.stream import Stream
 from tests.engine.folders import write_model
 from tests.quantize.making import MODEL
-from tests.quantize.text import M1, recipe, write_text
+from tests.quantize.text import M1, recipe
+from tests.train.making import HaltedError
 
 SIGNS = {"method": "signed", "signed": {"steps": 3, "batch": 4}}
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 4}
-
-
-class HaltedError(Exception):
-    """Of a test."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "m", **MODEL)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "t")
 
 
 def figures(out: Path) -> dict[str, float]:
