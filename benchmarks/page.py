@@ -16,6 +16,7 @@ from attending import artifact
 from attending.mesh import hardware
 
 HERE = Path(__file__).parent
+matplotlib.rcParams["svg.hashsalt"] = "attending"  # the same figures give the same file
 
 
 class Measure(NamedTuple):
