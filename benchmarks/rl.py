@@ -119,6 +119,7 @@ def budget(told: argparse.Namespace) -> str:
         "stage 1": seeds * told.steps * step,
         "its baseline": seeds * told.steps * step,
         "two judges": has_second * 0.3,
+        "choosing questions": has_second * told.questions * 6 * 2 / ANSWERS_A_SECOND / 3600,
         "stage 2": has_second * told.steps * step * 1.5,
         "interviews and stage 3": has_third * (0.5 + told.steps * step * 1.2),
         "answers to held-out cases": 0.1 * (2 * seeds + 2 * has_second + 3 * has_third),
@@ -324,7 +325,7 @@ def halves(told: argparse.Namespace) -> Path:
 
 
 def second_stage(told: argparse.Namespace) -> None:
-    noted(told, "rubrics", "heldout steps documents set", partial(rubrics, told))
+    noted(told, "rubrics", "heldout steps documents questions set", partial(rubrics, told))
 
 
 def rubrics(told: argparse.Namespace) -> dict[str, Any]:
@@ -334,16 +335,18 @@ def rubrics(told: argparse.Namespace) -> dict[str, Any]:
         files = (folder / f"kqa-{name}.jsonl", folder / f"medquad-{name}.jsonl")
         how = sets(f"reads={reads}", f"documents={told.documents}", "epochs=1")
         judges[name] = made(told.work / f"judge-{name}", "judge", "train", *files, *how)
-    parts = []
-    for part, count in (("train", 8 * told.heldout), ("held_out", told.heldout)):
+    parts, size = [], 2 * told.tokens
+    chosen = ("--model", told.model, "--judge", f"embedded:{judges['training']}", "--answers", 6)
+    chosen += ("--low", 0.1, "--high", 0.9, "--max-tokens", size, "--recipe", "rubrics")
+    for part, count in (("train", told.questions), ("held_out", told.heldout)):
         how = ("--medquad", folder / "medquad-cases.jsonl", "--count", count, "--part", part)
+        how += chosen if part == "train" else ()
         parts.append(made(cases / f"rubric-{part}.jsonl", "cases", "rubric", *how, resume=False))
     own = (f"cases={parts[0]}", f"heldout={parts[1]}", f"model={told.model}")
     own += tuple(
         f"{key}=embedded:{judges[name]}"
         for key, name in (("judge", "training"), ("reporter", "reporting"))
     )
-    size = 2 * told.tokens
     run = learn(told, "rubrics", "rubrics", *own, f"max_tokens={size}")
     found: dict[str, Any] = {"before": answered(told, "rubric-before", told.model, parts[1])}
     found |= {"after": answered(told, "rubric-after", run, parts[1]), "curves": curves(run)}
@@ -432,6 +435,7 @@ def main(words: Sequence[str]) -> None:
         ("drawn", 250, "cases of each kind to choose from"),
         ("heldout", 36, "cases of each kind to report on"),
         ("documents", 250, "of each judge's training"),
+        ("questions", 240, "with rubrics to choose from"),
         ("interviews", 400, "of the warm-up"),
         ("patients", 20, "held out of each source; three times as many to learn from"),
     ):

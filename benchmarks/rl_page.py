@@ -29,9 +29,16 @@ def write() -> None:
         if name in found:
             text += [*part(found), ""]
     draw(found)
-    text += ["![Curves](rl.svg)", "", "`python benchmarks/rl.py DATA_DIR WORK_DIR`", ""]
-    text += [*(f"- {name}: {one['about']}" for name, one in found.items()), ""]
+    text += ["![Curves](rl.svg)", "", "`python benchmarks/rl.py DATA_DIR WORK_DIR` with", ""]
+    text += [f"- {name}: `{words(one['asked'])}`; {one['about']}" for name, one in found.items()]
+    text += [""]
     (HERE / "rl.md").write_text("\n".join(text), "utf-8")
+
+
+def words(asked: Mapping[str, Any]) -> str:
+    """The options of the command that made a record."""
+    pairs = {name: one if isinstance(one, list) else [one] for name, one in asked.items()}
+    return " ".join(f"--{name} {one}" for name, every in pairs.items() for one in every)
 
 
 def bootstrap(values: Floats) -> tuple[float, float]:

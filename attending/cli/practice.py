@@ -1,12 +1,16 @@
 """`attending cases`: what reinforcement learning practises on."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from attending.cli.terminal import err, escape, out, progress_bar
 from attending.errors import UsageError
+
+if TYPE_CHECKING:
+    from attending.rl.types import Case
 
 
 def cases(
@@ -31,6 +35,9 @@ def cases(
         str | None,
         typer.Option(help="Keep cases that this model passes sometimes: a source or an address."),
     ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Of rubrics' answers: embedded, embedded:FOLDER, an address.")
+    ] = None,
     answers: Annotated[int, typer.Option(min=2, help="Of the model to each case.")] = 8,
     low: Annotated[float, typer.Option(min=0, max=1, help="Least pass rate.")] = 0.2,
     high: Annotated[float, typer.Option(min=0, max=1, help="Greatest pass rate.")] = 0.8,
@@ -45,7 +52,6 @@ def cases(
     """
     import asyncio
 
-    from attending import endpoint
     from attending.rl import cases as own
     from attending.rl import interviews
     from attending.rl.recipe import RlConfig
@@ -63,13 +69,9 @@ def cases(
     else:
         made = list(make(kind, count, seed, level, medquad, part))
     if model is not None:
-
-        async def ask() -> dict[str, list[str]]:
-            async with endpoint.open(model) as opened:
-                with progress_bar(of_bytes=False) as progress:
-                    return await own.measure(opened, made, answers, max_tokens, progress, template)
-
-        rates = own.pass_rates(made, asyncio.run(ask()))
+        if kind == "rubric" and judge is None:
+            raise UsageError("--model chooses rubrics by what a judge says: add --judge.")
+        rates = asyncio.run(_rates(made, model, judge, (answers, max_tokens), template))
         chosen = own.choose(made, rates, low, high)
         mean = sum(rates.values()) / max(len(rates), 1)
         err.print(
@@ -83,3 +85,23 @@ def cases(
         raise UsageError("no case is left: take another level, or a wider band.")
     own.write_rows(to, map(own.line_of, made))
     out.print(str(to), markup=False)
+
+
+async def _rates(
+    made: "Sequence[Case]",
+    model: str,
+    judge: str | None,
+    sizes: tuple[int, int],
+    template: Mapping[str, Any],
+) -> dict[str, float]:
+    """How often the model passes each case; `sizes`: answers to it, tokens of one at most."""
+    from attending import endpoint
+    from attending.rl import cases as own
+    from attending.rl.setup import judge_of
+    from attending.verifier.judge.ask import JudgeOptions
+
+    async with judge_of(judge, model, JudgeOptions()) as judges:
+        async with endpoint.open(model) as opened:
+            with progress_bar(of_bytes=False) as progress:
+                found = await own.measure(opened, made, *sizes, progress, template)
+        return await own.pass_rates(made, found, judges)

@@ -16,9 +16,13 @@ from attending.chat import ROLES
 from attending.config import suggest
 from attending.endpoint import Endpoint
 from attending.errors import ConfigError, ReplyError
+from attending.rl.recipe import RewardConfig
+from attending.rl.reward import worth_of_nothing
 from attending.rl.types import Case
+from attending.rl.verify import judge_text
 from attending.sources import Progress
 from attending.verifier.ask import together
+from attending.verifier.judge.verdict import Judge
 from attending.verifier.rubric.schema import Rubric, parse_rubric, read_lines
 from attending.verifier.rules import check
 
@@ -116,14 +120,28 @@ def is_affine_only(case: Case) -> bool:
     return bool(case.criteria) and all(one.points < 0 for one in case.criteria)
 
 
-def pass_rates(cases: Iterable[Case], samples: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """By id, the share of the start model's answers that pass; of what has a rule and answers."""
-    asked = [(case.id, case.rule, samples.get(case.id)) for case in cases]
-    return {
-        name: sum(check(rule, text).passed for text in texts) / len(texts)
-        for name, rule, texts in asked
-        if rule and texts
-    }
+async def pass_rates(
+    cases: Iterable[Case], samples: Mapping[str, Sequence[str]], judge: Judge | None = None
+) -> dict[str, float]:
+    """By id, the share of the start model's answers that pass; of what has a rule and answers.
+
+    With a judge of cases with criteria, too: what is worth more than an answer that meets none;
+    unscored answers do not count.
+    """
+
+    async def passes(case: Case, text: str) -> bool | None:
+        if case.rule:
+            return check(case.rule, text).passed
+        worth = (await judge_text(case, text, judge, RewardConfig())).score
+        return None if worth is None else worth > worth_of_nothing(case.criteria)
+
+    rates = dict[str, float]()
+    for case in cases:
+        if case.rule or (case.criteria and judge):
+            every = [await passes(case, text) for text in samples.get(case.id, ())]
+            if known := [one for one in every if one is not None]:
+                rates[case.id] = sum(known) / len(known)
+    return rates
 
 
 def choose(
@@ -153,13 +171,13 @@ async def measure(
     template: Mapping[str, Any] | None = None,
     concurrency: int = 16,
 ) -> dict[str, list[str]]:
-    """So many answers of a model to each case with a rule, sampled as a run samples them; by id.
+    """So many answers of a model to each case without a patient, sampled as in a run; by id.
 
     `template` is what the run will tell the chat template, as without it other answers are passed.
     A case to which a reply failed has fewer, or none, and is unmeasured then.
     """
     found: dict[str, list[str]] = {case.id: [] for case in cases}
-    todo = [(case, seed) for case in cases if case.rule for seed in range(samples)]
+    todo = [(case, seed) for case in cases if not case.patient for seed in range(samples)]
     pending, done = iter(todo), 0
     how: dict[str, Any] = {**PLAIN, "max_tokens": max_tokens}
     how |= {"chat_template_kwargs": dict(template)} if template else {}

@@ -44,6 +44,11 @@ prints for the same stack; clipped does not tell apart answers whose faults outw
 """
 
 
+def worth_of_nothing(criteria: Sequence[Criterion], form: str = "affine") -> float:
+    """What an answer that meets no criterion scores: 0 by rules and clipped, affine often more."""
+    return FORMS[form](criteria, [False] * len(criteria)) or 0.0 if criteria else 0.0
+
+
 def by_rubric(case: Case, met: Verdicts, form: str = "affine") -> Verdict:
     """Of a case's criteria, each met, not met or unscored; parts by axis or dimension, affine.
 

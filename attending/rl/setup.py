@@ -19,6 +19,7 @@ from attending.rl.cases import is_affine_only, read_cases
 from attending.rl.fragments import Room
 from attending.rl.prompts import Prompts
 from attending.rl.recipe import RlConfig
+from attending.rl.reward import worth_of_nothing
 from attending.rl.sampler import LocalSampler, Sampler
 from attending.rl.types import Case
 from attending.rl.vllm import RemoteSampler
@@ -28,6 +29,7 @@ from attending.train.parallel import build
 from attending.train.start import Start
 from attending.train.state import TrainState
 from attending.train.watch import Watched
+from attending.verifier.judge.ask import JudgeOptions
 from attending.verifier.judge.verdict import Judge
 from attending.verifier.patient.case import Case as PatientCase
 from attending.verifier.patient.find import find_case
@@ -111,6 +113,16 @@ def require_scorable(config: RlConfig, cases: Sequence[Case]) -> None:
             f"{len(lacking)} cases have rubrics without positive points, {lacking[0]!r} first, and "
             'the clipped form divides by their sum: take reward.form="affine".'
         )
+    form, threshold = config.reward.form, config.reward.length_threshold
+    if threshold is None or not cases:
+        return
+    most, name = max((worth_of_nothing(case.criteria, form), case.id) for case in cases)
+    if most > threshold:
+        raise ConfigError(
+            f"reward.length_threshold={threshold} pays for shortness alone: of case {name!r} an "
+            f"answer that meets no criterion is worth {most:.2f}. Take that or more, "
+            'or reward.form="clipped", where it is worth 0.'
+        )
 
 
 def every_weight(decoder: Decoder) -> dict[str, Tensor]:
@@ -125,22 +137,25 @@ def every_weight(decoder: Decoder) -> dict[str, Tensor]:
 @asynccontextmanager
 async def judges(config: RlConfig, judged: str) -> AsyncIterator[tuple[Judge | None, Judge | None]]:
     """Who judges what is learnt from, and what is held out."""
-    async with _judge(config, config.judge, judged) as own:
+    async with judge_of(config.judge, judged, config.judging) as own:
         if config.reporter is None:
             yield own, own
             return
-        async with _judge(config, config.reporter, judged) as other:
+        async with judge_of(config.reporter, judged, config.judging) as other:
             yield own, other
 
 
 @asynccontextmanager
-async def _judge(config: RlConfig, source: str | None, judged: str) -> AsyncIterator[Judge | None]:
+async def judge_of(
+    source: str | None, judged: str, options: JudgeOptions
+) -> AsyncIterator[Judge | None]:
+    """As a run asks it; None for none."""
     if source is None:
         yield None
         return
     setup = JudgeSetup(source)
     setup = setup if setup.is_embedded else JudgeSetup(source, template=SIGNED)
-    async with open_judge(setup, config.judging, [judged]) as (judge, _):
+    async with open_judge(setup, options, [judged]) as (judge, _):
         yield judge
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES = 500, 80, 120
-PYTHON_LINES, NATIVE_LINES = 40_900, 1_500
+PYTHON_LINES, NATIVE_LINES = 41_000, 1_500
 HALLWAY = ""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -36,7 +36,7 @@ ROOMS = {
     "midtrain": Room(4, 550),
     "sft": Room(4, 1_150),
     "prefer": Room(4, 1_080),
-    "rl": Room(4, 3_580),
+    "rl": Room(4, 3_620),
     "quantize": Room(4, 3_150),
     "draft": Room(4, 1_050),
     "gateway": Room(5, 1_400),

@@ -1,5 +1,6 @@
 """Cases: read strictly, chosen by pass rate; generated ones have the answer that they should."""
 
+import asyncio
 import json
 import re
 from collections import Counter, defaultdict
@@ -30,6 +31,7 @@ from attending.rl.cases import (
 )
 from attending.rl.tasks import DATA, SUBJECTS, make
 from attending.rl.types import Case
+from attending.verifier.judge.verdict import Verdict
 from attending.verifier.rules import check
 from tests.conftest import SHARED
 
@@ -132,11 +134,30 @@ def test_cases_are_chosen_by_the_measured_pass_rate() -> None:
     names = {"often": 9, "end": 3, "seldom": 1, "never": 0}
     samples = {name: ["3"] * right + ["4"] * (10 - right) for name, right in names.items()}
     cases = [parse_case({**LINE, "id": name}) for name in (*names, "unasked")]
-    rates = pass_rates(cases, samples)
+    rates = asyncio.run(pass_rates(cases, samples))
     assert rates == {"often": 0.9, "end": 0.3, "seldom": 0.1, "never": 0.0}
     chosen = choose(cases, rates, 0.3, 0.8)
     assert [one.id for one in chosen.cases] == ["end"]
     assert chosen[1:] == (2, 1, 1)
+
+
+def test_criteria_are_passed_by_what_is_worth_more_than_to_meet_none() -> None:
+    fault = {"criterion": "States: 4.", "points": -5}
+    row = {"id": "a", "messages": ASKED, "kind": "notes", "rubrics": [*RUBRICS, fault]}
+    cases, said = [parse_case(row)], ["3", "nothing", "4", "unscored"]
+
+    async def judge(rubric: Any, answer: str) -> list[Verdict]:
+        found = (answer in one.text for one in rubric.criteria)
+        return [Verdict(None if answer == "unscored" else is_met, "") for is_met in found]
+
+    assert asyncio.run(pass_rates(cases, {"a": said}, judge)) == {"a": pytest.approx(1 / 3)}
+    assert asyncio.run(pass_rates(cases, {"a": said})) == {}  # nobody judges
+    assert asyncio.run(pass_rates(cases, {"a": ["unscored"]}, judge)) == {}
+
+
+def test_rubrics_are_not_chosen_without_a_judge(medquad: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="add --judge"):
+        practice.cases("rubric", tmp_path / "out.jsonl", count=1, medquad=medquad, model="m")
 
 
 def test_the_model_is_told_what_the_runs_recipe_tells_the_template(

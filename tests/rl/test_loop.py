@@ -185,6 +185,22 @@ def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
         rl(clipped, tmp_path / "out")
 
 
+def test_shortness_alone_is_not_paid(made: Made, tmp_path: Path) -> None:
+    points = [{"criterion": f"States: {one}.", "points": one, "tags": []} for one in (5, -5)]
+    row = {"id": "x", "messages": [{"role": "user", "content": "x"}], "kind": "k"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(row | {"rubrics": points}) + "\n", "utf-8")
+    for told, wrong, words in (
+        ({"length_threshold": 0.4}, ConfigError, "case 'x' .* no criterion is worth 0.50"),
+        ({"length_threshold": 0.5}, UsageError, "no judge"),  # only because nobody judges
+        ({"length_threshold": 0.4, "form": "clipped"}, UsageError, "no judge"),
+    ):
+        with pytest.raises(wrong, match=words):
+            rl(
+                recipe(made, cases=str(tmp_path / "r.jsonl"), prompts=1, reward=told),
+                tmp_path / "o",
+            )
+
+
 def test_changed_cases_are_told_on_resume(made: Made, tmp_path: Path) -> None:
     cases = tmp_path / "cases.jsonl"
     cases.write_text((made[0] / "train.jsonl").read_text("utf-8"), "utf-8")
