@@ -417,8 +417,8 @@ def consulted(told: argparse.Namespace, arm: str, model: object, file: Path) -> 
         return {"rows": rows}
 
     asked = {"model": str(model), "cases": digest(file), "tokens": told.tokens}
-    file = told.work / f"consulted-{arm}.json"
-    found: dict[str, Any] = kept(file, asked, lambda: asyncio.run(ask()))["rows"]
+    to = told.work / f"consulted-{arm}.json"
+    found: dict[str, Any] = kept(to, asked, lambda: asyncio.run(ask()))["rows"]
     return found
 
 
