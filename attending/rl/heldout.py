@@ -18,10 +18,9 @@ async def answer_heldout(
     """Mean scores, of all and by kind, lengths and what is unscored; the ranks share the work.
 
     One answer to a case is the likeliest; several are sampled, always by the same seeds. Of a
-    patient the score is the share of its facts that a whole consultation elicits, and the length
-    that of a turn. Without any verdict there is no score.
+    patient the score is the share of its facts that a whole consultation elicits. Without any
+    verdict there is no score.
     """
-    tokenizer = setup.watched.tokenizer
     count, every = config.watch.heldout_answers, setup.heldout.prompts[place.rank :: place.size]
     plain = [one for one in every if not one.case.patient]
     asked = [one for group in setup.heldout.asked(plain, count, 0) for one in group]
@@ -46,8 +45,7 @@ async def answer_heldout(
         sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
     for one in fragments:
         at = setup.kinds.index(one.prompt.case.kind)
-        size = sum(len(tokenizer.encode(text, is_first=False)) for text in one.said)
-        row = [elicited_share(one), 1.0, size / max(len(one.said), 1), 1.0]
+        row = [elicited_share(one), 1.0, 0.0, 1.0]
         sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
     *by_kind, every_kind = total(sums.to(next(setup.state.decoder.parameters()).device)).tolist()
     scores = {
