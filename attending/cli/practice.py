@@ -1,8 +1,8 @@
 """`attending cases`: what reinforcement learning practises on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,7 @@ from attending.cli.terminal import err, escape, out, progress_bar
 from attending.errors import UsageError
 
 if TYPE_CHECKING:
+    from attending.rl.recipe import RlConfig
     from attending.rl.types import Case
 
 
@@ -36,14 +37,14 @@ def cases(
         typer.Option(help="Keep cases that this model passes sometimes: a source or an address."),
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Of rubrics' answers: embedded, embedded:FOLDER, an address.")
+        str | None, typer.Option(help="Of answers to rubrics; else the recipe's.")
     ] = None,
     answers: Annotated[int, typer.Option(min=2, help="Of the model to each case.")] = 8,
     low: Annotated[float, typer.Option(min=0, max=1, help="Least pass rate.")] = 0.2,
     high: Annotated[float, typer.Option(min=0, max=1, help="Greatest pass rate.")] = 0.8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 48,
     recipe: Annotated[
-        str | None, typer.Option(help="The run's recipe: its template is what the model is told.")
+        str | None, typer.Option(help="The run's recipe: its template, and how it judges.")
     ] = None,
 ) -> None:
     """Make cases with exact answers, criteria or patients for `attending rl`.
@@ -63,15 +64,16 @@ def cases(
         own.write_rows(to, asyncio.run(interviews.interviews(patients, count, seed, part)))
         out.print(str(to), markup=False)
         return
-    template = RlConfig.load(recipe, "rl", ()).template if recipe else {}
+    run = RlConfig.load(recipe, "rl", ()) if recipe else None
     if kind == "patient":
         made = list(interviews.patients(patients, count, seed, part))
     else:
         made = list(make(kind, count, seed, level, medquad, part))
     if model is not None:
+        judge = judge or (run.judge if run else None)
         if kind == "rubric" and judge is None:
             raise UsageError("--model chooses rubrics by what a judge says: add --judge.")
-        rates = asyncio.run(_rates(made, model, judge, (answers, max_tokens), template))
+        rates = asyncio.run(_rates(made, model, judge, (answers, max_tokens), run))
         chosen = own.choose(made, rates, low, high)
         mean = sum(rates.values()) / max(len(rates), 1)
         err.print(
@@ -92,7 +94,7 @@ async def _rates(
     model: str,
     judge: str | None,
     sizes: tuple[int, int],
-    template: Mapping[str, Any],
+    run: "RlConfig | None",
 ) -> dict[str, float]:
     """How often the model passes each case; `sizes`: answers to it, tokens of one at most."""
     from attending import endpoint
@@ -100,7 +102,8 @@ async def _rates(
     from attending.rl.setup import judge_of
     from attending.verifier.judge.ask import JudgeOptions
 
-    async with judge_of(judge, model, JudgeOptions()) as judges:
+    template, options = (run.template, run.judging) if run else ({}, JudgeOptions())
+    async with judge_of(judge, model, options) as judges:
         async with endpoint.open(model) as opened:
             with progress_bar(of_bytes=False) as progress:
                 found = await own.measure(opened, made, *sizes, progress, template)

@@ -135,13 +135,14 @@ async def pass_rates(
         worth = (await judge_text(case, text, judge, RewardConfig())).score
         return None if worth is None else worth > worth_of_nothing(case.criteria)
 
-    rates = dict[str, float]()
-    for case in cases:
-        if case.rule or (case.criteria and judge):
-            every = [await passes(case, text) for text in samples.get(case.id, ())]
-            if known := [one for one in every if one is not None]:
-                rates[case.id] = sum(known) / len(known)
-    return rates
+    able = [case for case in cases if case.rule or (case.criteria and judge)]
+    asked = [(case, text) for case in able for text in samples.get(case.id, ())]
+    found = await together([passes(*each) for each in asked])
+    known: dict[str, list[bool]] = {}
+    for (case, _), one in zip(asked, found, strict=True):
+        if one is not None:
+            known.setdefault(case.id, []).append(one)
+    return {name: sum(every) / len(every) for name, every in known.items()}
 
 
 def choose(

@@ -16,7 +16,7 @@ from attending.evaluate.judging import EMBEDDED
 from attending.rl.cases import line_of, read_cases
 from attending.rl.prompts import Prompt, Prompts
 from attending.rl.recipe import RlConfig
-from attending.rl.setup import require_scorable
+from attending.rl.setup import require_scorable, require_worth
 from attending.rl.types import Case
 from attending.rl.verl_workers import UNSCORED
 from attending.sources import resolve
@@ -100,6 +100,7 @@ def _unlike(config: RlConfig) -> list[str]:
 def _require_judged(config: RlConfig, own: Sequence[Case], watched: Sequence[Case]) -> None:
     cases = [*own, *watched]
     require_scorable(config, cases)
+    require_worth(config, own)
     if len({case.id for case in cases}) < len(cases):
         raise ConfigError(f"{config.cases} and {config.heldout} share cases: hold them apart.")
     lacking = [case.id for case in cases if case.criteria and config.judge is None]

@@ -18,8 +18,8 @@ async def answer_heldout(
     """Mean scores, of all and by kind, lengths and what is unscored; the ranks share the work.
 
     One answer to a case is the likeliest; several are sampled, always by the same seeds. Of a
-    patient the score is the share of its facts that a whole consultation elicits. Without any
-    verdict there is no score.
+    patient the score is the share of its facts that a whole consultation elicits, and no length is
+    told. Without any verdict there is no score.
     """
     count, every = config.watch.heldout_answers, setup.heldout.prompts[place.rank :: place.size]
     plain = [one for one in every if not one.case.patient]
@@ -38,14 +38,14 @@ async def answer_heldout(
         temperature=0.0,
     )
     found = await collect(setup.sampler, verifier, asked, setup.state.step)
-    sums = torch.zeros(len(setup.kinds) + 1, 4, dtype=torch.float64)
+    sums = torch.zeros(len(setup.kinds) + 1, 5, dtype=torch.float64)
     for rollout, _, verdict in found.judged:
         at = setup.kinds.index(setup.cases[rollout.case].kind)
-        row = [verdict.score or 0.0, verdict.score is not None, len(rollout.ids), 1.0]
+        row = [verdict.score or 0.0, verdict.score is not None, 1.0, len(rollout.ids), 1.0]
         sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
     for one in fragments:
         at = setup.kinds.index(one.prompt.case.kind)
-        row = [elicited_share(one), 1.0, 0.0, 1.0]
+        row = [elicited_share(one), 1.0, 1.0, 0.0, 0.0]
         sums[[at, -1]] += torch.tensor(row, dtype=torch.float64)
     *by_kind, every_kind = total(sums.to(next(setup.state.decoder.parameters()).device)).tolist()
     scores = {
@@ -53,10 +53,9 @@ async def answer_heldout(
         for kind, (score, scored, *_) in zip(setup.kinds, by_kind, strict=True)
         if scored
     }
-    score, scored, length, answers = every_kind
+    score, scored, answers, length, written = every_kind
     if scored:
         scores["heldout/score"] = score / scored
-    return scores | {
-        "heldout/length_tokens": length / answers,
-        "heldout/unscored_share": 1 - scored / answers,
-    }
+    if written:
+        scores["heldout/length_tokens"] = length / written
+    return scores | {"heldout/unscored_share": 1 - scored / answers}

@@ -78,6 +78,7 @@ def prepare(
     run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
     own, watched = (read_cases(Path(one)) for one in (config.cases, config.heldout))
     require_scorable(config, [*own, *watched])
+    require_worth(config, own)
     cases = {case.id: case for case in (*own, *watched)}
     if len(cases) < len(own) + len(watched):
         raise ConfigError(f"{config.cases} and {config.heldout} share cases: hold them apart.")
@@ -113,10 +114,14 @@ def require_scorable(config: RlConfig, cases: Sequence[Case]) -> None:
             f"{len(lacking)} cases have rubrics without positive points, {lacking[0]!r} first, and "
             'the clipped form divides by their sum: take reward.form="affine".'
         )
+
+
+def require_worth(config: RlConfig, own: Sequence[Case]) -> None:
+    """ConfigError where the length reward would pay for shortness alone, by cases learnt from."""
     form, threshold = config.reward.form, config.reward.length_threshold
-    if threshold is None or not cases:
+    if threshold is None or not own:
         return
-    most, name = max((worth_of_nothing(case.criteria, form), case.id) for case in cases)
+    most, name = max((worth_of_nothing(case.criteria, form), case.id) for case in own)
     if most > threshold:
         raise ConfigError(
             f"reward.length_threshold={threshold} pays for shortness alone: of case {name!r} an "

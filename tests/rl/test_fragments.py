@@ -158,6 +158,7 @@ def test_the_stage_runs_and_goes_on_where_it_was(folder: Path, tmp_path: Path) -
     key = "heldout/score"
     held = [row[key] for row in read_metrics(out / "metrics.jsonl") if key in row]
     assert len(held) == 3 and all(0 <= one <= 1 for one in held)
+    assert "heldout/length_tokens" not in (out / "metrics.jsonl").read_text("utf-8")
     kept = [json.loads(x) for x in (out / "rollouts.jsonl").read_text("utf-8").splitlines()]
     assert len(kept) == 2 and all(len(row["answers"]) == 4 for row in kept)
     roles = [[turn["role"] for turn in row["messages"]] for row in kept]
