@@ -17,6 +17,7 @@ GPTQ 10, auto-round 40; all arms and peers of the default model 4.5 hours.
 
 import hashlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -46,17 +47,20 @@ from attending.sources import resolve
 from attending.train.plan import GIB
 from attending.train.start import open_start
 
-LIGHT = ["method=signed", "signed.steps=50", "signed.rate=0.005", "search=0"]
-DISTILLED = ["distill.epochs=2"]
+LEARNT = ["distill.epochs=2", "distill.rate=0.003", "distill.integers=0.001"]
 METHODS: dict[str, list[str]] = {
     "plain": ["method=plain", "search=0"],
     "plain, ranges tried": ["method=plain"],
     "GPTQ": ["method=gptq"],
-    "signed, 50 steps": LIGHT,
-    "GPTQ, then signed": ["method=gptq+signed", "signed.steps=50", "signed.rate=0.005"],
+    "signed, 50 steps": ["method=signed", "signed.steps=50", "signed.rate=0.005"],
     "rotation + GPTQ": ["method=gptq", "rotate=true"],
-    "GPTQ, distilled": ["method=gptq", *DISTILLED],
-    "signed, 50 steps, distilled": [*LIGHT, *DISTILLED],
+    "plain, then end to end": ["method=plain", *LEARNT],
+    "signed, 25 steps, then end to end": [
+        "method=signed",
+        "signed.steps=25",
+        "signed.rate=0.01",
+        *LEARNT,
+    ],
 }
 PEERS = {
     "llm-compressor GPTQ": ("llmcompressor",),
@@ -138,32 +142,43 @@ def settings(bench: Bench, model: str, *own: str) -> list[str]:
 
 
 def samples(bench: Bench, model: str) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The file that peers read, and the held-out ids that all are judged by."""
+    """The file that peers read, and the held-out ids by domain that all are judged by."""
     config = QuantizeConfig.load("open", "quantize", settings(bench, model))
     folder = bench.work / f"samples-{stamp(bench, model)}"
     folder.mkdir(exist_ok=True)
     silent = (lambda *_: None, lambda line: print(line, file=sys.stderr))
     start = open_start(model)
     found = calibration.prepare(config.calibration, start, folder, config.seed, *silent)
-    return folder / calibration.SAMPLES, {"all": torch.cat([*found.evaluation.values()])}
+    return folder / calibration.SAMPLES, found.evaluation
 
 
-def judged(model: str, folder: Path, evaluation: dict[str, torch.Tensor], **how: Any) -> Figures:
-    streams = []
-    for path, told in ((resolve(model).path, {}), (folder, how)):
-        found = open_checkpoint(path)
-        streams.append(Stream(found.arch, partial(read_tensor, found), **told))
-    (one,), _ = gate.compare(streams[0], streams[1], evaluation)
-    return {"before": one.before, "perplexity": one.after, "divergence": one.divergence} | {
-        "tail": one.tail,
-        "flips": one.flips,
+def judged(model: str, folder: Path, evaluation: dict[str, torch.Tensor]) -> list[gate.Domain]:
+    """As the gate of our own arms does."""
+    found = [open_checkpoint(path) for path in (resolve(model).path, folder)]
+    before, after = (Stream(one.arch, partial(read_tensor, one)) for one in found)
+    return gate.compare(before, after, evaluation)[0]
+
+
+def over(domains: Sequence[gate.Domain]) -> Figures:
+    """Over the tokens of all domains; of the 99.9th percentile, the worst domain's."""
+    shares = [one.tokens / sum(other.tokens for other in domains) for one in domains]
+    means = {
+        name: sum(s * x for s, x in zip(shares, values, strict=True))
+        for name, values in {
+            "before": [math.log(one.before) for one in domains],
+            "perplexity": [math.log(one.after) for one in domains],
+            "divergence": [one.divergence for one in domains],
+            "flips": [one.flips for one in domains],
+        }.items()
     }
+    means |= {name: math.exp(means[name]) for name in ("before", "perplexity")}
+    return means | {"tail": max(one.tail for one in domains)}
 
 
 def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
     """An arm of ours, by the command that users have."""
     arm = slug(Path(model).name, name)
-    file, evaluation = samples(bench, model)
+    file, _ = samples(bench, model)
 
     def make() -> Figures:
         out = folder_of(bench, model, name, *own)
@@ -176,9 +191,9 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
         took = {"quantize/block_seconds", "distill/step_seconds"}
         log = read_metrics(out / "metrics.jsonl")  # a step that was made again counts once
         seconds = {(row["step"], key): row[key] for row in log for key in took & {*row}}
-        is_qqq = "form=qqq" in own
-        found = judged(model, out, evaluation, rounds_activations=is_qqq)
-        return found | {
+        told = json.loads((out / gate.REPORT).read_text("utf-8"))["domains"]
+        domains = [gate.Domain(*(one[name] for name in gate.Domain._fields)) for one in told]
+        return over(domains) | {
             "seconds": sum(seconds.values()),
             "peak_bytes": peak,
             "version": "attending",
@@ -210,7 +225,8 @@ def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) 
         script = HERE / "quantize" / f"run_{name}.py"
         done = watched([python, str(script), str(source), str(file), str(group), str(out), *more])
         told: Figures = json.loads(done.output.strip().splitlines()[-1])
-        return judged(model, out, evaluation) | told | {"peak_bytes": done.peak_bytes}
+        domains = judged(model, out, evaluation)
+        return over(domains) | told | {"peak_bytes": done.peak_bytes}
 
     return noted(slug(Path(model).name, peer, group), [peer, digest(file), identity(model)], make)
 

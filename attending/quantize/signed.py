@@ -4,10 +4,10 @@ Of all linear layers of a block at once, what is rounded becomes W / s + V with 
 and the range that decides s is multiplied by alpha (its lower end) and beta (its upper end). All
 follow the sign of the gradient of the block's squared output error, straight through the rounding.
 
-Differs from AutoRound: a minibatch is judged by its error over that of the start on the same
-samples, and the best seen and the last are compared with the start over all samples; so what comes
-out is never worse than the start on the calibration set. A symmetric grid has one multiplier, that
-of its scale, whose sign stays. Rounding may start elsewhere, e.g. from what GPTQ left to round.
+Differs from AutoRound, which keeps the best step by its own minibatch: that one, the last and the
+start are compared on the same samples, `compared` of them, so that what comes out is never worse
+there than the start. A symmetric grid has one multiplier, that of its scale, whose sign stays.
+Rounding may start elsewhere, e.g. from what GPTQ left to round.
 
 Shapes: S samples of T tokens, D hidden size; N, K, G as in `grid`.
 """
@@ -36,6 +36,8 @@ class SignedRounding(Config):
     """Of signed descent a block; each costs a forward and a backward of `batch` samples."""
     batch: int = Field(8, ge=1)
     """Samples a step."""
+    compared: int = Field(32, ge=1)
+    """Samples, evenly among all, by which what is kept is chosen; at most all."""
     rate: float | None = Field(None, gt=0)
     """First step's size, in steps of the grid and of the multipliers; falls linearly to 0. None:
     1 / `steps`, so that half a step of the grid is just within reach."""
@@ -58,7 +60,7 @@ class Fitted(NamedTuple):
 
     layers: dict[str, Quantised]
     before: float
-    """Mean squared error of the block's output at the start."""
+    """Mean squared error of the block's output at the start, over the samples compared."""
     after: float
     """Of what is returned; at most `before`."""
 
@@ -90,7 +92,7 @@ def fit(
         seed: Of the order of samples; the same seed gives the same bits on the same machine.
         starts: By layer; otherwise its weight as it is and the scales of `Grid.steps`.
         search: Of those scales, see there.
-        progress: Called with the step and its error over the start's, below 1 where better.
+        progress: Called with the step and its minibatch's mean squared error.
 
     Raises:
         UsageError: No layers are named, or an output is not finite.
@@ -109,26 +111,29 @@ def fit(
         found: Tensor = functional_call(called, lent, (inputs[samples],))
         return (found - targets[samples]).square().flatten(1).mean(1)
 
+    count = min(config.compared, len(inputs))
+    chosen = torch.linspace(0, len(inputs) - 1, count).round().long()
+
     @torch.no_grad()
-    def all_errors(found: Mapping[str, Quantised]) -> Tensor:
+    def compared(found: Mapping[str, Quantised]) -> float:
         weights = {name: part.weight().to(inputs.dtype) for name, part in found.items()}
-        parts = torch.split(torch.arange(len(inputs)), config.batch)
-        return torch.cat([errors(weights, samples) for samples in parts])
+        parts = torch.split(chosen, config.batch)
+        return float(torch.cat([errors(weights, samples) for samples in parts]).mean())
 
     def rounded() -> dict[str, Quantised]:
         return {name: item.quantised() for name, item in roundings.items()}
 
-    candidates = [rounded()] * 2
-    before, least = all_errors(candidates[0]), 1.0
-    if not before.isfinite().all():
+    candidates, least = [rounded()] * 2, math.inf
+    before = compared(candidates[0])
+    if not math.isfinite(before):
         raise UsageError("the block's output is not finite: look for NaN in its weights or inputs.")
     order = batches(len(inputs), config.batch, seed)
     for step in range(config.steps):
         samples = next(order)
         loss = errors({name: item.weight() for name, item in roundings.items()}, samples).sum()
-        ratio = float(loss.detach() / before[samples].sum().clamp_min(1e-30))
-        if ratio < least:
-            least, candidates[1] = ratio, rounded()
+        error = loss.item() / len(samples)
+        if error < least:
+            least, candidates[1] = error, rounded()
         gradients = torch.autograd.grad(loss, [part for part, _ in rates])
         with torch.no_grad():
             for (part, size), gradient in zip(rates, gradients, strict=True):
@@ -136,11 +141,11 @@ def fit(
             for item in roundings.values():
                 item.offset.clamp_(-0.5, 0.5)
         if progress is not None:
-            progress(step + 1, ratio)
+            progress(step + 1, error)
     candidates.append(rounded())
-    means = [float(before.mean()), *(float(all_errors(found).mean()) for found in candidates[1:])]
+    means = [before, *map(compared, candidates[1:])]
     best = min(range(3), key=lambda i: means[i] if math.isfinite(means[i]) else math.inf)
-    return Fitted(candidates[best], means[0], means[best])
+    return Fitted(candidates[best], before, means[best])
 
 
 class Called(nn.Module):
@@ -186,18 +191,18 @@ class _Rounding:
         """Integers [N, G, K / G]; scales and zeros [N, G, 1]."""
         grid, (scales, zeros) = self._grid, self._start
         if grid.symmetric:
-            scales = _through(grid.stored, scales * self.multipliers[0])
+            scales = through(grid.stored, scales * self.multipliers[0])
         else:
             alpha, beta = self.multipliers
             low, high = -scales * zeros * alpha, scales * (grid.top - zeros) * beta
-            scales = _through(grid.stored, (high - low) / grid.top)
+            scales = through(grid.stored, (high - low) / grid.top)
             zeros = -low / scales
-            zeros = _through(torch.round, zeros) if grid.whole_zeros else zeros
+            zeros = through(torch.round, zeros) if grid.whole_zeros else zeros
         position = self._cut / scales + self.offset + zeros
-        return _through(torch.round, position).clamp(grid.bottom, grid.top), scales, zeros
+        return through(torch.round, position).clamp(grid.bottom, grid.top), scales, zeros
 
 
-def _through(rounding: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def through(rounding: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Rounded, with the gradient of x itself (straight through: Bengio 2013, arXiv 1308.3432)."""
     exact = x.detach()
     return x + (rounding(exact) - exact) if x.requires_grad else rounding(x)
