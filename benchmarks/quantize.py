@@ -47,20 +47,17 @@ from attending.sources import resolve
 from attending.train.plan import GIB
 from attending.train.start import open_start
 
-LEARNT = ["distill.epochs=2", "distill.rate=0.003", "distill.integers=0.001"]
+LEARNT = ["distill.epochs=2", "distill.rate=0.003"]
+LIGHT = ["method=signed", "signed.steps=25", "signed.rate=0.01"]
 METHODS: dict[str, list[str]] = {
     "plain": ["method=plain", "search=0"],
     "plain, ranges tried": ["method=plain"],
     "GPTQ": ["method=gptq"],
     "signed, 50 steps": ["method=signed", "signed.steps=50", "signed.rate=0.005"],
     "rotation + GPTQ": ["method=gptq", "rotate=true"],
-    "plain, then end to end": ["method=plain", *LEARNT],
-    "signed, 25 steps, then end to end": [
-        "method=signed",
-        "signed.steps=25",
-        "signed.rate=0.01",
-        *LEARNT,
-    ],
+    "plain, then distilled": ["method=plain", *LEARNT],
+    "GPTQ, then distilled": ["method=gptq", *LEARNT],
+    "signed, 25 steps, then distilled": [*LIGHT, *LEARNT],
 }
 PEERS = {
     "llm-compressor GPTQ": ("llmcompressor",),

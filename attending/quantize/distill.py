@@ -1,13 +1,8 @@
-"""What rounding left, learnt end to end: scales and norms and, if asked, which integers.
+"""Scales and norms learnt end to end, once all blocks are rounded: the integers stay as they are.
 
 Each group's scale and each norm's weight gets a factor, which Adam moves from 1 to lessen
 KL(float || rounded) of the next token over the calibration text, through the whole model. A block's
 own error is blind to what later blocks make of it; this one is what the gate measures.
-
-With a rate for `integers` each weight has a place, too, which begins where the float weight lies,
-as near as the integer allows that it was rounded to, and moves by the gradient of what it rounds to
-(straight through): quantisation-aware training of the whole model with the float one as its
-teacher, at no more products than the scales alone, and at the memory of training.
 
 After EfficientQAT's second phase (Chen 2024, arXiv 2407.11062), which trains step sizes on the
 text itself. Differs: the float model teaches, whose last hidden states are there already; factors
@@ -39,12 +34,10 @@ from attending.errors import UsageError
 from attending.model.decoder import RMSNorm
 from attending.model.quantized import Quantized
 from attending.model.scoring import over_logits
-from attending.quantize.signed import Called, batches, through
+from attending.quantize.signed import Called, batches
 from attending.quantize.stream import Stream
 
 NORM = "norm.weight"  # how the names of norms end, those of queries and keys among them
-PLACES = ".places"  # what a layer's name has behind it where its integers are learnt
-WITHIN = 0.49  # of a step: what rounds to an integer, and not quite the edge
 WATCHED = 8  # one sample in so many is not learnt from: by these start or end is chosen
 WARM_UP = 10  # one step in so many; Adam's first ones are as large as its rate
 STATES = 10  # that are saved on the way, each in the place of the one before
@@ -58,9 +51,6 @@ class Distillation(Config):
     """Passes over the calibration text; 0: not at all."""
     rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Adam's, of factors that begin at 1; after a short warm-up it falls as a cosine to 0."""
-    integers: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Adam's rate of where each weight lies between its integers, in steps of the grid, on the same
-    schedule. 0: the integers stay as they were rounded. It takes 24 bytes a weight of the model."""
     batch: int = Field(2, ge=1)
     """Samples a step."""
     recompute: bool = False
@@ -82,8 +72,6 @@ class Rounded(NamedTuple):
     """One of them; not kept, but for its integers."""
     floats: Mapping[str, Tensor]
     """All else in the blocks, and the last norm."""
-    exact: Callable[[str], Tensor]
-    """A linear layer's weight [N, K] before it was rounded."""
 
 
 class Found(NamedTuple):
@@ -91,8 +79,6 @@ class Found(NamedTuple):
 
     scales: dict[str, Tensor]
     """[N, G] float32, of the linear layers."""
-    integers: dict[str, Tensor]
-    """[N, K] int8, of those whose integers were learnt, too."""
     norms: dict[str, Tensor]
     """Weights, of the dtype they had."""
     before: float
@@ -134,7 +120,7 @@ def distill(
     Raises:
         UsageError: The divergence is no number.
     """
-    model = _Model(stream, rounded, config)
+    model = _Model(stream, rounded, config.recompute)
     inputs = stream.embed(ids)
     count, total = len(ids) - watched(len(ids)), config.steps(len(ids))
 
@@ -149,8 +135,8 @@ def distill(
         return sum(found) / len(kept)
 
     before = of_watched()
-    optimizer = Adam(model.groups(config), config.rate, betas=(0.9, 0.95), eps=1e-12)
-    begun = _restore(state, model.learnt, optimizer) if state.is_file() else 0
+    optimizer = Adam(model.factors.values(), config.rate, betas=(0.9, 0.95), eps=1e-12)
+    begun = _restore(state, model.factors, optimizer) if state.is_file() else 0
     order, warm = batches(count, config.batch, seed), max(1, total // WARM_UP)
     for step in range(total):
         samples = next(order)
@@ -164,12 +150,12 @@ def distill(
             )
         for group in optimizer.param_groups:
             rise = min(1.0, (step + 1) / warm)
-            group["lr"] = group["peak"] * rise * (1 + math.cos(math.pi * step / total)) / 2
+            group["lr"] = config.rate * rise * (1 + math.cos(math.pi * step / total)) / 2
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if (step + 1) % max(1, total // STATES) == 0:
-            _keep(state, model.learnt, optimizer, step + 1)
+            _keep(state, model.factors, optimizer, step + 1)
         told(step + 1, value)
     after = of_watched()
     if not after <= before:  # or no number
@@ -194,19 +180,14 @@ def _divergence(
 
 
 class _Model:
-    """The rounded model, a function of what is learnt."""
+    """The rounded model, a function of its factors."""
 
-    def __init__(self, stream: Stream, rounded: Rounded, config: Distillation) -> None:
-        self._floats, self._recompute, device = rounded.floats, config.recompute, stream.device
+    def __init__(self, stream: Stream, rounded: Rounded, recompute: bool) -> None:
+        self._floats, self._recompute, device = rounded.floats, recompute, stream.device
         self._layers = {name: _Layer(rounded.read(name), device) for name in rounded.layers}
         sizes = {name: one.scales.shape for name, one in self._layers.items()}
         sizes |= {n: x.shape for n, x in rounded.floats.items() if n.endswith(NORM)}
-        self.learnt = {n: torch.ones(s, device=device) for n, s in sizes.items()}
-        if config.integers:
-            for name, one in self._layers.items():
-                self.learnt[name + PLACES] = one.places(rounded.exact(name).to(device))
-        for value in self.learnt.values():
-            value.requires_grad_()
+        self.factors = {n: torch.ones(s, device=device).requires_grad_() for n, s in sizes.items()}
         self._blocks: list[tuple[list[str], Callable[..., Tensor]]] = []
         for index in range(len(stream.arch.layers)):
             self._blocks.append(self._block(stream, index))
@@ -216,50 +197,36 @@ class _Model:
     def __call__(self, x: Tensor) -> Tensor:
         """[S, L, D], embedded -> what the head reads."""
         for names, run in self._blocks:
-            learnt = [self.learnt[name] for name in names]
+            factors = [self.factors[name] for name in names]
             if self._recompute:
-                x = checkpoint(run, x, *learnt, use_reentrant=False)
+                x = checkpoint(run, x, *factors, use_reentrant=False)
             else:
-                x = run(x, *learnt)
+                x = run(x, *factors)
         weight = self._floats[self._last].to(x.device, torch.float32)
-        lent = {"weight": weight * self.learnt[self._last]}
+        lent = {"weight": weight * self.factors[self._last]}
         out: Tensor = functional_call(self._norm, lent, (x,))
         return out
-
-    def groups(self, config: Distillation) -> list[dict[str, Any]]:
-        """For an optimizer, each with its `peak` rate."""
-        places = [name for name in self.learnt if name.endswith(PLACES)]
-        factors = [name for name in self.learnt if not name.endswith(PLACES)]
-        sides = (factors, config.rate), (places, config.integers)
-        named = [([self.learnt[name] for name in own], rate) for own, rate in sides if own]
-        return [{"params": own, "peak": rate} for own, rate in named]
 
     @torch.no_grad()
     def reset(self) -> None:
         """As it was rounded."""
-        for name, value in self.learnt.items():
-            if name.endswith(PLACES):
-                value.copy_(self._layers[name.removesuffix(PLACES)].steps)
-            else:
-                value.fill_(1)
+        for factor in self.factors.values():
+            factor.fill_(1)
 
     @torch.no_grad()
-    def found(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Scales, integers and norms."""
-        scales, integers, norms = {}, {}, {}
-        for name, value in self.learnt.items():
+    def found(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Scales and norms."""
+        scales, norms = {}, {}
+        for name, factor in self.factors.items():
             if name in self._layers:
-                scales[name] = (self._layers[name].scales * value).cpu()
-            elif name.endswith(PLACES):
-                layer = name.removesuffix(PLACES)
-                integers[layer] = self._layers[layer].integers(value).cpu()
+                scales[name] = (self._layers[name].scales * factor).cpu()
             else:
                 stored = self._floats[name]
-                norms[name] = (stored.float() * value.cpu()).to(stored.dtype)
-        return scales, integers, norms
+                norms[name] = (stored.float() * factor.cpu()).to(stored.dtype)
+        return scales, norms
 
     def _block(self, stream: Stream, index: int) -> tuple[list[str], Callable[..., Tensor]]:
-        """The names of what a block learns, and what it makes of its inputs and these."""
+        """The names of a block's factors, and what it makes of its inputs and these."""
         at = f"model.layers.{index}."
         own = {name: one for name, one in self._layers.items() if name.startswith(at)}
         floats = {
@@ -269,18 +236,16 @@ class _Model:
         }
         block = stream.empty(index)
         called = Called(block, stream.forward(block))
-        names = [name for name in self.learnt if name.startswith(at)]
-        norms = [name for name in names if name.removeprefix(at) in floats]
+        names = [name for name in self.factors if name.startswith(at)]
 
-        def run(x: Tensor, *learnt: Tensor) -> Tensor:
+        def run(x: Tensor, *factors: Tensor) -> Tensor:
             lent = {key: x.float() for key, x in floats.items()}
-            given = dict(zip(names, learnt, strict=True))
-            for name in norms:
+            for name, factor in zip(names, factors, strict=True):
                 key = name.removeprefix(at)
-                lent[key] = lent[key] * given[name]
-            for name, layer in own.items():
-                weight = layer.weight(given[name], given.get(name + PLACES))
-                lent[f"{name.removeprefix(at)}.weight"] = weight
+                if name in own:
+                    lent[f"{key}.weight"] = own[name].weight(factor)
+                else:
+                    lent[key] = lent[key] * factor
             lent = {f"block.{name}": value for name, value in lent.items()}
             out: Tensor = functional_call(called, lent, (x,))
             return out
@@ -296,57 +261,38 @@ class _Layer:
         order = None if stored.groups is None else stored.groups.argsort(kind="stable")
         steps = steps if order is None else steps[:, order]
         cut: NDArray[Any] = steps.reshape(*stored.scales.shape, -1)
-        middle, self._zeros = 1 << stored.bits - 1, torch.zeros(1, 1, 1, device=device)
         if stored.zeros is not None:
             wide = cut.astype(np.int16 if stored.bits == 8 else np.int8)
             cut = wide - stored.zeros.astype(wide.dtype)[..., None]
-            self._zeros = torch.from_numpy(stored.zeros).to(device)[..., None]
-        self.steps = torch.from_numpy(np.ascontiguousarray(cut)).to(device)
-        self._range = -middle - self._zeros.float(), middle - 1 - self._zeros.float()
-        self._order = None if order is None else torch.from_numpy(order).to(device)
+        self._steps = torch.from_numpy(np.ascontiguousarray(cut)).to(device)
+        self._back = None if order is None else torch.from_numpy(order.argsort()).to(device)
         self.scales = torch.from_numpy(stored.scales.astype(np.float32)).to(device)
 
-    def weight(self, factors: Tensor, places: Tensor | None) -> Tensor:
-        """[N, K] of factors [N, G] and, if the integers are learnt, places [N, G, K / G]."""
-        steps = self.steps if places is None else self._nearest(places)
-        return self._in_order((steps * (self.scales * factors)[..., None]).flatten(1))
-
-    def places(self, weight: Tensor) -> Tensor:
-        """[N, G, K / G] of a weight [N, K]: as near to it as its integer allows, in steps."""
-        weight = weight if self._order is None else weight[:, self._order]
-        places = weight.reshape(self.steps.shape) / self.scales[..., None]
-        return places.clamp(self.steps - WITHIN, self.steps + WITHIN)
-
-    def integers(self, places: Tensor) -> Tensor:
-        """[N, K] int8, as they are stored."""
-        return self._in_order((self._nearest(places) + self._zeros).flatten(1)).to(torch.int8)
-
-    def _nearest(self, places: Tensor) -> Tensor:
-        return through(torch.round, places).clamp(*self._range)
-
-    def _in_order(self, x: Tensor) -> Tensor:
-        return x if self._order is None else x[:, self._order.argsort()]
+    def weight(self, factors: Tensor) -> Tensor:
+        """[N, K] of factors [N, G]."""
+        weight = (self._steps * (self.scales * factors)[..., None]).flatten(1)
+        return weight if self._back is None else weight[:, self._back]
 
 
-def _keep(file: Path, learnt: Mapping[str, Tensor], optimizer: Adam, step: int) -> None:
+def _keep(file: Path, factors: Mapping[str, Tensor], optimizer: Adam, step: int) -> None:
     """Whole or not at all."""
     tensors = {"step": torch.tensor(step)}
-    for name, value in learnt.items():
-        own = optimizer.state[value]
+    for name, factor in factors.items():
+        own = optimizer.state[factor]
         tensors |= {f"{MOMENTS[0]}{name}": own["exp_avg"], f"{MOMENTS[1]}{name}": own["exp_avg_sq"]}
-        tensors[name] = value.detach()
+        tensors[name] = factor.detach()
     draft = file.with_suffix(".tmp")
     save_file(tensors, draft)
     draft.replace(file)
 
 
-def _restore(file: Path, learnt: Mapping[str, Tensor], optimizer: Adam) -> int:
+def _restore(file: Path, factors: Mapping[str, Tensor], optimizer: Adam) -> int:
     """The steps done."""
     found = load_file(file)
     step = int(found["step"])
-    for name, value in learnt.items():
-        first, second = (found[f"{moment}{name}"].to(value.device) for moment in MOMENTS)
-        optimizer.state[value] = {"step": torch.tensor(float(step))}
-        optimizer.state[value] |= {"exp_avg": first, "exp_avg_sq": second}
-        value.data.copy_(found[name])
+    for name, factor in factors.items():
+        first, second = (found[f"{moment}{name}"].to(factor.device) for moment in MOMENTS)
+        optimizer.state[factor] = {"step": torch.tensor(float(step))}
+        optimizer.state[factor] |= {"exp_avg": first, "exp_avg_sq": second}
+        factor.data.copy_(found[name])
     return step

@@ -22,8 +22,6 @@ HESSIANS = 8  # K^2 float32 at once: the sum, its mean, in order, damped, flippe
 SOLVED = 17  # bytes a weight: what is left (4), targets (4 + 4), integers (1), the result (4)
 FITTED = 48  # bytes a weight: offset and eight intermediates (4 each), gradients, three candidates
 LEARNT = 24  # bytes a scale: itself, its factor, gradient, two moments, the update
-PLACED = 16  # bytes a weight whose integer is learnt: its place, gradient, two moments
-STEPPED = 8  # and of a step's graph: what is rounded, and what is kept within the range
 ROUNDED = 24  # bytes a weight of plain rounding: quotients, integers, the result
 
 
@@ -73,8 +71,7 @@ def estimate(config: QuantizeConfig) -> dict[str, Any]:
                 "gate and writing; activations: 2 x samples x length x hidden x 4 B; rounding: "
                 f"{HESSIANS} x inputs^2 x 4 B and {SOLVED} B a weight of the widest layer (GPTQ), "
                 f"{FITTED} B a weight of the block (signed); distillation: the integers, "
-                f"{LEARNT} B a scale ({PLACED} B a weight more where integers are learnt), and a "
-                "step's activations and weights. The process itself "
+                f"{LEARNT} B a scale, and a step's activations and weights. The process itself "
                 "(some 0.3 GiB of torch) and files that the system caches are not counted"
             ),
         },
@@ -135,15 +132,11 @@ def _distillation(arch: Architecture, config: QuantizeConfig, layers: Shapes) ->
     scales = sum(n * (k // config.group if config.group > 0 else 1) for n, k in inner.values())
     every = _by_block(arch, arch.tensor_shapes())
     width = WIDTHS[arch.dtype if config.floats == "stored" else config.floats]
-    placed, stepped = (PLACED, STEPPED) if how.integers else (0, 0)
-    weight = 4 + stepped
-    kept = [
-        4 * tokens * kept_per_token(arch, index) + weight * size for index, size in enumerate(every)
-    ]
+    kept = [4 * tokens * kept_per_token(arch, index) + 4 * size for index, size in enumerate(every)]
     inputs = 4 * len(kept) * tokens * arch.hidden_size
     chunk = CPU_CHUNK if config.device == "cpu" else CHUNK
     return (
-        weights * (placed + (2 if config.bits == 8 and not config.symmetric else 1))
+        weights * (2 if config.bits == 8 and not config.symmetric else 1)
         + width * (sum(every) - weights)
         + LEARNT * scales
         + 2 * 4 * told.samples * told.length * arch.hidden_size

@@ -193,7 +193,7 @@ def _distilled(
         last = now
 
     total, how = config.distill.steps(len(ids)), (config.distill, _learnt(job, "state"))
-    rounded = Rounded(names, read, floats, lambda name: stream.tensor(f"{name}.weight"))
+    rounded = Rounded(names, read, floats)
     found = distill(stream, rounded, ids, teacher, heads, *how, seed=config.seed, told=told)
     values = {"distill/watched_before_nats": found.before, "distill/watched_nats": found.after}
     log.write(count + total, values | {"distill/step_seconds": time.monotonic() - last})
@@ -203,9 +203,8 @@ def _distilled(
         if not halves.isfinite().all():
             raise UsageError(f"distill: {name}'s scales do not fit float16. Lower distill.rate.")
         layer = replace(read(name), scales=halves.numpy().astype(np.float16))
-        if name in found.integers:
-            layer = replace(layer, values=found.integers[name].numpy())
-        tensors |= pack_layer(name, layer, config.form)
+        parts = pack_layer(name, layer, config.form)
+        tensors |= {part: x for part, x in parts.items() if x.is_floating_point()}
     return tensors
 
 

@@ -191,18 +191,18 @@ class _Rounding:
         """Integers [N, G, K / G]; scales and zeros [N, G, 1]."""
         grid, (scales, zeros) = self._grid, self._start
         if grid.symmetric:
-            scales = through(grid.stored, scales * self.multipliers[0])
+            scales = _through(grid.stored, scales * self.multipliers[0])
         else:
             alpha, beta = self.multipliers
             low, high = -scales * zeros * alpha, scales * (grid.top - zeros) * beta
-            scales = through(grid.stored, (high - low) / grid.top)
+            scales = _through(grid.stored, (high - low) / grid.top)
             zeros = -low / scales
-            zeros = through(torch.round, zeros) if grid.whole_zeros else zeros
+            zeros = _through(torch.round, zeros) if grid.whole_zeros else zeros
         position = self._cut / scales + self.offset + zeros
-        return through(torch.round, position).clamp(grid.bottom, grid.top), scales, zeros
+        return _through(torch.round, position).clamp(grid.bottom, grid.top), scales, zeros
 
 
-def through(rounding: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _through(rounding: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Rounded, with the gradient of x itself (straight through: Bengio 2013, arXiv 1308.3432)."""
     exact = x.detach()
     return x + (rounding(exact) - exact) if x.requires_grad else rounding(x)

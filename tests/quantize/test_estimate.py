@@ -75,8 +75,6 @@ def test_memory_by_hand() -> None:
         for again in (False, True)
     )
     assert (whole, cut) == (shared + 2 * kept, shared + kept + 4 * 2 * 2 * 24 * 64)
-    placed = memory(*planned(distill={"epochs": 1, "integers": 0.1})).distillation
-    assert placed == whole + 16 * 2 * LINEAR + 8 * 2 * (LINEAR + 2 * 64)
     both = memory(*planned(method="gptq+signed"))
     assert both.rounding == max(gptq.rounding, signed.rounding)
 
