@@ -47,7 +47,7 @@ from attending.sources import resolve
 from attending.train.plan import GIB
 from attending.train.start import open_start
 
-LEARNT = ["distill.epochs=2", "distill.rate=0.003"]
+LEARNT = ["distill.epochs=2", "distill.rate=0.002"]
 LIGHT = ["method=signed", "signed.steps=25", "signed.rate=0.01"]
 METHODS: dict[str, list[str]] = {
     "plain": ["method=plain", "search=0"],
