@@ -59,6 +59,7 @@ METHODS: dict[str, list[str]] = {
     "GPTQ, then distilled": ["method=gptq", *LEARNT],
     "signed, 25 steps, then distilled": [*LIGHT, *LEARNT],
 }
+SERVED = "signed, 25 steps, then distilled"
 PEERS = {
     "llm-compressor GPTQ": ("llmcompressor",),
     "HQQ": ("hqq",),
@@ -129,7 +130,9 @@ def stamp(bench: Bench, model: str, *own: str) -> str:
 
 def noted(name: str, asked: Sequence[str], make: Callable[[], Figures]) -> Figures:
     """An arm's figures, now or before, beside its recipe and the digest of its calibration."""
-    return kept(HERE / "quantize" / f"{name}.json", list(asked), make)
+    threads = torch.get_num_threads()
+    told = lambda: {"threads": threads} | make()  # noqa: E731
+    return kept(HERE / "quantize" / f"{name}.json", list(asked), told)
 
 
 def settings(bench: Bench, model: str, *own: str) -> list[str]:
@@ -260,9 +263,9 @@ def rows(arms: dict[str, Figures]) -> list[str]:
 
 
 def served(bench: Bench) -> list[str]:
-    """The folder in the engine, beside 8 bits and floats."""
+    """A folder in the engine, beside 8 bits and floats."""
     arms = {
-        "4 bits, groups of 64": [str(folder_of(bench, bench.first, "GPTQ", *METHODS["GPTQ"]))],
+        "4 bits, groups of 64": [str(folder_of(bench, bench.first, SERVED, *METHODS[SERVED]))],
         "8 bits": [bench.first, "--weights", "w8"],
         "float32 (torch)": [bench.first, "--dtype", "float32"],
     }
@@ -364,7 +367,7 @@ def main() -> None:
     write("quantize", title, notes, measures(arms), rows_are_subjects=True)  # for its figure
     head = [f"# {title}", "", notes.strip(), "", *rows(arms), "", f"![{title}](quantize.svg)", ""]
     more += ["`python benchmarks/quantize.py DATA_DIR WORK_DIR M1_SMALL --peers PYTHON`", ""]
-    more += [f"- {name}: {one['about']}" for name, one in arms.items()]
+    more += [f"- {name}: {one['about']}; threads: {one['threads']}" for name, one in arms.items()]
     (HERE / "quantize.md").write_text("\n".join([*head, *more, ""]), "utf-8")
 
 
