@@ -40,6 +40,7 @@ from attending.verifier.ask import together
 MAX_BYTES = 20_000_000  # of a record
 WAVE = 16  # prompts that are asked at once
 SAMPLES, REPLIES = "samples.safetensors", "replies.jsonl"
+BEGINNING = '{"key": '  # of a line of replies
 
 
 class Record(NamedTuple):
@@ -120,12 +121,8 @@ class Replies:
         self._file, self._start, self._sampling = file, start, sampling
         self._stack, self._progress = stack, progress
         self._opened: Endpoint | None = None
+        self._known = _known(file) if file.exists() else {}
         logs.cut(file)  # of a last line that a crash left half-written
-        lines = file.read_text("utf-8").splitlines() if file.exists() else []
-        rows = map(json.loads, lines)
-        self._known: dict[str, tuple[str, bool]] = {
-            one["key"]: (one["reply"], one.get("finish") == "length") for one in rows
-        }
 
     async def completed(self, wave: Sequence[Record], what: str) -> list[Record]:
         """Records with their replies; without those to which the model said nothing."""
@@ -155,6 +152,29 @@ class Replies:
         """Of a prompt, this model and this way of asking."""
         told = [self._start.sha256, one.prompt, self._sampling.model_dump(mode="json")]
         return sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _known(file: Path) -> dict[str, tuple[str, bool]]:
+    """Key -> reply, and whether it was cut off.
+
+    Raises:
+        ConfigError: The file is something else, which nothing is written to.
+    """
+    *lines, rest = file.read_text("utf-8").split("\n")
+    known: dict[str, tuple[str, bool]] = {}
+    try:
+        for line in lines:
+            one = json.loads(line)
+            known[one["key"]] = one["reply"], one.get("finish") == "length"
+        is_ours = rest[: len(BEGINNING)] == BEGINNING[: len(rest)]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise ConfigError(
+            f"calibration.replies={file.name} holds something else than a model's replies, line "
+            f"{len(known) + 1}: name a file that such a run wrote, or one that is not there yet."
+        )
+    return known
 
 
 def records(config: CalibrationConfig, name: str, seed: int) -> tuple[list[Record], list[Record]]:

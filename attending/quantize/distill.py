@@ -92,6 +92,14 @@ def watched(samples: int) -> int:
     return min(samples - 1, -(-samples // WATCHED))
 
 
+def sides(samples: int) -> tuple[Tensor, Tensor]:
+    """Which are learnt from and which are watched, evenly among all: domains lie side by side."""
+    count = watched(samples)
+    is_watched = torch.zeros(samples, dtype=torch.bool)
+    is_watched[(2 * torch.arange(count) + 1) * samples // (2 * max(1, count))] = True
+    return (~is_watched).nonzero()[:, 0], is_watched.nonzero()[:, 0]
+
+
 def distill(
     stream: Stream,
     rounded: Rounded,
@@ -122,7 +130,8 @@ def distill(
     """
     model = _Model(stream, rounded, config.recompute)
     inputs = stream.embed(ids)
-    count, total = len(ids) - watched(len(ids)), config.steps(len(ids))
+    (learnt, kept), total = sides(len(ids)), config.steps(len(ids))
+    kept = kept if len(kept) else learnt
 
     def divergence(samples: Tensor) -> Tensor:
         chosen = (inputs[samples].to(stream.device), teacher[samples].to(stream.device))
@@ -130,19 +139,18 @@ def distill(
 
     @torch.no_grad()
     def of_watched() -> float:
-        kept = torch.arange(count, len(ids)) if count < len(ids) else torch.arange(count)
         found = [float(divergence(part)) * len(part) for part in torch.split(kept, config.batch)]
         return sum(found) / len(kept)
 
     before = of_watched()
     optimizer = Adam(model.factors.values(), config.rate, betas=(0.9, 0.95), eps=1e-12)
     begun = _restore(state, model.factors, optimizer) if state.is_file() else 0
-    order, warm = batches(count, config.batch, seed), max(1, total // WARM_UP)
+    order, warm = batches(len(learnt), config.batch, seed), max(1, total // WARM_UP)
     for step in range(total):
         samples = next(order)
         if step < begun:
             continue
-        loss = divergence(samples)
+        loss = divergence(learnt[samples])
         if not math.isfinite(value := loss.item()):
             raise UsageError(
                 f"distill: the divergence of step {step + 1} is {value}. Lower distill.rate and "

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from attending.model.architecture import Architecture, parse_config
 from attending.model.files import read_config
-from attending.model.quantized import stored_shapes
+from attending.model.quantized import require_float, stored_shapes
 from attending.model.scoring import CHUNK, CPU_CHUNK
 from attending.quantize.distill import watched
 from attending.quantize.recipe import QuantizeConfig
@@ -53,6 +53,7 @@ def estimate(config: QuantizeConfig) -> dict[str, Any]:
     """Memory, time and size, on the hardware that the recipe assumes."""
     shape, assumed = config.assumed.shape, config.assumed
     arch = parse_config(shape) if shape else read_config(resolve(config.model).path)
+    require_float(arch, config.model)
     arch = rotated(arch) if config.rotate else arch
     layers = matched(arch, config.layers, config.head, config.scheme, config.form)
     need, work = memory(arch, config, layers), operations(arch, config, layers)

@@ -114,6 +114,11 @@ def require_measured(config: GateConfig) -> None:
             f"{config.suite} (--set gate.data=DIR)."
         )
     forgetting.require_measured(config, frozenset())
+    if config.max_choice_flips is not None and not _choices(config.suite):
+        raise ConfigError(
+            f"gate.max_choice_flips would compare nothing: the suite {config.suite} has no "
+            "multiple-choice task. Name one that has (gate.suite=quantization), or leave it out."
+        )
 
 
 def compare(
@@ -178,9 +183,13 @@ def ask(
         note("gate: tasks are not compared, since gate.data names no folder.")
         return [], {}
     changes = forgetting.of_suite(config, start, folder, progress, note)
-    tasks = EvalConfig.load(config.suite, "eval").tasks
-    names = [name for name, task in tasks.items() if isinstance(task, ChoiceConfig)]
-    return changes, {name: _flipped(folder / "forgetting", name) for name in names}
+    place = folder / "forgetting"
+    return changes, {name: _flipped(place, name) for name in _choices(config.suite)}
+
+
+def _choices(suite: str) -> list[str]:
+    tasks = EvalConfig.load(suite, "eval").tasks
+    return [name for name, task in tasks.items() if isinstance(task, ChoiceConfig)]
 
 
 def _flipped(place: Path, task: str) -> float:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attending import artifact
+from attending.artifact import digest
 from attending.errors import CheckpointError, UsageError
 from attending.logs import MetricLog
 from attending.mesh import World
@@ -87,6 +88,7 @@ def quantize(
     gate.require_measured(config.gate)
     start = open_start(config.model)
     require_float(start.arch, config.model)
+    run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
     arch = rotated(start.arch) if config.rotate else start.arch
     layers = matched(arch, config.layers, config.head, config.scheme, config.form)
     parents = [start.parent, *calibration.digests(config.calibration)]
@@ -97,12 +99,12 @@ def quantize(
         how = {"resume": resume, "accept_changes": True}
         draft = run.begin(out, known, World(0, 0, 1), **how, final=FINAL, holds=_has_begun)
         states = draft / STATES
+        job = Job(config, _stream(config, start, arch, probe := Probe()), layers, states, probe)
+        for name in arch.tensor_shapes():  # what is damaged or does not fit is better known now
+            if name.removesuffix(".weight") not in layers:
+                _as_stored(job, name)
         told = config.calibration
         samples = calibration.prepare(told, start, states, config.seed, progress, note)
-        job = Job(config, _stream(config, start, arch, probe := Probe()), layers, states, probe)
-        for name in arch.tensor_shapes():  # what another dtype does not hold is better known now
-            if config.floats != "stored" and name.removesuffix(".weight") not in layers:
-                _as_stored(job, name)
         errors = round_blocks(job, torch.cat([*samples.calibration.values()]), draft, progress)
         for line in probe.lines():
             note(line)
@@ -196,7 +198,7 @@ def _distilled(
     rounded = Rounded(names, read, floats)
     found = distill(stream, rounded, ids, teacher, heads, *how, seed=config.seed, told=told)
     values = {"distill/watched_before_nats": found.before, "distill/watched_nats": found.after}
-    log.write(count + total, values | {"distill/step_seconds": time.monotonic() - last})
+    log.write(count + total + 1, values | {"distill/step_seconds": time.monotonic() - last})
     tensors = dict(found.norms)
     for name, scales in found.scales.items():
         halves = config.grid.stored(scales)
@@ -275,9 +277,10 @@ def judge(
     total = len(start.arch.layers) + len(made.arch.layers)
     done = lambda number: progress(number, total, "gate: blocks")  # noqa: E731
     domains, divergences = gate.compare(before, after, evaluation, done)
-    # A suite that is changed on the way is asked anew; its store takes no other one.
+    # A suite or a model that has changed on the way is asked anew; the store takes no other one.
+    (draft / gate.REPORT).unlink(missing_ok=True)  # of a run that stopped behind it: no part of it
     asked, known = draft / STATES / "suite.json", config.gate.model_dump(mode="json")
-    own = {key: known[key] for key in ("suite", "data", "limit")}
+    own = {key: known[key] for key in ("suite", "data", "limit")} | {"model": digest(draft)}
     if asked.is_file() and read_json(asked) != own:
         shutil.rmtree(draft / "forgetting", ignore_errors=True)
     artifact.write_json(asked, own)
@@ -333,9 +336,9 @@ def _as_stored(job: Job, name: str) -> Tensor:
     """What stays float, in the recipe's dtype.
 
     Raises:
-        CheckpointError: The dtype does not hold it.
+        CheckpointError: It holds NaN or infinity, or the dtype does not hold it.
     """
-    values = job.stream.raw(name)
+    values = job.stream.stored(name)
     if job.config.floats != "stored":
         values = values.to(getattr(torch, job.config.floats))
     if not values.isfinite().all():

@@ -60,6 +60,11 @@ def matched(arch: Architecture, pattern: str, head: bool, scheme: Scheme, form: 
             f"layers={pattern!r} matches none of the {len(linears)} linear layers, such as "
             f"{next(iter(linears))}: nothing would be quantised. It must match whole names."
         )
+    if form == "qqq" and len(found) < len(linears):
+        raise UsageError(
+            f"layers={pattern!r} matches {len(found)} of {len(linears)} linear layers, and qqq "
+            "quantises all: leave layers as it is, or take form=compressed-tensors."
+        )
     if head:
         if arch.tied:
             raise UsageError("the head is the embedding (tied), which stays float: head=false.")
@@ -98,7 +103,7 @@ class Stream:
         """
         self.arch, self.batch, self.device = arch, batch, device
         self._cache, self._rounds = cache, rounds_activations
-        self.raw, self._seen = read, seen
+        self._read, self._seen = read, seen
         self._places: dict[tuple[int, int], tuple[dict[int, Rotation], kv.Rounded]] = {}
         self._frequencies = {
             spec.head_dim: torch.from_numpy(inverse_frequencies(arch.rope, spec.head_dim))
@@ -106,12 +111,16 @@ class Stream:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor in float32.
+        """One tensor in float32, on the device; see `stored`."""
+        return self.stored(name).to(self.device, torch.float32)
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor as it is stored.
 
         Raises:
             CheckpointError: It holds NaN or infinity.
         """
-        values = self.raw(name).to(self.device, torch.float32)
+        values = self._read(name)
         if not values.isfinite().all():
             raise CheckpointError(
                 f"{name} holds values that are no numbers: the model is damaged, or its training "
@@ -155,7 +164,7 @@ class Stream:
 
     def embed(self, ids: Tensor) -> Tensor:
         """[S, L] -> [S, L, D]; they lie in the CPU's memory."""
-        return F.embedding(ids, self.raw(EMBEDDING)).float()
+        return F.embedding(ids, self.stored(EMBEDDING)).float()
 
     @torch.no_grad()
     def last(self, x: Tensor) -> Tensor:

@@ -73,12 +73,13 @@ def test_scales_and_norms_bring_the_rounded_model_nearer(
             found = load_file(samples).items()
             ids.append(torch.cat([x for n, x in sorted(found) if "calibration" in n]))
 
-    plain = quantize(recipe(source, text, **changes), tmp_path / "plain")
+    is_8_bits, more = changes.get("bits") == 8, "calibration.samples=16"
+    plain = quantize(recipe(source, text, more, **changes), tmp_path / "plain")
     # One batch: the first step's divergence is all's, before anything is learnt.
-    how = LEARNT | {"batch": 8} | ({"rate": 1e-3} if changes.get("bits") == 8 else {})
+    how = LEARNT | {"batch": 16} | ({"rate": 1e-3} if is_8_bits else {})
     told = changes | {"distill": how}
-    out = quantize(recipe(source, text, **told), tmp_path / "out", progress=keep)
-    found, (learnt, held) = divergences(out), (ids[0][:7], ids[0][7:])
+    out = quantize(recipe(source, text, more, **told), tmp_path / "out", progress=keep)
+    found, (learnt, held) = divergences(out), (ids[0][part] for part in room.sides(16))
     assert len(found) == 12
     assert found[0] == pytest.approx(apart(source, plain, learnt), rel=1e-3)
     assert apart(source, out, learnt) < 0.8 * found[0]

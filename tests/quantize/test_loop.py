@@ -238,7 +238,7 @@ def test_numbers_that_are_none_end_the_run(
         weights[name][:] = value
     save_weights(weights, source)
     message = "gate_proj.weight holds" if value != value else r"layers\.1 gives"
-    with pytest.raises(CheckpointError, match=rf"model\.layers\.1.*|{message}") as told:
+    with pytest.raises(CheckpointError, match=message) as told:
         quantize(recipe(source, text), tmp_path / "out")
     assert "no numbers" in str(told.value)
 
