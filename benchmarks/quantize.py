@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -122,9 +123,16 @@ def identity(model: str) -> str:
     return digest(resolve(model).path)
 
 
+@cache
+def text(data: Path, *pairs: str) -> list[dict[str, str]]:
+    """Digests of what is calibrated and judged by."""
+    config = QuantizeConfig.load("open", "quantize", [f"calibration.root={data}", *pairs])
+    return calibration.digests(config.calibration)
+
+
 def stamp(bench: Bench, model: str, *own: str) -> str:
     """Of all that decides a folder in WORK: what was made of something else is never taken."""
-    told = json.dumps([identity(model), bench.pairs, own])
+    told = json.dumps([identity(model), text(bench.data, *bench.pairs), bench.pairs, own])
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
@@ -175,6 +183,12 @@ def over(domains: Sequence[gate.Domain]) -> Figures:
     return means | {"tail": max(one.tail for one in domains)}
 
 
+def command(pairs: Sequence[str]) -> list[str]:
+    """To quantise, or to go on with it; OUT is missing."""
+    words = [word for pair in pairs for word in ("--set", pair)]
+    return [sys.executable, "-m", "attending.cli", "quantize", "open", *words, "--resume"]
+
+
 def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
     """An arm of ours, by the command that users have."""
     arm = slug(Path(model).name, name)
@@ -182,22 +196,20 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
 
     def make() -> Figures:
         out = folder_of(bench, model, name, *own)
-        peak = None  # unknown where a run of another day left the folder
-        if not out.exists():
-            pairs = settings(bench, model, *own)
-            words = [word for pair in pairs for word in ("--set", pair)]
-            command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
-            peak = watched([*command, "--out", str(out), "--resume"]).peak_bytes
+        found: Figures = {"peak_bytes": None, "version": "attending"}
+        if out.exists():  # made before, and stopped before it was noted
+            run = json.loads((out / "run.json").read_text("utf-8"))
+            found["about"] = f"date: {run['started'][:10]}; commit: {run['commit']}"
+        else:
+            is_whole = not out.with_name(f"{out.name}.tmp").exists()
+            done = watched([*command(settings(bench, model, *own)), "--out", str(out)])
+            found["peak_bytes"] = done.peak_bytes if is_whole else None
         took = {"quantize/block_seconds", "distill/step_seconds"}
         log = read_metrics(out / "metrics.jsonl")  # a step that was made again counts once
         seconds = {(row["step"], key): row[key] for row in log for key in took & {*row}}
         told = json.loads((out / gate.REPORT).read_text("utf-8"))["domains"]
         domains = [gate.Domain(*(one[name] for name in gate.Domain._fields)) for one in told]
-        return over(domains) | {
-            "seconds": sum(seconds.values()),
-            "peak_bytes": peak,
-            "version": "attending",
-        }
+        return found | over(domains) | {"seconds": sum(seconds.values())}
 
     return noted(arm, [*bench.pairs, *own, digest(file), identity(model)], make)
 
@@ -271,10 +283,11 @@ def served(bench: Bench) -> list[str]:
     }
     found = []
     for at, (name, words) in enumerate(arms.items()):
-        command = [sys.executable, "-m", "attending.cli", "bench", *words, "--json"]
-        command += ["--batch", "1", "--repeats", "3"]
-        make = partial(lambda command: json.loads(watched(command).output), command)
-        told = noted(f"served-{at}", [Path(bench.first).name, *words[1:]], make)
+        bench_of = [sys.executable, "-m", "attending.cli", "bench", *words, "--json"]
+        bench_of += ["--batch", "1", "--repeats", "3"]
+        make = partial(lambda words: json.loads(watched(words).output), bench_of)
+        asked = [Path(words[0]).name, identity(words[0]), *words[1:]]
+        told = noted(f"served-{at}", asked, make)
         speed, peak = told["decode_tok_s"]["1"]["median"], told["peak_mib"]["median"]
         found.append([name, f"{speed:.1f}", f"{peak:,.0f}"])
     return table(["served", "tokens/s, one user", "peak memory, MiB"], found)
@@ -298,12 +311,12 @@ def grown(bench: Bench) -> list[str]:
             planned = memory(arch, config, layers).total
 
             def make(pairs: list[str] = pairs, out: Path = out) -> Figures:
-                words = [word for pair in pairs for word in ("--set", pair)]
-                command = [sys.executable, "-m", "attending.cli", "quantize", "open", *words]
-                done = watched([*command, "--out", str(out), "--resume"])
+                for left in (out, out.with_name(f"{out.name}.tmp")):
+                    shutil.rmtree(left, ignore_errors=True)  # made before, and never noted
+                done = watched([*command(pairs), "--out", str(out)])
                 return {"peak_bytes": done.peak_bytes - idle}
 
-            asked = [*own, identity(str(source))]
+            asked = [*bench.pairs, *own, identity(str(source))]
             peak = noted(f"grown-{hidden}-{method}", asked, make)["peak_bytes"]
             cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
             name = "distilled" if method == "plain" else method

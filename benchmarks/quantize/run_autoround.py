@@ -16,6 +16,8 @@ from measuring import main
 def rounds(model: Any, samples: list[torch.Tensor], group: int) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
     steps = int(sys.argv[5])
+    tokenizer.pad_token = None  # it is what ends answers here, which would be left out
+    told = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in samples]
     rounding = auto_round.AutoRound(
         model,
         tokenizer,
@@ -27,7 +29,8 @@ def rounds(model: Any, samples: list[torch.Tensor], group: int) -> Any:
         nsamples=len(samples),
         batch_size=8,
         seqlen=samples[0].shape[1],
-        dataset=samples,
+        dataset=told,
+        amp=False,
         device_map="cpu",
     )
     rounding.quantize()

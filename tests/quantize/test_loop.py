@@ -185,7 +185,14 @@ def test_the_gate_rounds_what_is_rounded_where_it_is_served(
     assert abs(measured - divergences[1]) > 1e-3 * measured
 
 
-def test_the_suite_is_asked_before_and_after(model: Path, text: Path, tmp_path: Path) -> None:
+def stopped(*_: Any, **__: Any) -> None:
+    """In the place of a function."""
+    raise HaltedError
+
+
+def test_the_suite_is_asked_before_and_after(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [
         {
             "id": str(i),
@@ -195,11 +202,16 @@ def test_the_suite_is_asked_before_and_after(model: Path, text: Path, tmp_path: 
         }
         for i in range(6)
     ]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     suite = tmp_path / "suite.toml"
     suite.write_text('[tasks.asked]\nkind = "choice"\ndata = "asked.jsonl"\n', "utf-8")
-    told = {"suite": str(suite), "data": str(tmp_path), "max_choice_flips": 1.0}
-    out = quantize(recipe(model, text, gate=told), tmp_path / "out")
+    told = {"suite": str(suite), "data": str(data), "max_choice_flips": 1.0}
+    with monkeypatch.context() as broken, pytest.raises(HaltedError):
+        broken.setattr(loop.artifact, "finish", stopped)  # behind the gate: what was asked stays
+        quantize(recipe(model, text, gate=told), tmp_path / "out")
+    out = quantize(recipe(model, text, gate=told), tmp_path / "out", resume=True)
     report = json.loads((out / "gate.json").read_text("utf-8"))
     assert 0 <= report["choice_flips"]["asked"] <= 1
     (asked,) = report["tasks"]
@@ -215,8 +227,23 @@ def test_bad_models_and_recipes_are_refused(model: Path, text: Path, tmp_path: P
         quantize(recipe(model, text), out)
     with pytest.raises(UsageError, match=r"no multiple of 96 \(of \[16, 32, 64, 128\]\)"):
         quantize(recipe(model, text, group=96), tmp_path / "b")
+    limit = "gate.max_choice_flips=0.1"
     with pytest.raises(ConfigError, match=r"gate.max_choice_flips would compare nothing"):
-        quantize(recipe(model, text, "gate.max_choice_flips=0.1"), tmp_path / "b")
+        quantize(recipe(model, text, limit), tmp_path / "b")
+    suite = tmp_path / "suite.toml"
+    suite.write_text('[tasks.one]\nkind = "maths"\ndata = "one.jsonl"\n', "utf-8")
+    (tmp_path / "one.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n', "utf-8")
+    with pytest.raises(ConfigError, match="has no multiple-choice task"):
+        told = f"gate.suite={suite}", f"gate.data={tmp_path}"
+        quantize(recipe(model, text, limit, *told), tmp_path / "b")
+    with pytest.raises(UsageError, match="matches 6 of 14 linear layers, and qqq"):
+        some = {"method": "gptq", "form": "qqq", "group": -1, "layers": ".*mlp.*"}
+        quantize(recipe(model, text, **some), tmp_path / "b")
+    replies = tmp_path / "mine.jsonl"
+    replies.write_text('{"question": "what?"}', "utf-8")
+    with pytest.raises(ConfigError, match=r"mine.jsonl holds something else.* line 1"):
+        quantize(recipe(model, text, f"calibration.replies={replies}"), tmp_path / "b")
+    assert replies.read_text("utf-8") == '{"question": "what?"}'
     for wrong in ({"form": "qqq", "symmetric": False}, {"group": 0}):
         with pytest.raises(ConfigError):
             recipe(model, text, **wrong)
@@ -241,6 +268,18 @@ def test_numbers_that_are_none_end_the_run(
     with pytest.raises(CheckpointError, match=message) as told:
         quantize(recipe(source, text), tmp_path / "out")
     assert "no numbers" in str(told.value)
+
+
+def test_a_damaged_embedding_is_said_before_anything_is_computed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_model(tmp_path / "m", **MODEL)
+    weights = {n: tensor.clone() for n, tensor in load_file(source / "model.safetensors").items()}
+    weights["model.embed_tokens.weight"][3, 0] = float("nan")
+    save_weights(weights, source)
+    monkeypatch.setattr(loop.calibration, "prepare", stopped)
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight holds values that are no num"):
+        quantize(recipe(source, text), tmp_path / "out")
 
 
 def test_floats_that_do_not_fit_are_named(model: Path, text: Path, tmp_path: Path) -> None:
