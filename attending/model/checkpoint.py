@@ -120,7 +120,7 @@ def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     # Some exports store a tied head a second time; that is harmless only if it is the same.
     is_twice = arch.tied and {head, embedding} <= kept.keys()
-    if is_twice and np.array_equal(found[head], found[embedding]):
+    if is_twice and _is_same(found[head], found[embedding]):
         del kept[head]
 
     def tokenizer() -> Tokenizer:
@@ -158,6 +158,13 @@ def _open_safetensors(folder: Path, arch: Architecture) -> Checkpoint:
     one = next(iter(layers.values()))
     stored = f"{NAMES[one.method]} int{one.scheme.bits}"
     return Checkpoint(arch, shapes, raw, tokenizer, stored, blocks, quantized)
+
+
+def _is_same(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Equal, or, of two dtypes, equal as far as the coarser one tells (auto-round's heads)."""
+    if one.dtype == other.dtype or one.shape != other.shape:
+        return np.array_equal(one, other)
+    return np.allclose(as_float32(one), as_float32(other), rtol=2**-8, atol=2**-24)
 
 
 def map_tensors(
