@@ -111,14 +111,13 @@ def fit(
         found: Tensor = functional_call(called, lent, (inputs[samples],))
         return (found - targets[samples]).square().flatten(1).mean(1)
 
-    count = min(config.compared, len(inputs))
-    chosen = torch.linspace(0, len(inputs) - 1, count).round().long()
+    chosen = torch.linspace(0, len(inputs) - 1, min(config.compared, len(inputs))).round().long()
 
     @torch.no_grad()
-    def compared(found: Mapping[str, Quantised]) -> float:
-        weights = {name: part.weight().to(inputs.dtype) for name, part in found.items()}
-        parts = torch.split(chosen, config.batch)
-        return float(torch.cat([errors(weights, samples) for samples in parts]).mean())
+    def compared(layers: Mapping[str, Quantised]) -> float:
+        weights = {name: part.weight().to(inputs.dtype) for name, part in layers.items()}
+        found = [errors(weights, samples) for samples in torch.split(chosen, config.batch)]
+        return float(torch.cat(found).mean())
 
     def rounded() -> dict[str, Quantised]:
         return {name: item.quantised() for name, item in roundings.items()}
