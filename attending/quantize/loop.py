@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attending import artifact
-from attending.artifact import digest
 from attending.errors import CheckpointError, UsageError
 from attending.logs import MetricLog
 from attending.mesh import World
@@ -280,7 +279,9 @@ def judge(
     # A suite or a model that has changed on the way is asked anew; the store takes no other one.
     (draft / gate.REPORT).unlink(missing_ok=True)  # of a run that stopped behind it: no part of it
     asked, known = draft / STATES / "suite.json", config.gate.model_dump(mode="json")
-    own = {key: known[key] for key in ("suite", "data", "limit")} | {"model": digest(draft)}
+    own = {key: known[key] for key in ("suite", "data", "limit")} | {
+        "model": artifact.digest(draft)
+    }
     if asked.is_file() and read_json(asked) != own:
         shutil.rmtree(draft / "forgetting", ignore_errors=True)
     artifact.write_json(asked, own)
