@@ -6,6 +6,7 @@ interrupted run goes on with what is missing. Texts are what a model wrote; prom
 """
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -43,6 +44,14 @@ class Prompt(NamedTuple):
     key: str
     """What is held out as a whole."""
     messages: list[dict[str, Any]]
+    sampling: dict[str, Any]
+    """How it is answered."""
+
+    @property
+    def asked(self) -> str:
+        """What an answer is known by: the words and the sampling."""
+        told = json.dumps([self.messages, self.sampling], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
 def digests(config: DraftConfig) -> list[dict[str, str]]:
@@ -54,12 +63,17 @@ def digests(config: DraftConfig) -> list[dict[str, str]]:
 def prompts(config: DraftConfig) -> Iterator[Prompt]:
     """All that is asked, source by source, once; records without the fields are passed over."""
     for name, told in config.prompts.items():
-        own = {json.dumps(one.messages): one for one in _read(config.root, name, told)}.values()
+        own = {json.dumps(one.messages): one for one in _read(config, name, told)}.values()
         order = sorted(own, key=lambda one: draw("prompt", config.seed, *one[:2]))
         yield from order[: told.limit or None]
 
 
-def _read(root: str, name: str, told: PromptsConfig) -> Iterator[Prompt]:
+def _read(config: DraftConfig, name: str, told: PromptsConfig) -> Iterator[Prompt]:
+    how, root = config.writing, config.root
+    sampling: dict[str, Any] = {"temperature": how.temperature}
+    sampling["max_tokens"] = told.max_tokens or how.max_tokens
+    if how.template:
+        sampling["chat_template_kwargs"] = how.template
     source, number = SourceConfig(path=told.path, format=told.format), -1
     for path in read.glob(root, told.path):
         inner = path.relative_to(root).as_posix()
@@ -75,7 +89,9 @@ def _read(root: str, name: str, told: PromptsConfig) -> Iterator[Prompt]:
             except (LookupError, TypeError, AttributeError):
                 continue
             if messages:
-                yield Prompt(name, number, key or f"{inner}:{record.line}", messages)
+                seeded = sampling | {"seed": draw("draft", config.seed, name, number) % 2**31}
+                key = key or f"{inner}:{record.line}"
+                yield Prompt(name, number, key, messages, seeded if how.temperature else sampling)
 
 
 def _messages(told: PromptsConfig, fields: Any) -> list[dict[str, Any]]:
@@ -91,6 +107,9 @@ def prepare(
 ) -> dict[str, dict[str, int]]:
     """Have the answers written that are missing, then the shards; counts by source.
 
+    Kinds of prompts are asked by turns, so that what is there of them is a sample of all. An answer
+    is known by its words and sampling: a recipe that asks for more finds what is there.
+
     Args:
         config: The recipe.
         start: The target.
@@ -99,37 +118,41 @@ def prepare(
         progress: Told of every answer.
 
     Raises:
-        ConfigError: The folder holds another target's answers, or to other prompts; or there is
+        ConfigError: The folder holds another target's answers, or of another engine; or there is
             nothing to train on.
         EndpointError: The endpoint is gone. What was answered is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {
-        "target_sha256": start.sha256,
-        "prompts": config.model_dump(mode="json")["prompts"],
-        "writing": config.writing.model_dump(mode="json", exclude={"concurrency"}),
-        "seed": config.seed,
-        "files": digests(config),
-    }
+    told = {"target_sha256": start.sha256, "engine": config.writing.engine}
     if (folder / TOLD).is_file():
         before = json.loads((folder / TOLD).read_text("utf-8"))
         if changed := differences(before, told):
             raise ConfigError(
-                f"{folder.name} holds answers of another recipe:\n  " + "\n  ".join(changed) + "\n"
+                f"{folder.name} holds answers of another model:\n  " + "\n  ".join(changed) + "\n"
                 "set these back, or name another folder with --set dialogues=FOLDER."
             )
     else:
         write_json(folder / TOLD, told)
     file = folder / ANSWERS
     cut(file)
-    rows = [json.loads(line) for line in file.open(encoding="utf-8")] if file.exists() else []
-    known = {(row["source"], row["number"]) for row in rows}
-    every = list(prompts(config))
-    left = [one for one in every if one[:2] not in known]
-    if left:
+    every = sorted(prompts(config), key=lambda one: draw("order", config.seed, *one[:2]))
+    known = _answered(file)
+    if left := [one for one in every if one.asked not in known]:
         asyncio.run(_write(config, left, file, len(every), progress))
-        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-    return _shard(config, start, shards, rows)
+        known = _answered(file)
+    own = [
+        known[one.asked] | {"source": one.source, "number": one.number, "key": one.key}
+        for one in every
+    ]
+    return _shard(config, start, shards, own)
+
+
+def _answered(file: Path) -> dict[str, dict[str, Any]]:
+    """By what was asked."""
+    if not file.exists():
+        return {}
+    with file.open(encoding="utf-8") as lines:
+        return {row["asked"]: row for row in map(json.loads, lines)}
 
 
 async def _write(
@@ -138,9 +161,6 @@ async def _write(
     """A line for each answer, in the order in which they end."""
     told, done = config.writing, total - len(asked)
     options = EndpointOptions(max_concurrency=told.concurrency)
-    sampling: dict[str, Any] = {"temperature": told.temperature, "max_tokens": told.max_tokens}
-    if told.template:
-        sampling["chat_template_kwargs"] = told.template
     waiting = iter(asked)
     engine = told.engine or None
     async with endpoint.open(config.model, engine=engine, options=options) as target:
@@ -149,11 +169,11 @@ async def _write(
             async def ask() -> None:
                 nonlocal done
                 for one in waiting:
-                    row = {"source": one.source, "number": one.number, "key": one.key}
-                    seed = draw("draft", config.seed, *one[:2]) % 2**31
-                    how = sampling | {"seed": seed, "return_token_ids": True}
+                    row: dict[str, Any] = {"asked": one.asked}
                     try:
-                        reply = await target.chat(one.messages, **how)
+                        reply = await target.chat(
+                            one.messages, **one.sampling, return_token_ids=True
+                        )
                     except EndpointError as error:
                         if error.status not in REFUSED:
                             raise

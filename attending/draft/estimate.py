@@ -15,15 +15,20 @@ from attending.train.rows import require_even
 MAPS = ("d2t", "t2d")
 
 
-def operations(target: Architecture, draft: EagleConfig, context: int, unroll: int) -> float:
-    """Of a token: the target's pass forward, the draft's steps forward and back."""
+def operations(target: Architecture, draft: EagleConfig, config: DraftConfig) -> float:
+    """Of a token: the target's pass forward, if it is looked at, the draft's steps there and back.
+
+    A target whose looks are kept is asked in the first epoch; this is the mean of all.
+    """
+    context, unroll = config.context, config.unroll
+    looks = 1 / max(1.0, config.epochs) if config.keep_features else 1.0
     shapes = draft.tensor_shapes()
     own = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
     features = math.prod(shapes["fc.weight"])
     forward = flops(target, [context]) / context / 3
     [spec] = draft.arch.layers
     attention = 6 * spec.num_heads * spec.head_dim * context
-    return forward + 6.0 * (features + unroll * (own - features)) + unroll * attention
+    return looks * forward + 6.0 * (features + unroll * (own - features)) + unroll * attention
 
 
 def estimate(config: DraftConfig) -> dict[str, Any]:
@@ -36,9 +41,10 @@ def estimate(config: DraftConfig) -> dict[str, Any]:
     draft = eagle_config(target, size, gated=head.gated, intermediate_size=inner)
     shapes = draft.tensor_shapes()
     own = sum(math.prod(shape) for name, shape in shapes.items() if name not in MAPS)
-    asked = sum(1 for _ in data.prompts(config))
-    tokens = asked * min(config.writing.max_tokens, config.context)
-    each = operations(target, draft, config.context, config.unroll)
+    questions = list(data.prompts(config))
+    tokens = sum(min(one.sampling["max_tokens"], config.context) for one in questions)
+    each = operations(target, draft, config)
+    kept = 6 * target.hidden_size + 12 + 6 * min(config.shares, target.vocab_size)
     rate = assumed.peak_tflops * 1e12 * assumed.share_of_peak
     micro = config.batch.micro_tokens
     spec = draft.arch.layers[0]
@@ -51,8 +57,9 @@ def estimate(config: DraftConfig) -> dict[str, Any]:
     return {
         "draft_parameters": own,
         "written_mib": round(own * (2 if head.dtype == "bfloat16" else 4) / 2**20, 1),
-        "prompts": asked,
+        "prompts": len(questions),
         "answer_tokens_at_most": tokens,
+        "kept_features_gib_at_most": round(config.keep_features * tokens * kept / GIB, 2),
         "memory": {name: round(size, 3) for name, size in memory.items()}
         | {"fits": sum(memory.values()) <= assumed.memory_gib},
         "memory_arithmetic": (
@@ -64,8 +71,9 @@ def estimate(config: DraftConfig) -> dict[str, Any]:
         "hours_of_full_answers": round(config.epochs * tokens * each / rate / 3600, 3),
         "time_arithmetic": (
             "epochs x answers of full length x FLOP per token / (assumed.peak_tflops x "
-            "share_of_peak); prompts are rows, too, and are not in it; that the target writes its "
-            "answers comes before"
+            "share_of_peak); prompts are rows, too, and are not in it nor among what is kept (6 B "
+            "x hidden_size + 12 B + 6 B x shares a token); that the target writes its answers "
+            "comes before"
         ),
         "assumed": assumed.model_dump(),
     }

@@ -74,7 +74,7 @@ def draft(
         counts = data.prepare(config, start, answers, folder / DATA, progress)
         for name, own in counts.items():
             note(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in own.items()))
-        setup = prepare(config, start, folder / DATA, place, device)
+        setup = prepare(config, start, answers, folder / DATA, place, device)
         state, eagle, reader, steps = setup.state, setup.eagle, setup.reader, setup.num_steps
         phases = [Phase(steps, config.schedule)]
         warmup = -(-config.optimizer.warmup_tokens // config.batch.tokens)
@@ -102,7 +102,7 @@ def draft(
                 kept = state, folder, config.state, before, signals, device, watch.sizes
                 run.save_if_due(*kept, is_last=state.step == steps)
             measured = watch.finish(context)
-            export(config, eagle, folder)
+            export(config, setup, folder)
     if not config.dialogues:
         note(f"the answers go with {DATA}/; --set dialogues=FOLDER keeps them for other runs")
     shutil.rmtree(folder / DATA)  # prompts of others, which no model folder should carry

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attending.draft.target import Target
 from attending.model.architecture import LayerSpec
 from attending.model.attend import Packed
-from attending.model.decoder import Decoder, Features
 from attending.model.eagle import Eagle
-from attending.model.scoring import measured, over_logits
+from attending.model.scoring import over_logits
 from attending.train.reader import Batch
 
 
@@ -84,32 +84,25 @@ class Read(NamedTuple):
 
     features: Tensor  # [T, 3 D]
     embedded: Tensor  # [T, D], of the batch's targets
-    shares: Tensor  # [A, draft vocabulary], its distribution at rows that count
+    shares: Tensor  # [A, draft vocabulary], its distribution among those at rows that count
     is_inside: Tensor  # [T] bool: rows that count whose likeliest token the draft has
     place: Tensor  # [T]: each such row's in `shares`
 
 
 @torch.no_grad()
-def read(target: Decoder, eagle: Eagle, batch: Batch) -> Read:
-    """One pass of the frozen target over a batch; logits of rows with a weight only."""
-    wanted, used = batch.weights > 0, eagle.used
-    features = Features(eagle.config.layers)
-
-    def shares(logits: Tensor) -> Tensor:
-        """The draft's tokens' shares, and in a last column whether the likeliest is among them."""
-        likeliest = eagle.t2d[logits.argmax(-1)]
-        return torch.cat((logits[:, used].softmax(-1), likeliest[:, None]), dim=-1)
-
-    def of(hidden: Tensor, head: Tensor) -> Tensor:
-        return measured(hidden[wanted], head, shares)
-
-    attend = Packed(batch.lengths, device=batch.ids.device)
-    found = target.measure(batch.ids, attend, of, features)
+def read(target: Target, eagle: Eagle, batch: Batch) -> Read:
+    """A look of the frozen target at a batch."""
+    wanted, look = batch.weights > 0, target.look(batch)
+    words = eagle.t2d.cumsum(0) - 1  # of each token that the draft has
+    is_there = eagle.t2d[look.ids]
+    shares = look.shares.new_zeros(len(look.ids), len(eagle.d2t))
+    shares.scatter_add_(1, words[look.ids].clamp_min(0), look.shares * is_there)
+    shares /= shares.sum(-1, keepdim=True).clamp_min(1e-12)
     is_inside = wanted.clone()
-    is_inside[wanted] = found[:, -1] > 0
+    is_inside[wanted] = is_there[:, 0]
     place = wanted.cumsum(0) - 1
-    embed = eagle.embed_tokens if hasattr(eagle, "embed_tokens") else target.model.embed_tokens
-    return Read(features.whole(), embed(batch.targets), found[:, :-1], is_inside, place)
+    own = eagle.embed_tokens if hasattr(eagle, "embed_tokens") else target.ends.model.embed_tokens
+    return Read(look.features, own(batch.targets), shares, is_inside, place)
 
 
 def alive(batch: Batch, steps: int) -> list[Tensor]:
@@ -139,7 +132,7 @@ def cross_entropy_to(logits: Tensor, shares: Tensor) -> Tensor:
 class UnrolledLoss:
     """`train.step.Loss` of a draft."""
 
-    target: Decoder
+    target: Target
     steps: int = 7
     decay: float = 0.8
 

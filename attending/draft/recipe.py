@@ -33,6 +33,8 @@ class PromptsConfig(Config):
     """Take records where each field named here has one of these values."""
     limit: NonNegativeInt = 0
     """At most so many, drawn by the recipe's seed; 0 takes all."""
+    max_tokens: PositiveInt | None = None
+    """Of an answer to these; None: as `writing` says."""
 
 
 class WritingConfig(Config):
@@ -77,6 +79,11 @@ class DraftConfig(TrainConfig):
     """How it answers."""
     dialogues: str = ""
     """Folder where its answers are kept for other runs. Empty: in the run's own, until it ends."""
+    shares: PositiveInt = 64
+    """Of the target's distribution at a token so many likeliest are learnt from."""
+    keep_features: bool = False
+    """Keep on disk what was read of the target, beside its answers: it is asked once, not once an
+    epoch, and not again by another run. `--dry-run` says how large that is."""
     head: HeadConfig = HeadConfig()
     """What is trained."""
     begin: str = ""

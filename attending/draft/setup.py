@@ -11,8 +11,9 @@ from torch import Tensor
 from attending.artifact import digest
 from attending.draft.data import token_counts
 from attending.draft.estimate import operations
-from attending.draft.loss import UnrolledLoss, read
+from attending.draft.loss import UnrolledLoss
 from attending.draft.recipe import DraftConfig
+from attending.draft.target import Scaled, open_target, sizes
 from attending.draft.watch import by_source
 from attending.errors import ConfigError
 from attending.mesh import World
@@ -23,7 +24,6 @@ from attending.shards import Shards
 from attending.sources import resolve
 from attending.train import run
 from attending.train.optimizer import adamw
-from attending.train.parallel import build
 from attending.train.reader import PackedReader, by_part
 from attending.train.rows import deal, require_even
 from attending.train.start import Start
@@ -44,7 +44,7 @@ class Setup:
     """What a run works with."""
 
     state: TrainState
-    target: Decoder
+    target: Scaled
     eagle: Eagle
     reader: PackedReader
     """The state's."""
@@ -80,27 +80,43 @@ def head_config(config: DraftConfig, start: Start) -> EagleConfig:
 
 
 def prepare(
-    config: DraftConfig, start: Start, folder: Path, place: World, device: torch.device
+    config: DraftConfig,
+    start: Start,
+    answers: Path,
+    folder: Path,
+    place: World,
+    device: torch.device,
 ) -> Setup:
-    """Open the shards, choose the vocabulary, build the target, the draft and the optimizer."""
+    """Open the shards, choose the vocabulary, open the target, the draft and the optimizer.
+
+    Args:
+        config: The recipe.
+        start: The target.
+        answers: Folder of its answers, and of what was read of it.
+        folder: Of the shards.
+        place: Among all ranks.
+        device: Of the training.
+    """
     run.require_vocabulary(start.tokenizer.num_ids - 1, start.arch.vocab_size)
     shards = Shards(folder / "train")
     num_rows = count_rows(open_reader(shards, config), config)
-    target = build(start.arch, start.fill, place, device, config.compute)
-    target.requires_grad_(False).eval()
     told = head_config(config, start)
-    eagle = Eagle(told).to(device, target.model.norm.weight.dtype)
+    some = open_reader(shards, config)
+    [first] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
+    seen = open_target(config, start, place, device, answers)
+    target = Scaled(seen, sizes(seen.look(first)))
+    ends = target.ends
+    eagle = Eagle(told).to(device, ends.model.norm.weight.dtype)
     if config.begin:
         eagle.load_state_dict(begun(config.begin, told, start))
+        eagle.scale_features(target.scales)
     else:
         counts = token_counts(shards, start.arch.vocab_size)
         d2t, t2d = choose_vocabulary(counts, told.draft_vocab, start.generation["eos_token_id"])
         eagle.d2t.copy_(torch.from_numpy(d2t))
         eagle.t2d.copy_(torch.from_numpy(t2d))
-        eagle.init_weights(target.head_weight(), target.model.norm.weight, config.seed)
-        some = open_reader(shards, config)
-        [batch] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
-        eagle.soften(read(target, eagle, batch).features)
+        eagle.init_weights(ends.head_weight(), ends.model.norm.weight, config.seed)
+        eagle.soften(target.look(first).features)
     torch.manual_seed(config.seed)
     optimizer = adamw(eagle.named_parameters(), config.optimizer)
     reader = open_reader(shards, config)
@@ -111,7 +127,7 @@ def prepare(
     watched = Watched(start.tokenizer, heldout, config.batch.micro_tokens, device, dtype)
     steps = -(-num_rows // (config.batch.tokens // config.context))
     loss = UnrolledLoss(target, config.unroll, config.decay)
-    flops = operations(start.arch, told, config.context, config.unroll)
+    flops = operations(start.arch, told, config)
     return Setup(state, target, eagle, reader, steps, loss, watched, flops)
 
 
@@ -154,9 +170,10 @@ def count_rows(reader: PackedReader, config: DraftConfig) -> int:
     return count
 
 
-def export(config: DraftConfig, eagle: Eagle, draft: Path) -> None:
+def export(config: DraftConfig, setup: Setup, draft: Path) -> None:
     """Write the draft's own files; its maps keep their types."""
-    dtype = getattr(torch, config.head.dtype)
+    dtype, eagle = getattr(torch, config.head.dtype), setup.eagle
+    eagle.scale_features(1 / setup.target.scales)
     weights: Mapping[str, Tensor] = eagle.state_dict()
     stored = {n: w.to(dtype) if w.is_floating_point() else w for n, w in weights.items()}
     save_eagle(draft, eagle.config, stored)

@@ -1,8 +1,9 @@
 """How far a draft would have come on held-out answers of its target: counted, not timed.
 
 A chain of k is drafted greedily and checked against what the target wrote. Where the answers are
-greedy that is what the engine will do, but for its 8 bits; where they were sampled, a proposal x is
-accepted with the target's p(x), which is how often the text agrees. So both are unbiased.
+greedy that is what the engine will do, but for the draft's own 8 bits; where they were sampled, a
+proposal x is accepted with the target's p(x), which is how often the text agrees. So both are
+unbiased.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 
 from attending.draft.loss import counted, read, unroll
 from attending.draft.recipe import DraftConfig
+from attending.draft.target import Target
 from attending.evaluate.intervals import bootstrap, ratio
-from attending.model.decoder import Decoder
 from attending.model.eagle import Eagle
 from attending.shards import Shards
 from attending.train.heldout import Heldout
@@ -48,7 +49,7 @@ class Foreseen(NamedTuple):
 
 
 @torch.no_grad()
-def foresee(target: Decoder, eagle: Eagle, batch: Batch, steps: int) -> list[Foreseen]:
+def foresee(target: Target, eagle: Eagle, batch: Batch, steps: int) -> list[Foreseen]:
     """Of each answer of a batch, one a segment."""
     seen = read(target, eagle, batch)
     agrees = torch.zeros(len(batch.ids), steps, dtype=torch.bool)
@@ -93,7 +94,7 @@ class DraftWatch(Watch):
         config: DraftConfig,
         num_steps: int,
         show: Show | None,
-        models: tuple[Decoder, Eagle],
+        models: tuple[Target, Eagle],
         flops_per_token: float,
     ) -> None:
         """`models`: the target and its draft."""

@@ -194,8 +194,12 @@ def open_native(
     options: ComputeOptions,
     pages: Sequence[int],
     draft: Draft | None = None,
+    features: Sequence[int] = (),
 ) -> "NativeRunner":
-    """The native runner; its weights are packed at the first time and mapped after that."""
+    """The native runner; its weights are packed at the first time and mapped after that.
+
+    `features`: layers whose inputs it shows, where there is no draft.
+    """
     from attending.engine.native.pack import open_packed
     from attending.engine.native.runner import NativeRunner
 
@@ -209,7 +213,7 @@ def open_native(
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
     if draft is None:
-        return NativeRunner(packed, pages, chosen)
+        return NativeRunner(packed, pages, chosen, features=features)
     from attending.engine.native.draft import pack_draft
 
     own = pack_draft(draft.config, draft.tensors)

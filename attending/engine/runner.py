@@ -70,6 +70,22 @@ class Runner(Protocol):
         """Run a step: [all spans' num_logits, V], in their order."""
 
 
+class Observed(NamedTuple):
+    """A step, and what a draft reads of it."""
+
+    logits: NDArray[np.float32]
+    """As `Runner.step` gives them."""
+    features: NDArray[np.float32]
+    """[all rows, layers * D]: the residual stream at the input of the layers asked for."""
+
+
+class Observer(Runner, Protocol):
+    """A runner that was asked to show its model's features."""
+
+    def observe(self, spans: Sequence[Span]) -> Observed:
+        """Run a step, and look on."""
+
+
 class Drafter(Runner, Protocol):
     """A runner with a draft beside its model: it keeps the draft's keys and values in step.
 

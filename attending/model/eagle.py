@@ -111,6 +111,7 @@ class Eagle(nn.Module):
             else:
                 weight.normal_(0.0, self.arch.initializer_range, generator=generator)
         size = self.arch.hidden_size
+        self.fc.weight.zero_()
         for start in range(0, self.fc.in_features, size):
             self.fc.weight[:, start : start + size].fill_diagonal_(size / self.fc.in_features)
         self.lm_head.weight.copy_(head[self.used])
@@ -129,6 +130,11 @@ class Eagle(nn.Module):
         share = START_RMS / states.square().mean(-1).sqrt().median()
         self.fc.weight.mul_(share)
         self.norm.weight.div_(self.logits(share * states).std(-1).median())
+
+    @torch.no_grad()
+    def scale_features(self, scales: Tensor) -> None:
+        """Make `fc` give of features / scales, [3 D] both, what it gave of the features."""
+        self.fc.weight.mul_(scales)
 
 
 class Midlayer(nn.Module):

@@ -37,7 +37,7 @@ class EagleConfig:
     layers: tuple[int, ...]
     """Features are the residual stream at the input of these layers of the target, from 0."""
     gated: bool = False
-    """Attention output times sigmoid(W_g x) before o_proj; see `eagle.DraftAttention`."""
+    """Attention output times sigmoid(W_g x) before o_proj; see `eagle.GatedAttention`."""
     target: str = ""
     """Name of the model that it was trained for ..."""
     target_sha256: str = ""

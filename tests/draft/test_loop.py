@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import attending
 from attending.artifact import digest
+from attending.corpus.split import is_held_out
 from attending.draft import data
 from attending.draft.estimate import estimate
 from attending.draft.loop import draft
 from attending.draft.recipe import DraftConfig
+from attending.engine.native.build import status
 from attending.errors import CheckpointError, ConfigError, UsageError
 from attending.logs import read_metrics
 from attending.model.eagle import load_eagle
@@ -50,6 +53,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     model = make(folder, {**LLAMA, "num_hidden_layers": 4, "initializer_range": 0.3})
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] *= 8  # sure of what it says
+    for name in weights:  # and it goes mostly by the last token: a rule that can be learnt soon
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] *= 0.3
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     rows = [{"q": f"{w} {v}?", "n": n} for n, (w, v) in enumerate(zip(WORDS, WORDS, strict=True))]
     rows += [{"q": f"{WORDS[n % 10]} {n}"} for n in range(QUESTIONS - len(rows))]
@@ -90,9 +96,10 @@ def test_the_target_writes_and_the_draft_learns_to_foresee(made: Made, tmp_path:
     assert told[-1] == (QUESTIONS, QUESTIONS)
     answers = [json.loads(line) for line in (made[0] / "answers" / data.ANSWERS).open("rb")]
     start = open_start(str(made[1]))
-    first = next(row for row in answers if row["number"] == 0)
-    asked = [{"role": "user", "content": "aspirin aspirin?"}]
-    assert first["prompt"] == start.tokenizer.render(asked)
+    words = [{"role": "user", "content": "aspirin aspirin?"}]
+    [asked] = [one.asked for one in data.prompts(recipe(made)) if one.messages == words]
+    first = next(row for row in answers if row["asked"] == asked)
+    assert first["prompt"] == start.tokenizer.render(words)
     assert 1 <= len(first["answer"]) <= 12
     stops = {row["answer"][-1] in start.tokenizer.stop_ids for row in answers}
     assert {row["finish"] for row in answers} <= {"stop", "length"} and stops
@@ -152,9 +159,20 @@ def test_answers_are_not_asked_for_again(made: Made, tmp_path: Path) -> None:
     learnt = sum(int(shards.trained(n).sum()) for n in range(shards.num_documents))
     assert counts["questions"]["tokens"] == learnt
     assert shards.index["target_sha256"] == start.sha256
-    with pytest.raises(ConfigError, match=r"answers of another recipe:\n  writing.temperature"):
-        warm = recipe(made, writing={**config.writing.model_dump(), "temperature": 1.0})
-        data.prepare(warm, start, copy, tmp_path / "s", lambda *_: None)
+    # Fewer prompts find theirs; of another length each is asked anew, and what was there stays.
+    told = config.prompts["questions"].model_dump()
+    few = recipe(made, prompts={"questions": told | {"limit": 9}})
+    assert (
+        data.prepare(few, start, copy, tmp_path / "few", pytest.fail)["questions"]["answers"] == 9
+    )
+    short = recipe(made, prompts={"short": told | {"limit": 9, "max_tokens": 3}})
+    asked.clear()
+    data.prepare(short, start, copy, tmp_path / "short", lambda done, *_: asked.append(done))
+    assert asked == [*range(1, 10)]
+    assert len((copy / data.ANSWERS).read_text("utf-8").splitlines()) == len(lines) + 9
+    with pytest.raises(ConfigError, match=r"answers of another model:\n  engine"):
+        other = recipe(made, writing={**config.writing.model_dump(), "engine": {}})
+        data.prepare(other, start, copy, tmp_path / "s", lambda *_: None)
     with pytest.raises(ConfigError, match="target_sha256"):
         data.prepare(config, replace(start, sha256="0"), copy, tmp_path / "s", lambda *_: None)
 
@@ -229,3 +247,39 @@ def test_the_estimate_counts_prompts_and_weights(made: Made) -> None:
     # fc 32 x 96, q and o 32 x 64 + 32 x 32, k and v 16 x 64, MLP 3 x 32 x 48, head 150 x 32, norms.
     assert told["draft_parameters"] == 3072 + 3072 + 2048 + 4608 + 4800 + 4 * 32
     assert told["memory"]["fits"]
+
+
+def test_kinds_of_prompts_are_asked_by_turns(made: Made, tmp_path: Path) -> None:
+    """So what a stopped run has is a sample of all of them."""
+    told = {"path": "questions.jsonl", "prompt": "{q}"}
+    two = {"first": {**told, "limit": 30}, "second": {**told, "prompt": "Say {q}", "limit": 30}}
+    config = recipe(made, prompts=two, dialogues=str(tmp_path / "answers"))
+    data.prepare(config, open_start(str(made[1])), tmp_path / "a", tmp_path / "s", lambda *_: None)
+    of = {one.asked: one.source for one in data.prompts(config)}
+    lines = (tmp_path / "a" / data.ANSWERS).read_text("utf-8").splitlines()
+    early = [of[json.loads(line)["asked"]] for line in lines[:30]]
+    assert 8 <= early.count("first") <= 22
+
+
+@pytest.mark.skipif(status().path is None, reason="no native engine here")
+def test_a_draft_of_what_the_native_engine_serves(made: Made, tmp_path: Path) -> None:
+    """Its features are the runner's, kept on disk; what is written proposes what was measured."""
+    folder, writing = tmp_path / "answers", {"max_tokens": 12, "engine": {"context": 128}}
+    config = recipe(made, epochs=3.0, dialogues=str(folder), writing=writing, keep_features=True)
+    out = draft(config, tmp_path / "draft")
+    key = "heldout/questions_tokens_per_round@3"
+    measured = [row[key] for row in read_metrics(out / "metrics.jsonl") if key in row]
+    assert measured[-1] > measured[0]
+    size = (folder / "features.bin").stat().st_size
+    again = draft(config, tmp_path / "again")  # of what is kept: the same numbers
+    one, other = (load_file(path / "model.safetensors") for path in (out, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (folder / "features.bin").stat().st_size == size
+    # By the engine that it was made for: rounds of a held-out answer as they were counted.
+    model = attending.load(str(made[1]), draft=str(out), draft_depth=3)
+    model.limit_context(128)
+    for one in data.prompts(config):
+        if is_held_out(one.key):
+            model.chat(one.messages, temperature=0.0, max_tokens=12)
+    told = model.scheduler.speculation
+    assert told and told.acceptance_length == pytest.approx(measured[-1], rel=0.1)

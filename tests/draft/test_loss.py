@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attending.draft.loss import Unrolled, UnrolledLoss, alive, read, unroll
+from attending.draft.target import TorchTarget
 from attending.draft.watch import Foreseen, figures, foresee
 from attending.model import scoring
 from attending.model.architecture import parse_config
@@ -37,6 +38,11 @@ def models(model: dict[str, Any], size: int = 200, **how: Any) -> tuple[Decoder,
     eagle.t2d.copy_(torch.from_numpy(t2d))
     eagle.init_weights(target.head_weight(), target.model.norm.weight, seed=1)
     return target, eagle
+
+
+def seen_by(target: Decoder) -> TorchTarget:
+    """All of its distribution."""
+    return TorchTarget(target, target.arch.vocab_size)
 
 
 def batch(lengths: tuple[int, ...] = (9, 6), context: tuple[int, ...] = (3, 2)) -> Batch:
@@ -75,7 +81,7 @@ def drafted(target: Decoder, eagle: Eagle, one: Batch, slot: int, steps: int) ->
 def test_training_sees_what_drafting_with_a_cache_sees(model: dict[str, Any], gated: bool) -> None:
     target, eagle = models(model, gated=gated)
     together = batch()
-    seen = read(target, eagle, together)
+    seen = read(seen_by(target), eagle, together)
     found = {
         (step, int(slot)): state
         for step, slots, states in unroll(eagle, together, seen, STEPS)
@@ -110,7 +116,7 @@ def test_slots_live_while_a_row_ahead_counts() -> None:
 def test_the_loss_by_hand(model: dict[str, Any]) -> None:
     target, eagle = models(model)
     one = batch((9,), (3,))
-    found = accumulate(eagle, [one], UnrolledLoss(target, STEPS, 0.8), 1, ["answers"])
+    found = accumulate(eagle, [one], UnrolledLoss(seen_by(target), STEPS, 0.8), 1, ["answers"])
     ids = torch.cat((one.ids, one.targets[-1:]))
     total, inside = torch.zeros((), dtype=torch.float64), 0
     for slot in range(8):
@@ -140,7 +146,7 @@ def test_the_loss_by_hand(model: dict[str, Any]) -> None:
 
 def test_chunks_and_passes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     target, eagle = models(DEEP)
-    loss, found = UnrolledLoss(target, STEPS, 0.8), []
+    loss, found = UnrolledLoss(seen_by(target), STEPS, 0.8), []
     one, other = batch((12,), (2,)), batch((7, 5), (3, 1))
     ids, targets, weights = (
         torch.cat((getattr(one, k), getattr(other, k))) for k in ("ids", "targets", "weights")
@@ -162,7 +168,7 @@ def test_chunks_and_passes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_batch_of_which_nothing_counts_has_a_loss_of_nought() -> None:
     target, eagle = models(DEEP)
-    found = accumulate(eagle, [batch((5,), (5,))], UnrolledLoss(target), 1, ["answers"])
+    found = accumulate(eagle, [batch((5,), (5,))], UnrolledLoss(seen_by(target)), 1, ["answers"])
     assert (found.loss, found.norm) == (0.0, 0.0)
 
 
@@ -183,15 +189,15 @@ def test_one_dialogue_is_foreseen_whole_once_it_is_known_by_heart(
     told, weights = torch.tensor(ids), torch.ones(22)
     weights[:2] = 0
     one = Batch(told[:-1], told[1:], weights, [22], torch.zeros(22, dtype=torch.int64))
-    [before] = foresee(target, eagle, one, 7)
+    [before] = foresee(seen_by(target), eagle, one, 7)
     assert before.agrees.shape == (19, 7) and before.rounds(7)[1] > 10
     wanted = [min(7, left) for left in range(19, 0, -1)]
     optimizer = torch.optim.AdamW(eagle.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(300):
-        accumulate(eagle, [one], UnrolledLoss(target), 1, ["answers"])
+        accumulate(eagle, [one], UnrolledLoss(seen_by(target)), 1, ["answers"])
         optimizer.step()
         optimizer.zero_grad()
-        [after] = foresee(target, eagle, one, 7)
+        [after] = foresee(seen_by(target), eagle, one, 7)
         if after.accepted(7).tolist() == wanted:
             break
     assert after.accepted(7).tolist() == wanted
@@ -236,11 +242,15 @@ def test_a_draft_begins_near_no_guess_at_all_although_its_target_shouts() -> Non
     losses = []
     for is_softened in (False, True):
         eagle.init_weights(target.head_weight(), target.model.norm.weight, 0)
-        features = read(target, eagle, one).features
+        features = read(seen_by(target), eagle, one).features
+        mean = features.unflatten(-1, (3, -1)).mean(1)
+        assert torch.allclose(eagle.fc(features), mean)
         if is_softened:
             eagle.soften(features)
             heard = eagle.fc(features).square().mean(-1).sqrt()
             assert float(heard.detach().median()) == pytest.approx(0.4)
-        losses.append(float(accumulate(eagle, [one], UnrolledLoss(target, 1, 1.0), 1, ["a"]).loss))
+        losses.append(
+            float(accumulate(eagle, [one], UnrolledLoss(seen_by(target), 1, 1.0), 1, ["a"]).loss)
+        )
     words = math.log(len(eagle.d2t))
     assert losses[1] < 1.1 * words < losses[0]

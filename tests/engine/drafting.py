@@ -44,7 +44,12 @@ def drafted(decoder: Decoder, pages: int | Sequence[int], shape: Shape = CHAIN) 
 
 
 def natively(
-    decoder: Decoder, eagle: Eagle | None, shape: Shape = CHAIN, pages: int = 12, **options: Any
+    decoder: Decoder,
+    eagle: Eagle | None,
+    shape: Shape = CHAIN,
+    pages: int = 12,
+    features: Sequence[int] = (),
+    **options: Any,
 ) -> NativeRunner:
     """The native runner with the weights of both, or of the decoder alone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +57,7 @@ def natively(
     chosen = NativeOptions(**{"threads": 2, **options})
     counts = [pages] * len(decoder.arch.windows)
     if eagle is None:
-        return NativeRunner(packed, counts, chosen, kernel=kernel())
+        return NativeRunner(packed, counts, chosen, kernel=kernel(), features=features)
     stored = {
         n: w.float().numpy() if w.is_floating_point() else w.numpy()
         for n, w in eagle.state_dict().items()

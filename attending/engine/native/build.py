@@ -52,7 +52,7 @@ def library(path: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL
 def declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its functions."""
     kernel.attending_open.restype = ctypes.c_void_p
-    kernel.attending_step.argtypes = [ctypes.c_void_p] * 3
+    kernel.attending_step.argtypes = [ctypes.c_void_p] * 4
     kernel.attending_propose.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int32, ctypes.c_void_p]
     kernel.attending_close.argtypes = [ctypes.c_void_p]
     kernel.attending_ceiling.restype = ctypes.c_double

@@ -231,8 +231,8 @@ struct Layer {
 // EAGLE-3 (arXiv 2503.01840). Its row at slot s takes token s beside what precedes it: `fc` of the
 // target's features of s - 1, or its own last state.
 struct Draft {
-    int32_t features, words;
-    const int32_t *feature_layers, *target_ids;  // [features] read before these layers, [words]
+    int32_t words;
+    const int32_t* target_ids;  // [words]
     const float *hidden_norm, *norm;
     Matrix fc, head, embedding;
 };
@@ -249,6 +249,8 @@ struct Model {
     const float* norm;
     Matrix embedding, head;
     const Draft* draft;  // or null
+    int32_t features;    // what it reads, or is looked at: the stream before these layers
+    const int32_t* feature_layers;
 };
 
 struct Batch {
@@ -644,8 +646,8 @@ class Engine {
           counters_(16 * ((model.layers + model.kept_rows + 1) * 12 + 16)),
           hidden_stride_(padded(model.hidden, PAD)) {
         widest_ = m_.hidden;
-        if (const Draft* draft = m_.draft) {
-            widest_ = std::max<int64_t>(2, draft->features) * m_.hidden;
+        if (m_.draft) {
+            widest_ = std::max<int64_t>(2, m_.features) * m_.hidden;
             size_t pages = m_.num_pages[m_.layer[m_.layers].page_group];
             states_ = static_cast<float*>(take(pages * m_.kept_rows * hidden_stride_ * 4));
         }
@@ -688,13 +690,14 @@ class Engine {
         }
     }
 
-    void step(const Batch& batch, float* logits) {
+    void step(const Batch& batch, float* logits, float* features) {
         b_ = &batch;
         logits_ = logits;
         reserve(batch.rows);
         prepare();
         for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
         crew_.run([this](int id) { Turn{*this, id, 0}.run(); });
+        if (features) std::copy_n(features_.data(), batch.rows * m_.features * m_.hidden, features);
     }
 
     // Of spans of one token what the draft believes to follow: ids [spans][depth].
@@ -723,10 +726,8 @@ class Engine {
         wide_.assign(rows * wide_stride_, 0.0f);
         acts_.reserve(rows, widest_, m_.int8_activations);
         for (auto& s : scratch_) s.few.reserve(MOST_ROWS, widest_, m_.int8_activations);
-        if (m_.draft) {
-            features_.assign(rows * m_.draft->features * m_.hidden, 0.0f);
-            words_.assign(rows * padded(m_.draft->words, TILE), 0.0f);
-        }
+        features_.assign(rows * m_.features * m_.hidden, 0.0f);
+        if (m_.draft) words_.assign(rows * padded(m_.draft->words, TILE), 0.0f);
         places_.resize(rows);
         order_.resize(rows);
         angles_.resize(m_.rope_sizes);
@@ -889,12 +890,12 @@ class Engine {
 
         // A draft's features: the residual stream that a layer is about to read.
         void capture(int layer, int64_t rows) {
-            const Draft* draft = e.m_.draft;
-            for (int64_t f = 0, size = e.m_.hidden; draft && f < draft->features; ++f)
-                if (draft->feature_layers[f] == layer)
+            const Model& m = e.m_;
+            for (int64_t f = 0, size = m.hidden; f < m.features; ++f)
+                if (m.feature_layers[f] == layer)
                     each(rows, grain(rows), [&](int64_t row) {
                         std::copy_n(&e.hidden_[row * e.hidden_stride_], size,
-                                    &e.features_[(row * draft->features + f) * size]);
+                                    &e.features_[(row * m.features + f) * size]);
                     });
         }
 
@@ -902,7 +903,7 @@ class Engine {
         void remember() {
             const Draft& draft = *e.m_.draft;
             const Layer& layer = e.m_.layer[e.m_.layers];
-            int64_t rows = e.b_->rows, width = draft.features * e.m_.hidden;
+            int64_t rows = e.b_->rows, width = e.m_.features * e.m_.hidden;
             ready(rows, [&](int64_t row, Activations& to) {
                 to.set(row, rows, &e.features_[row * width], width, e.m_.int8_activations);
             });
@@ -1026,9 +1027,7 @@ class Engine {
     }
 
     bool is_feature(int layer) const {
-        const Draft* draft = m_.draft;
-        return draft && std::count(draft->feature_layers,
-                                   draft->feature_layers + draft->features, layer);
+        return std::count(m_.feature_layers, m_.feature_layers + m_.features, layer) > 0;
     }
 
     // Whether later steps may go on from a row: its page has place for its last ones.
@@ -1378,9 +1377,10 @@ void* attending_open(const Model* model) try { return new Engine(*model); } catc
 
 void attending_close(void* engine) { delete static_cast<Engine*>(engine); }
 
-// logits [wanted][vocab]. 0, or 1 if there is not enough memory: then nothing was written.
-int attending_step(void* engine, const Batch* batch, float* logits) try {
-    static_cast<Engine*>(engine)->step(*batch, logits);
+// logits [wanted][vocab], features [rows][features][hidden] or null. 0, or 1 if there is not enough
+// memory: then nothing was written.
+int attending_step(void* engine, const Batch* batch, float* logits, float* features) try {
+    static_cast<Engine*>(engine)->step(*batch, logits, features);
     return 0;
 } catch (...) {
     return 1;

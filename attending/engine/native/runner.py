@@ -15,7 +15,7 @@ from attending.config import Config
 from attending.engine.native.build import library, status
 from attending.engine.native.draft import LAYER, PackedDraft
 from attending.engine.native.pack import MAX_HEAD, Matrix, Packed
-from attending.engine.runner import Proposal, Shape, Span
+from attending.engine.runner import Observed, Proposal, Shape, Span
 from attending.errors import UsageError
 from attending.model.architecture import PAGE_TOKENS, Architecture, LayerSpec
 from attending.model.rope import inverse_frequencies
@@ -54,8 +54,8 @@ class DraftArgument(C.Structure):
     """`Draft` of the kernel."""
 
     _fields_ = (
-        *((name, C.c_int32) for name in ("features", "words")),
-        *((n, Address) for n in ("feature_layers", "target_ids", "hidden_norm", "norm")),
+        ("words", C.c_int32),
+        *((name, Address) for name in ("target_ids", "hidden_norm", "norm")),
         *((name, MatrixArgument) for name in ("fc", "head", "embedding")),
     )
 
@@ -72,6 +72,8 @@ class ModelArgument(C.Structure):
         ("embedding", MatrixArgument),
         ("head", MatrixArgument),
         ("draft", Address),
+        ("features", C.c_int32),
+        ("feature_layers", Address),
     )
 
 
@@ -113,7 +115,9 @@ def obstacle(arch: Architecture) -> str | None:
 
 
 class NativeRunner:
-    """See `Runner`; one decoder in the kernel's hands. With a draft a `Drafter` of chains."""
+    """See `Runner`; one decoder in the kernel's hands. With a draft a `Drafter` of chains; with
+    `features` an `Observer`.
+    """
 
     def __init__(
         self,
@@ -124,6 +128,7 @@ class NativeRunner:
         kernel: ctypes.CDLL | None = None,
         draft: PackedDraft | None = None,
         shape: Shape | None = None,
+        features: Sequence[int] = (),
     ) -> None:
         """Reserve pages beside packed weights.
 
@@ -134,6 +139,7 @@ class NativeRunner:
             kernel: Another than this processor's best.
             draft: Of this model.
             shape: The longest chain that the draft may propose; needed with one.
+            features: Layers whose inputs `observe` gives; with a draft those that it reads.
 
         Raises:
             UsageError: The kernel cannot be built, there is no memory for the pages, or a tree is
@@ -147,6 +153,7 @@ class NativeRunner:
         self._kernel = kernel or library()
         self._kept: list[Any] = [packed]  # what the kernel has addresses of
         threads = chosen.threads or cast(int, mesh.hardware()["available_cores"])
+        self._features = np.array(draft.config.layers if draft else features, np.int32)
         model = self._model(packed, chosen, threads, draft)
         self._engine: int | None = self._kernel.attending_open(C.byref(model))
         if not self._engine:
@@ -170,9 +177,18 @@ class NativeRunner:
 
     def step(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """See `Runner.step`."""
+        return self._step(spans, None)
+
+    def observe(self, spans: Sequence[Span]) -> Observed:
+        """See `Observer.observe`."""
+        rows = sum(len(span.ids) for span in spans)
+        seen = np.empty((rows, len(self._features) * self.arch.hidden_size), np.float32)
+        return Observed(self._step(spans, seen.ctypes.data), seen)
+
+    def _step(self, spans: Sequence[Span], features: int | None) -> NDArray[np.float32]:
         batch, _kept = self._batch(spans, [len(span.ids) for span in spans])
         logits = np.empty((batch.wanted, self.arch.vocab_size), np.float32)
-        self._run(self._kernel.attending_step, batch, logits.ctypes.data)
+        self._run(self._kernel.attending_step, batch, logits.ctypes.data, features)
         return logits
 
     def propose(self, spans: Sequence[Span], depth: int) -> list[Proposal]:
@@ -266,16 +282,15 @@ class NativeRunner:
             embedding=embedding,
             head=embedding if arch.tied else argument(packed.matrices["head"]),
             draft=None if told is None else C.addressof(told),
+            features=len(self._features),
+            feature_layers=self._features.ctypes.data,
         )
 
     def _draft(self, draft: PackedDraft, embedding: MatrixArgument) -> DraftArgument:
-        layers = np.array(draft.config.layers, np.int32)
-        self._kept += [draft, layers]
+        self._kept.append(draft)
         own = draft.matrices.get("embedding")
         return DraftArgument(
-            features=len(layers),
             words=draft.config.draft_vocab,
-            feature_layers=layers.ctypes.data,
             target_ids=draft.target_ids.ctypes.data,
             hidden_norm=draft.vectors["midlayer.hidden_norm.weight"].ctypes.data,
             norm=draft.vectors["norm.weight"].ctypes.data,
