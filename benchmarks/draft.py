@@ -2,23 +2,28 @@
 
     python benchmarks/draft.py DATA DRAFT [--model default] [--prompts 20] [--tokens 128]
                                [--keep out/draft.jsonl] [--threads N] [--no-torch] [--page draft]
+                               [--gated GATED_DRAFT]
 
 DATA is the folder with `eval/kqa_201_physician_rubric.jsonl`, `eval/gsm8k_test.jsonl` and
 `train/medquad_qa.jsonl`. Each prompt is answered greedily by every path before the next one; an
 answer is kept as soon as it is there, so an interrupted run goes on; those of other drafts, models
-or settings in the same file are left alone. Budget with the default model
-on two cores: 60 prompts by seven paths some 25 minutes; nothing else should run.
+or settings in the same file are left alone. GATED_DRAFT was trained as DRAFT was, but with the
+gate: how both fared is read from their `metrics.jsonl`. Writes NAME.md, NAME.svg and, how the draft
+was trained, NAME_training.svg. Budget with the default model on two cores: 60 prompts by nine paths
+some 40 minutes; nothing else should run.
 """
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from page import Measure, write
+from matplotlib import pyplot
+from page import HERE, Measure, write
 
 import attending
 from attending.artifact import commit, digest
@@ -26,14 +31,15 @@ from attending.corpus.split import draw, is_held_out
 from attending.engine.local import Model
 from attending.engine.scheduler import Request
 from attending.evaluate.intervals import bootstrap, ratio
-from attending.logs import cut
+from attending.logs import cut, read_metrics
 from attending.sources import resolve
 from attending.verifier.judge.pairs import PARTS, read_kqa
 
 DEPTHS = (1, 2, 3, 4, 5)
 USERS = (2, 4, 8, 16)
 REPEATS = 3
-PLAIN, TORCH = "plain", "torch, plain"
+PLAIN, ADAPTING = "plain", "as served: depth by what was measured"
+TORCH, TORCH_DRAFT = "torch, plain", "torch, k = 5"
 NOTES = """
 {model} with the draft {draft}, on {prompts} prompts that it was not trained on ({sources}), greedy,
 at most {tokens} tokens an answer, one user, {threads}. *tau*: tokens of a round, the target's own
@@ -41,7 +47,7 @@ included; *v*: a step of k + 1 rows, in which the draft's keys and values are ke
 proposed, over the plain path's of one row;
 *d*: a step of the draft over that; *predicted*: tau / (v + k d); *measured*: time for a token, over
 that with the draft. Prompts' time is left out. Every path answered a prompt before the next one
-began. *{torch}* is the same model in float32.
+began. *{torch}* is the same model in float32; answers of torch's paths are compared with its own.
 
 tau with its 95 % interval over prompts: {intervals}.
 
@@ -51,8 +57,12 @@ By source, at k = {best}: {by_source}. Accepted by position there, where all bef
 Greedy answers identical to the plain one: {identical}.
 
 Several users at once, k = {best}, tokens/s over the same without a draft, medians of {repeats} with
-their range: {crowd}. {even}
-"""
+their range, as long as all of them are being answered: {crowd}. {even}
+
+Training: {training}
+
+![Training]({name}_training.svg)
+{gated}"""
 
 
 def prompts(data: Path, count: int) -> Iterator[tuple[str, int, str]]:
@@ -62,6 +72,7 @@ def prompts(data: Path, count: int) -> Iterator[tuple[str, int, str]]:
         "MedQuAD, held out": ("train/medquad_qa.jsonl", ("question",)),
         "GSM8K test": ("eval/gsm8k_test.jsonl", ("question",)),
     }
+    said: set[str] = set()
     for name, (file, fields) in files.items():
         if name == "K-QA":  # the part that nothing of ours was fitted on
             told = read_kqa(data / file)[PARTS["report"]]
@@ -69,7 +80,13 @@ def prompts(data: Path, count: int) -> Iterator[tuple[str, int, str]]:
             told = [json.loads(line) for line in (data / file).read_text("utf-8").splitlines()]
         rows = [*enumerate(told)]
         if name.startswith("MedQuAD"):
-            rows = [(i, row) for i, row in rows if is_held_out(row["focus"])]
+            # Some questions are there of two subjects, of which one was trained on.
+            said = {row["question"].casefold() for row in told if not is_held_out(row["focus"])}
+            rows = [
+                (i, row)
+                for i, row in rows
+                if is_held_out(row["focus"]) and row["question"].casefold() not in said
+            ]
         rows.sort(key=lambda one: draw("benchmark", 0, name, one[0]))
         for number, row in rows[:count]:
             yield name, number, next(str(row[field]) for field in fields if field in row)
@@ -82,15 +99,20 @@ def paths(asked: argparse.Namespace) -> dict[str, Model]:
     for depth in DEPTHS:
         options = {"draft": asked.draft, "draft_depth": depth, **how}
         found[f"k = {depth}"] = attending.load(asked.model, **options)
+    found[ADAPTING] = attending.load(asked.model, draft=asked.draft, **how)
     if asked.torch:
-        found[TORCH] = attending.load(asked.model, dtype="float32", draft="none", **how)
+        in_torch = {"dtype": "float32", **how}
+        found[TORCH] = attending.load(asked.model, draft="none", **in_torch)
+        found[TORCH_DRAFT] = attending.load(
+            asked.model, draft=asked.draft, draft_depth=5, **in_torch
+        )
     for model in found.values():
         model.make_room(max(USERS) * 1024, max(USERS))
     return found
 
 
 def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
-    """Of one or several users: ids, seconds after the first tokens, and what the draft did."""
+    """Of one or several users: ids, seconds while all are answered, and what the draft did."""
     scheduler, told = model.scheduler, model.scheduler.speculation
     before = (told.rounds, told.accepted.copy(), told.tried.copy()) if told else None
     sampling = model.sampling(temperature=0.0, max_tokens=tokens, seed=0)
@@ -98,12 +120,12 @@ def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
     written: dict[int, list[int]] = {
         scheduler.submit(Request(tuple(ids), sampling, model.stop_ids)): [] for ids in asked
     }
-    steps, count, seconds = list[float](), 0, 0.0
+    steps, count, seconds, has_ended = list[float](), 0, 0.0, False
     while scheduler.num_running or scheduler.num_waiting:
-        has_begun, start = all(written.values()), time.perf_counter()
+        is_full, start = all(written.values()) and not has_ended, time.perf_counter()
         drafting = told.drafting if told else 0.0
         outputs = scheduler.step()
-        if has_begun:
+        if is_full:
             spent = time.perf_counter() - start
             steps.append(spent - ((told.drafting - drafting) if told else 0.0))
             seconds, count = seconds + spent, count + len(outputs)
@@ -111,6 +133,7 @@ def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
             if output.error:
                 raise output.error
             written[output.handle] += [] if output.token is None else [output.token]
+            has_ended = has_ended or output.finish is not None
     row: dict[str, Any] = {"ids": [*written.values()], "tokens": count, "seconds": seconds}
     row["step_s"] = statistics.median(steps) if steps else 0.0
     if told and before:
@@ -208,12 +231,17 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
     plain, best = of[PLAIN], best_of(rows)
     one_row = statistics.median(row["step_s"] for row in plain)
     measures, intervals, identical = [], [], []
-    wanted = {(row["source"], row["number"]): row["ids"] for row in plain}
+    wanted = {
+        (name, row["source"], row["number"]): row["ids"]
+        for name in (PLAIN, TORCH)
+        for row in of.get(name, [])
+    }
     for name in names:
         measures.append(Measure("tokens/s", name, [rate(of[name])]))
         measures.append(Measure("measured", name, [rate(of[name]) / rate(plain)]))
-        same = sum(row["ids"] == wanted[row["source"], row["number"]] for row in of[name])
-        identical += [] if name == PLAIN else [f"{name} {same} of {len(of[name])}"]
+        first = TORCH if name == TORCH_DRAFT else PLAIN
+        same = sum(row["ids"] == wanted[first, row["source"], row["number"]] for row in of[name])
+        identical += [] if name in (PLAIN, TORCH) else [f"{name} {same} of {len(of[name])}"]
         if not name.startswith("k = "):
             continue
         depth, length = int(name[4:]), tau(of[name])
@@ -248,8 +276,58 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
             for users, found in crowd.items()
         ),
         even=even(rate(of[best]) / rate(plain), crowd),
+        training=trained(Path(asked.draft), HERE / f"{asked.page}_training.svg"),
+        name=asked.page,
+        gated=compared(Path(asked.draft), Path(asked.gated)) if asked.gated else "",
     )
     return write(asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True)
+
+
+def curves(draft: Path) -> dict[str, list[tuple[float, float]]]:
+    """Of `metrics.jsonl` each figure's course over the tokens seen."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    tokens = 0.0
+    for row in read_metrics(draft / "metrics.jsonl"):
+        tokens = row.get("train/consumed_tokens", tokens)
+        for key, value in row.items():
+            found.setdefault(key, []).append((tokens, value))
+    return found
+
+
+def trained(draft: Path, file: Path) -> str:
+    """What the training took, in a sentence; its curves, in a figure."""
+    found = curves(draft)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    left.plot(*zip(*found["train/loss_nats"], strict=True), linewidth=0.6)
+    left.set_title("loss of all steps, nats", fontsize=9)
+    for key, course in sorted(found.items()):
+        if key.startswith("heldout/") and key.endswith("_acceptance@1"):
+            name = key.removeprefix("heldout/").removesuffix("_acceptance@1")
+            right.plot(*zip(*course, strict=True), label=name)
+    right.set_title("first proposal accepted, held-out answers", fontsize=9)
+    right.legend(fontsize=8)
+    for panel in (left, right):
+        panel.set_xlabel("tokens seen", fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, metadata={"Date": None})
+    run = json.loads((draft / "run.json").read_text("utf-8"))
+    tokens, hours = found["train/consumed_tokens"][-1][1], run["wall_seconds"] / 3600
+    written = sum(v for k, v in run["metrics"].items() if re.fullmatch(r"data/\w+_tokens", k))
+    return f"{written:,.0f} tokens written by the target; {tokens:,.0f} seen in {hours:.1f} hours."
+
+
+def compared(plain: Path, gated: Path) -> str:
+    """Tokens a round of both at equal steps, of the same held-out answers."""
+    both, recipes = [curves(one) for one in (plain, gated)], []
+    for one in (plain, gated):
+        recipe = json.loads((one / "run.json").read_text("utf-8"))["recipe"]
+        recipes.append(recipe | {"head": {**recipe["head"], "gated": None}})
+    if recipes[0] != recipes[1]:
+        raise SystemExit(f"{plain.name} and {gated.name} differ by more than the gate.")
+    keys = sorted(key for key in both[0] if "_tokens_per_round@" in key and key[-1].isdigit())
+    cells = [[key, *(f"{one[key][-1][1]:.3f}" for one in both)] for key in keys]
+    lines = [f"| {' | '.join(row)} |" for row in (["", "plain", "gated"], ["---"] * 3, *cells)]
+    return "\nThe gated head, at equal steps:\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -262,6 +340,7 @@ def main() -> None:
     parser.add_argument("--keep", default="out/draft.jsonl", help="what was measured")
     parser.add_argument("--page", default="draft", help="name of the page")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--gated", help="the same draft with the gate")
     parser.add_argument("--no-torch", dest="torch", action="store_false")
     asked = parser.parse_args()
     print(page(asked, measure(asked)))
