@@ -183,7 +183,8 @@ inline F exponential(F v) {
     return v < -87.0f ? F{} : scaled;
 }
 
-// acc + the four products of neighbouring bytes: w of each lane, unsigned; a of all, signed.
+// acc + the four products of neighbouring bytes: w of each lane, unsigned, of BITS; a of all, signed.
+// After at most eight of them, from 0, `whole` makes a group's sum of it.
 template <int BITS>
 inline I dot4(I acc, I w, const int8_t* a) {
     int32_t four;
@@ -193,19 +194,31 @@ inline I dot4(I acc, I w, const int8_t* a) {
         reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(w), _mm512_set1_epi32(four)));
 #elif WIDTH == 8
     __m256i u = reinterpret_cast<__m256i>(w), s = _mm256_set1_epi32(four),
-            one = _mm256_set1_epi16(1);
+            sum = reinterpret_cast<__m256i>(acc);
+    // Of 4 bits eight pairs fit into 16: 8 * 2 * 15 * 127.
     if (BITS == 4)
-        return acc + reinterpret_cast<I>(_mm256_madd_epi16(_mm256_maddubs_epi16(u, s), one));
-    // Two products of 8 by 8 bits can pass 16 bits: the last bit goes on its own.
-    __m256i high = _mm256_and_si256(_mm256_srli_epi16(u, 1), _mm256_set1_epi8(127));
-    __m256i last = _mm256_and_si256(u, _mm256_set1_epi8(1));
-    __m256i twice = _mm256_madd_epi16(_mm256_maddubs_epi16(high, s), _mm256_set1_epi16(2));
-    return acc + reinterpret_cast<I>(twice) +
-           reinterpret_cast<I>(_mm256_madd_epi16(_mm256_maddubs_epi16(last, s), one));
+        return reinterpret_cast<I>(_mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s)));
+    // Of 8 bits not one pair does, but of w - 128: 2 * 128 * 127. Its sign goes to a.
+    u = _mm256_xor_si256(u, _mm256_set1_epi8(-128));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(u), _mm256_sign_epi8(s, u));
+    return acc + reinterpret_cast<I>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
     for (int j = 0; j < 4; ++j) acc += ((w >> (8 * j)) & 255) * a[j];
     return acc;
 #endif
+}
+
+// What `dot4` made of a group: the sum of a times w, or, without a MINIMUM, times w less its middle.
+// offset: -8 times the sum of a.
+template <int BITS, bool MINIMUM>
+inline I whole(I acc, int32_t offset) {
+    int32_t middle = BITS == 4 ? offset : 16 * offset;
+#if WIDTH == 8
+    if (BITS == 8) return MINIMUM ? acc - splat(middle) : acc;
+    acc = reinterpret_cast<I>(
+        _mm256_madd_epi16(reinterpret_cast<__m256i>(acc), _mm256_set1_epi16(1)));
+#endif
+    return MINIMUM ? acc : acc + splat(middle);
 }
 
 }  // namespace
@@ -467,11 +480,7 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
         const uint8_t* q = block + (MINIMUM ? 4 : 2) * TILE + 4 * lane;
         for (int64_t s = 0; s < tiles.per_block; ++s, q += BITS * 64) {
             if constexpr (INT8) {
-                I dot[R];
-                for (int r = 0; r < R; ++r) {
-                    dot[r] = MINIMUM ? I{} : splat(offsets[r]);
-                    if (!MINIMUM && BITS == 8) dot[r] <<= 4;
-                }
+                I dot[R] = {};
                 for (int i = 0; i < BITS; ++i, bytes += 4 * panel) {
                     I w = load_bytes(q + 64 * i);
                     if constexpr (BITS == 4) {
@@ -485,7 +494,8 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
                 }
                 if constexpr (BITS == 4) bytes += 16 * panel;
                 for (int r = 0; r < R; ++r) {
-                    total[r] = fma(to_float(dot[r]) * scales[r], scale, total[r]);
+                    I all = whole<BITS, MINIMUM>(dot[r], offsets[r]);
+                    total[r] = fma(to_float(all) * scales[r], scale, total[r]);
                     if constexpr (MINIMUM) total[r] = fma(minimum, splat(sums[r]), total[r]);
                 }
                 scales += panel, offsets += panel;
@@ -1341,7 +1351,7 @@ int attending_best_path() {
 }
 
 // Operations per second, in thousands of millions, of `threads` threads that do nothing else:
-// 0: products of 8 by 8 bits with their sums; 1: float32.
+// 0: products of 4 by 8 bits with their sums; 1: float32.
 double attending_ceiling(int kind, int threads) try {
     Crew crew(threads);
     std::vector<double> speeds(threads);
