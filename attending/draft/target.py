@@ -164,12 +164,12 @@ class Kept:
         rows = [len(one.ids) for one in several]
         counts = [int((one.weights > 0).sum()) for one in several]
         told = np.empty(len(several), RECORD)
-        split = (x.split(counts) for x in (seen.ids, seen.shares))
-        parts = zip(several, seen.features.split(rows), *split, strict=True)
+        split = (torch.split(x, counts) for x in (seen.ids, seen.shares))
+        parts = zip(several, torch.split(seen.features, rows), *split, strict=True)
         with self._data.open("ab") as to:
             for place, (one, features, ids, shares) in enumerate(parts):
                 told[place] = np.void(self._key(one)), to.tell()
-                thirds = features.float().unflatten(-1, (3, -1))
+                thirds = features.float().view(len(features), 3, -1)
                 scales = thirds.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
                 for values in ((thirds / scales).half(), scales, ids.int(), shares.half()):
                     to.write(values.cpu().numpy().tobytes())
@@ -181,6 +181,7 @@ class Kept:
 
     def _read(self, one: Batch) -> Look:
         rows, count, width = len(one.ids), int((one.weights > 0).sum()), self.ends.arch.hidden_size
+        shapes: list[tuple[tuple[int, ...], str]]
         shapes = [((rows, 3, width), "<f2"), ((rows, 3, 1), "<f4")]
         shapes += [((count, self.count), kind) for kind in ("<i4", "<f2")]
         with self._data.open("rb") as data:
@@ -213,8 +214,8 @@ class Scaled:
 
 def sizes(look: Look) -> Tensor:
     """[3 D]: of each third its root mean square in the median of the rows; the first are giants."""
-    thirds = look.features.unflatten(-1, (3, -1))
-    middle = thirds.square().mean(-1).sqrt().median(0).values  # [3]
+    thirds = look.features.view(len(look.features), 3, -1)
+    middle: Tensor = thirds.square().mean(-1).sqrt().median(0).values  # [3]
     return middle.repeat_interleave(thirds.shape[-1])
 
 
@@ -258,7 +259,8 @@ def ends(start: Start, device: torch.device, dtype: torch.dtype) -> Decoder:
 
 def _alone(batch: Batch) -> list[Batch]:
     """Its segments."""
-    parts = (x.split(batch.lengths) for x in (batch.ids, batch.targets, batch.weights, batch.kinds))
+    told = batch.ids, batch.targets, batch.weights, batch.kinds
+    parts = (torch.split(one, batch.lengths) for one in told)
     return [
         Batch(ids, targets, weights, [len(ids)], kinds)
         for ids, targets, weights, kinds in zip(*parts, strict=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FILE_LINES, FUNCTION_LINES, LOOP_LINES = 500, 80, 120
-PYTHON_LINES, NATIVE_LINES = 41_100, 1_500
+PYTHON_LINES, NATIVE_LINES = 41_600, 1_500
 HALLWAY = ""
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -26,11 +26,11 @@ ROOMS = {
     HALLWAY: Room(0, 2_530),
     "phi": Room(1, 2_110),
     "tokenizer": Room(2, 250),
-    "model": Room(1, 3_275),
+    "model": Room(1, 3_285),
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_260),
     "train": Room(2, 2_050),
-    "engine": Room(2, 5_700),
+    "engine": Room(2, 5_740),
     "evaluate": Room(3, 3_760),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 550),
@@ -38,7 +38,7 @@ ROOMS = {
     "prefer": Room(4, 1_080),
     "rl": Room(4, 3_620),
     "quantize": Room(4, 3_200),
-    "draft": Room(4, 1_050),
+    "draft": Room(4, 1_370),
     "gateway": Room(5, 1_400),
 }
 DATA = {"recipes", "configs"}  # folders without code

@@ -50,7 +50,7 @@ BAD: list[tuple[Rule, dict[str, str], str]] = [
     (rules.function_sizes, {"rl/hoop.py": function(81)}, "f: 81 lines > 80"),
     (rules.budgets, {"a.py": lines(1400), "b.py": lines(1131)}, "hallway: 2531"),
     (rules.budgets, {"tokenizer/bpe/a.py": lines(251)}, "tokenizer: 251 lines"),
-    (rules.budgets, {"cli/a.py": lines(41_101)}, "all Python: 41101"),
+    (rules.budgets, {"cli/a.py": lines(41_601)}, "all Python: 41601"),
     (rules.budgets, {"engine/a.cpp": lines(1499), "engine/a.h": lines(2)}, "1501"),
     (rules.folders, {"lab/a.py": ""}, "lab/: not a room"),
     (rules.folders, {"lab/a.txt": ""}, "lab/: not a room"),
