@@ -27,7 +27,11 @@ class NativeOptions(Config):
 
 class NativeRunner:
     def __init__(
-        self, packed: Checkpoint, num_pages: tuple[int, ...], options: NativeOptions
+        self,
+        packed: Checkpoint,
+        num_pages: tuple[int, ...],
+        options: NativeOptions,
+        features: Sequence[int] = (),
     ) -> None:
         self.arch, self.num_pages, self.options = packed.arch, num_pages, options
         self.path = {"weights": options.weights, "activations": options.activations}
