@@ -2,21 +2,24 @@
 
     python benchmarks/draft.py DATA DRAFT [--model default] [--prompts 20] [--tokens 128]
                                [--keep out/draft.jsonl] [--threads N] [--no-torch] [--page draft]
-                               [--gated GATED_DRAFT]
+                               [--gated GATED_DRAFT] [--openvino PYTHON]
 
 DATA is the folder with `eval/kqa_201_physician_rubric.jsonl`, `eval/gsm8k_test.jsonl` and
 `train/medquad_qa.jsonl`. Each prompt is answered greedily by every path before the next one; an
 answer is kept as soon as it is there, so an interrupted run goes on; those of other drafts, models
 or settings in the same file are left alone. GATED_DRAFT was trained as DRAFT was, but with the
-gate: how both fared is read from their `metrics.jsonl`. Writes NAME.md, NAME.svg and, how the draft
-was trained, NAME_training.svg. Budget with the default model on two cores: 60 prompts by nine paths
-some 40 minutes; nothing else should run.
+gate: how both fared is read from their `metrics.jsonl`. PYTHON is of an environment with
+openvino-genai, whose prompt lookup is measured beside its plain path. Writes NAME.md, NAME.svg and,
+how the draft was trained, NAME_training.svg. Budget with the default model on two cores: 60 prompts
+by eleven paths some 45 minutes; nothing else should run.
 """
 
 import argparse
 import json
 import re
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +35,8 @@ from attending.engine.local import Model
 from attending.engine.scheduler import Request
 from attending.evaluate.intervals import bootstrap, ratio
 from attending.logs import cut, read_metrics
+from attending.mesh import hardware
+from attending.model.files import gguf_in
 from attending.sources import resolve
 from attending.verifier.judge.pairs import PARTS, read_kqa
 
@@ -40,6 +45,9 @@ USERS = (2, 4, 8, 16)
 REPEATS = 3
 PLAIN, ADAPTING = "plain", "as served: depth by what was measured"
 TORCH, TORCH_DRAFT = "torch, plain", "torch, k = 5"
+PEERS = {"plain": "OpenVINO GenAI, plain", "lookup": "OpenVINO GenAI, prompt lookup"}
+OWN = {TORCH_DRAFT: TORCH, PEERS["lookup"]: PEERS["plain"]}
+"""Whose answers a path's are compared with, where it is not our plain path."""
 NOTES = """
 {model} with the draft {draft}, on {prompts} prompts that it was not trained on ({sources}), greedy,
 at most {tokens} tokens an answer, one user, {threads}. *tau*: tokens of a round, the target's own
@@ -47,7 +55,8 @@ included; *v*: a step of k + 1 rows, in which the draft's keys and values are ke
 proposed, over the plain path's of one row;
 *d*: a step of the draft over that; *predicted*: tau / (v + k d); *measured*: time for a token, over
 that with the draft. Prompts' time is left out. Every path answered a prompt before the next one
-began. *{torch}* is the same model in float32; answers of torch's paths are compared with its own.
+began. *{torch}* is the same model in float32; answers of torch's paths are compared with its own,
+and so are those of a peer{peer}.
 
 tau with its 95 % interval over prompts: {intervals}.
 
@@ -173,6 +182,12 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     for source, number, text in told:
         for path in models:
             note(source, number, path, [text])
+    if asked.openvino:
+        left = [one for one in told if (*one[:2], 0, PEERS["lookup"]) not in known]
+        for row in theirs(asked, left):
+            with file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row | {"settings": settings}) + "\n")
+            rows.append(row)
     best = best_of(rows)
     for repeat in range(REPEATS):
         for users in USERS:
@@ -180,6 +195,30 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 texts = [text for *_, text in (told * users)[:users]]
                 note("users", users, path, texts, repeat)
     return rows
+
+
+def theirs(
+    asked: argparse.Namespace, told: Sequence[tuple[str, int, str]]
+) -> Iterator[dict[str, Any]]:
+    """OpenVINO's rows, with and without prompt lookup, of the same ids."""
+    if not told:
+        return
+    model = attending.load(asked.model, draft="none")
+    ids = [model.tokenizer.render([{"role": "user", "content": text}]) for *_, text in told]
+    threads = asked.threads or hardware()["available_cores"]
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as work:
+        json.dump({"threads": threads, "tokens": asked.tokens, "prompts": ids}, work)
+        work.flush()
+        stored = str(gguf_in(resolve(asked.model).path))
+        command = [asked.openvino, str(HERE / "peers" / "run_lookup.py"), work.name, stored]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    # The first pair settled buffers.
+    for (source, number, _), *pair in zip(told, found[2::2], found[3::2], strict=True):
+        for row in pair:
+            name = {"source": source, "number": number, "repeat": 0, "path": PEERS[row["path"]]}
+            told_of = {key: row[key] for key in ("seconds", "version")}
+            yield name | told_of | {"ids": [row["ids"]], "tokens": len(row["ids"]) - 1}
 
 
 def rate(rows: Sequence[dict[str, Any]]) -> float:
@@ -233,15 +272,15 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
     measures, intervals, identical = [], [], []
     wanted = {
         (name, row["source"], row["number"]): row["ids"]
-        for name in (PLAIN, TORCH)
+        for name in (PLAIN, *OWN.values())
         for row in of.get(name, [])
     }
     for name in names:
         measures.append(Measure("tokens/s", name, [rate(of[name])]))
         measures.append(Measure("measured", name, [rate(of[name]) / rate(plain)]))
-        first = TORCH if name == TORCH_DRAFT else PLAIN
+        first = OWN.get(name, PLAIN)
         same = sum(row["ids"] == wanted[first, row["source"], row["number"]] for row in of[name])
-        identical += [] if name in (PLAIN, TORCH) else [f"{name} {same} of {len(of[name])}"]
+        identical += [] if name in (PLAIN, *OWN.values()) else [f"{name} {same} of {len(of[name])}"]
         if not name.startswith("k = "):
             continue
         depth, length = int(name[4:]), tau(of[name])
@@ -265,6 +304,7 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         tokens=asked.tokens,
         threads=f"{asked.threads} threads" if asked.threads else "all cores",
         torch=TORCH,
+        peer=f" ({of[PEERS['plain']][0]['version']})" if PEERS["plain"] in of else "",
         intervals="; ".join(intervals),
         best=best[4:],
         by_source="; ".join(f"{name} {tau(mine).value:.2f}" for name, mine in own.items()),
@@ -341,6 +381,7 @@ def main() -> None:
     parser.add_argument("--page", default="draft", help="name of the page")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--gated", help="the same draft with the gate")
+    parser.add_argument("--openvino", help="the python of an environment with openvino-genai")
     parser.add_argument("--no-torch", dest="torch", action="store_false")
     asked = parser.parse_args()
     print(page(asked, measure(asked)))
