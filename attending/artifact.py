@@ -5,6 +5,7 @@ one. `run.json` says how it came to be: enough to do it again, and to trust a nu
 """
 
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -88,6 +89,19 @@ def disk_has_room(target: Path) -> Iterator[None]:
             f"the disk is full ({free:,} bytes free): {target.name} was not written. "
             "Make room and run the command again."
         ) from None
+
+
+@contextmanager
+def alone(folder: Path, remedy: str) -> Iterator[None]:
+    """While one process writes to an existing folder, another one is a UsageError."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process writes to {folder}: wait for it, or {remedy}."
+            ) from None
+        yield
 
 
 def finish(

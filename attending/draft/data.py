@@ -1,7 +1,7 @@
 """Answers of the target itself to prompts, as token shards: what a draft is trained on.
 
-They come through the path that will serve the target (its engine, or an address) with the ids that
-it read and wrote, and are never encoded again. Each is kept as soon as it is whole, so an
+They come through the path that will serve the target, its engine, with the ids that it read and
+wrote, and are never encoded again. Each is kept as soon as it is whole, so an
 interrupted run goes on with what is missing. Texts are what a model wrote; prompts may be private.
 """
 
@@ -32,6 +32,8 @@ from attending.train.state import differences
 
 ANSWERS, TOLD = "answers.jsonl", "dialogues.json"
 MAX_BYTES, SHARD_TOKENS = 20_000_000, 50_000_000
+INDIFFERENT = {"threads", "draft", "draft_depth", "draft_width", "draft_nodes", "cache_tokens"}
+INDIFFERENT |= {"max_running", "max_waiting"}  # of an engine's options: they change no answer
 REFUSED = {400, 413, 422}  # this prompt, not the endpoint
 
 
@@ -41,8 +43,8 @@ class Prompt(NamedTuple):
     source: str
     number: int
     """Of all records of the source."""
-    key: str
-    """What is held out as a whole."""
+    is_held_out: bool
+    """Its subject is, or that of another prompt with the same words."""
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
     """How it is answered."""
@@ -61,11 +63,23 @@ def digests(config: DraftConfig) -> list[dict[str, str]]:
 
 
 def prompts(config: DraftConfig) -> Iterator[Prompt]:
-    """All that is asked, source by source, once; records without the fields are passed over."""
+    """All that is asked, source by source, once; records without the fields are passed over.
+
+    Words are the same whatever their case and spaces.
+    """
+    found: dict[str, Prompt] = {}
+    held = set[str]()
     for name, told in config.prompts.items():
-        own = {json.dumps(one.messages): one for one in _read(config, name, told)}.values()
-        order = sorted(own, key=lambda one: draw("prompt", config.seed, *one[:2]))
-        yield from order[: told.limit or None]
+        own: dict[str, Prompt] = {}
+        for one in _read(config, name, told):
+            words = " ".join(json.dumps(one.messages).casefold().split())
+            own.setdefault(words, one)
+            if one.is_held_out:
+                held.add(words)
+        order = sorted(own.items(), key=lambda item: draw("prompt", config.seed, *item[1][:2]))
+        found = dict(order[: told.limit or None]) | found
+    for words, one in found.items():
+        yield one._replace(is_held_out=words in held)
 
 
 def _read(config: DraftConfig, name: str, told: PromptsConfig) -> Iterator[Prompt]:
@@ -91,7 +105,8 @@ def _read(config: DraftConfig, name: str, told: PromptsConfig) -> Iterator[Promp
             if messages:
                 seeded = sampling | {"seed": draw("draft", config.seed, name, number) % 2**31}
                 key = key or f"{inner}:{record.line}"
-                yield Prompt(name, number, key, messages, seeded if how.temperature else sampling)
+                drawn = seeded if how.temperature else sampling
+                yield Prompt(name, number, is_held_out(key), messages, drawn)
 
 
 def _messages(told: PromptsConfig, fields: Any) -> list[dict[str, Any]]:
@@ -107,8 +122,8 @@ def prepare(
 ) -> dict[str, dict[str, int]]:
     """Have the answers written that are missing, then the shards; counts by source.
 
-    Kinds of prompts are asked by turns, so that what is there of them is a sample of all. An answer
-    is known by its words and sampling: a recipe that asks for more finds what is there.
+    All kinds of prompts are asked in one shuffled order, so that what is there is a sample. An
+    answer is known by its words and sampling: a recipe that asks for more finds what is there.
 
     Args:
         config: The recipe.
@@ -123,12 +138,15 @@ def prepare(
         EndpointError: The endpoint is gone. What was answered is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"target_sha256": start.sha256, "engine": config.writing.engine}
+    engine = {k: v for k, v in config.writing.engine.items() if k not in INDIFFERENT}
+    told = {"target_sha256": start.sha256, "engine": engine}
     if (folder / TOLD).is_file():
         before = json.loads((folder / TOLD).read_text("utf-8"))
         if changed := differences(before, told):
             raise ConfigError(
-                f"{folder.name} holds answers of another model:\n  " + "\n  ".join(changed) + "\n"
+                f"{folder.name} holds answers of another model or engine:\n  "
+                + "\n  ".join(changed)
+                + "\n"
                 "set these back, or name another folder with --set dialogues=FOLDER."
             )
     else:
@@ -141,18 +159,21 @@ def prepare(
         asyncio.run(_write(config, left, file, len(every), progress))
         known = _answered(file)
     own = [
-        known[one.asked] | {"source": one.source, "number": one.number, "key": one.key}
+        known[one.asked]
+        | {"source": one.source, "number": one.number, "is_held_out": one.is_held_out}
         for one in every
     ]
     return _shard(config, start, shards, own)
 
 
 def _answered(file: Path) -> dict[str, dict[str, Any]]:
-    """By what was asked."""
-    if not file.exists():
-        return {}
-    with file.open(encoding="utf-8") as lines:
-        return {row["asked"]: row for row in map(json.loads, lines)}
+    """By what was asked; an answer that is there stays."""
+    found: dict[str, dict[str, Any]] = {}
+    if file.exists():
+        with file.open(encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                found.setdefault(row["asked"], row)
+    return found
 
 
 async def _write(
@@ -215,10 +236,10 @@ def _shard(
         if not fault:
             whole.append(row)
     whole.sort(key=lambda row: draw("dialogue", config.seed, row["source"], row["number"]))
-    parts = {"train": [row for row in whole if not is_held_out(row["key"])]}
+    parts = {"train": [row for row in whole if not row["is_held_out"]]}
     for name in names:
         parts[f"heldout/{name}"] = [
-            row for row in whole if row["source"] == name and is_held_out(row["key"])
+            row for row in whole if row["source"] == name and row["is_held_out"]
         ]
     if not parts["train"]:
         told = {name: dict(own) for name, own in counts.items()}

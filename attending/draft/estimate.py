@@ -59,7 +59,7 @@ def estimate(config: DraftConfig) -> dict[str, Any]:
         "written_mib": round(own * (2 if head.dtype == "bfloat16" else 4) / 2**20, 1),
         "prompts": len(questions),
         "answer_tokens_at_most": tokens,
-        "kept_features_gib_at_most": round(config.keep_features * tokens * kept / GIB, 2),
+        "kept_features_gib_of_full_answers": round(config.keep_features * tokens * kept / GIB, 2),
         "memory": {name: round(size, 3) for name, size in memory.items()}
         | {"fits": sum(memory.values()) <= assumed.memory_gib},
         "memory_arithmetic": (

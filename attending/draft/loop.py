@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ def draft(
         Stopped: It was interrupted, and has saved its state.
     """
     context = config.context
-    with process_group(config.compute.precision) as (place, device):
+    with process_group(config.compute.precision) as (place, device), ExitStack() as held:
         start = open_start(config.model)
         require_alone(config, start, place)
         recipe = config.model_dump(mode="json")
@@ -71,6 +72,8 @@ def draft(
             out, told, place, resume=resume, accept_changes=accept_changes, final=FINAL
         )
         answers = Path(config.dialogues or folder / DATA)
+        answers.mkdir(parents=True, exist_ok=True)
+        held.enter_context(artifact.alone(answers, "name another with --set dialogues=FOLDER"))
         counts = data.prepare(config, start, answers, folder / DATA, progress)
         for name, own in counts.items():
             note(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in own.items()))

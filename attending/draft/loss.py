@@ -84,7 +84,10 @@ class Read(NamedTuple):
 
     features: Tensor  # [T, 3 D]
     embedded: Tensor  # [T, D], of the batch's targets
-    shares: Tensor  # [A, draft vocabulary], its distribution among those at rows that count
+    shares: (
+        Tensor  # [A, draft vocabulary]: of the likeliest tokens' shares those of draft words, to
+    )
+    # one, at rows that count; zeros where none of these is a draft word
     is_inside: Tensor  # [T] bool: rows that count whose likeliest token the draft has
     place: Tensor  # [T]: each such row's in `shares`
 

@@ -13,7 +13,7 @@ from attending.draft.data import token_counts
 from attending.draft.estimate import operations
 from attending.draft.loss import UnrolledLoss
 from attending.draft.recipe import DraftConfig
-from attending.draft.target import Scaled, open_target, sizes
+from attending.draft.target import Scaled, open_target, third_sizes
 from attending.draft.watch import by_source
 from attending.errors import ConfigError
 from attending.mesh import World
@@ -104,7 +104,7 @@ def prepare(
     some = open_reader(shards, config)
     [first] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
     seen = open_target(config, start, place, device, answers)
-    target = Scaled(seen, sizes(seen.look(first)))
+    target = Scaled(seen, third_sizes(seen.look(first)))
     ends = target.ends
     eagle = Eagle(told).to(device, ends.model.norm.weight.dtype)
     if config.begin:

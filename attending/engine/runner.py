@@ -82,6 +82,9 @@ class Observed(NamedTuple):
 class Observer(Runner, Protocol):
     """A runner that was asked to show its model's features."""
 
+    path: dict[str, str]
+    """What it computes with."""
+
     def observe(self, spans: Sequence[Span]) -> Observed:
         """Run a step, and look on."""
 

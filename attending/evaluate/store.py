@@ -5,7 +5,6 @@ grades are lines that are there as soon as they are known; where an answer was j
 last line counts, and a grade counts only for the text that it was given for.
 """
 
-import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from attending import logs
-from attending.artifact import disk_has_room, without_folders, write_json
+from attending.artifact import alone, disk_has_room, without_folders, write_json
 from attending.errors import CheckpointError, ConfigError, UsageError
 from attending.evaluate.sample import Answer, Grade, Key, Sample, Task
 from attending.verifier.rubric.schema import read_lines
@@ -51,13 +50,7 @@ class Store:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While one process writes, another one is a UsageError: answers would be paid twice."""
-        with (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"another process writes to {self.folder}: wait for it, or give another --out."
-                ) from None
+        with alone(self.folder, "give another --out"):
             yield
 
     def hold(self, key: str, value: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import attending
-from attending.artifact import digest
+from attending.artifact import alone, digest
 from attending.corpus.split import is_held_out
 from attending.draft import data
 from attending.draft.estimate import estimate
@@ -162,15 +162,14 @@ def test_answers_are_not_asked_for_again(made: Made, tmp_path: Path) -> None:
     # Fewer prompts find theirs; of another length each is asked anew, and what was there stays.
     told = config.prompts["questions"].model_dump()
     few = recipe(made, prompts={"questions": told | {"limit": 9}})
-    assert (
-        data.prepare(few, start, copy, tmp_path / "few", pytest.fail)["questions"]["answers"] == 9
-    )
+    counts = data.prepare(few, start, copy, tmp_path / "few", lambda *_: pytest.fail())
+    assert counts["questions"]["answers"] == 9
     short = recipe(made, prompts={"short": told | {"limit": 9, "max_tokens": 3}})
     asked.clear()
     data.prepare(short, start, copy, tmp_path / "short", lambda done, *_: asked.append(done))
     assert asked == [*range(1, 10)]
     assert len((copy / data.ANSWERS).read_text("utf-8").splitlines()) == len(lines) + 9
-    with pytest.raises(ConfigError, match=r"answers of another model:\n  engine"):
+    with pytest.raises(ConfigError, match=r"answers of another model or engine:\n  engine"):
         other = recipe(made, writing={**config.writing.model_dump(), "engine": {}})
         data.prepare(other, start, copy, tmp_path / "s", lambda *_: None)
     with pytest.raises(ConfigError, match="target_sha256"):
@@ -249,7 +248,30 @@ def test_the_estimate_counts_prompts_and_weights(made: Made) -> None:
     assert told["memory"]["fits"]
 
 
-def test_kinds_of_prompts_are_asked_by_turns(made: Made, tmp_path: Path) -> None:
+def test_words_that_are_held_out_anywhere_are_held_out(made: Made, tmp_path: Path) -> None:
+    """Whatever their case and spaces, and whichever source asks them."""
+    keys = {is_held_out(f"{n}"): f"{n}" for n in range(500)}
+    rows = [{"q": "Fever?", "k": keys[False]}, {"q": "cough?", "k": keys[False]}]
+    more = [{"q": "fever? ", "k": keys[True]}, {"q": "Cough?", "k": keys[False]}]
+    for name, own in (("one", rows), ("two", more)):
+        lines = [json.dumps(row) for row in own]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
+    told = {"prompt": "{q}", "holdout_key": "{k}"}
+    two = {name: {"path": f"{name}.jsonl", **told} for name in ("one", "two")}
+    asked = list(data.prompts(recipe(made, root=str(tmp_path), prompts=two)))
+    assert sorted((one.messages[0]["content"], one.is_held_out) for one in asked) == [
+        ("Fever?", True),
+        ("cough?", False),
+    ]
+
+
+def test_two_runs_do_not_share_a_folder_of_answers_at_once(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    with alone(tmp_path / "answers", "wait"), pytest.raises(UsageError, match="another process"):
+        draft(recipe(made, dialogues=str(tmp_path / "answers")), tmp_path / "out")
+
+
+def test_kinds_of_prompts_are_asked_in_one_shuffled_order(made: Made, tmp_path: Path) -> None:
     """So what a stopped run has is a sample of all of them."""
     told = {"path": "questions.jsonl", "prompt": "{q}"}
     two = {"first": {**told, "limit": 30}, "second": {**told, "prompt": "Say {q}", "limit": 30}}
@@ -279,7 +301,7 @@ def test_a_draft_of_what_the_native_engine_serves(made: Made, tmp_path: Path) ->
     model = attending.load(str(made[1]), draft=str(out), draft_depth=3)
     model.limit_context(128)
     for one in data.prompts(config):
-        if is_held_out(one.key):
+        if one.is_held_out:
             model.chat(one.messages, temperature=0.0, max_tokens=12)
     told = model.scheduler.speculation
     assert told and told.acceptance_length == pytest.approx(measured[-1], rel=0.1)

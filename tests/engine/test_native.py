@@ -84,15 +84,23 @@ def test_a_row_has_the_same_bits_in_any_company(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("form", [(4, 32, True), (8, 128, False)])
-def test_extreme_integers_do_not_overflow(path: str, form: tuple[int, int, bool]) -> None:
+@pytest.mark.parametrize("form", [(4, 32, True), (4, 64, False), (8, 32, True), (8, 128, False)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_extreme_integers_do_not_overflow(
+    path: str, form: tuple[int, int, bool], sign: float
+) -> None:
+    """The smallest, the largest and the middle one, alone and by turns: sums of them are exact."""
     bits, group, symmetric = form
-    values = np.full((16, 256), (1 << bits) - 1, np.uint8)
+    middle, most = 1 << bits - 1, (1 << bits) - 1
+    values = np.empty((16, 256), np.uint8)
+    values[:4], values[4:8], values[8:12] = 0, most, middle
+    values[12:, ::2], values[12:, 1::2] = 0, most
     scale = np.ones((16, 256 // group), np.float16)
     integers = Blocks(bits, values, scale, None if symmetric else scale * 0)
-    x = np.full((5, 256), -1.0, np.float32)
-    one = (1 << bits) - 1 - (1 << bits - 1 if symmetric else 0)
-    assert (product(path, integers, x, int8=True) == -256 * one).all()
+    x = np.full((5, 256), sign, np.float32)
+    x[3, ::2] *= -1
+    wanted = x @ (values.astype(np.float32) - (middle if symmetric else 0)).T
+    assert np.array_equal(product(path, integers, x, int8=True), wanted)
 
 
 @given(shape=shapes, form=forms)

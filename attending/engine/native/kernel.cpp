@@ -184,7 +184,7 @@ inline F exponential(F v) {
 }
 
 // acc + the four products of neighbouring bytes: w of each lane, unsigned, of BITS; a of all, signed.
-// After at most eight of them, from 0, `whole` makes a group's sum of it.
+// After at most eight of them, from 0, `group_sum` makes a group's sum of it.
 template <int BITS>
 inline I dot4(I acc, I w, const int8_t* a) {
     int32_t four;
@@ -211,7 +211,7 @@ inline I dot4(I acc, I w, const int8_t* a) {
 // What `dot4` made of a group: the sum of a times w, or, without a MINIMUM, times w less its middle.
 // offset: -8 times the sum of a.
 template <int BITS, bool MINIMUM>
-inline I whole(I acc, int32_t offset) {
+inline I group_sum(I acc, int32_t offset) {
     int32_t middle = BITS == 4 ? offset : 16 * offset;
 #if WIDTH == 8
     if (BITS == 8) return MINIMUM ? acc - splat(middle) : acc;
@@ -494,7 +494,7 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
                 }
                 if constexpr (BITS == 4) bytes += 16 * panel;
                 for (int r = 0; r < R; ++r) {
-                    I all = whole<BITS, MINIMUM>(dot[r], offsets[r]);
+                    I all = group_sum<BITS, MINIMUM>(dot[r], offsets[r]);
                     total[r] = fma(to_float(all) * scales[r], scale, total[r]);
                     if constexpr (MINIMUM) total[r] = fma(minimum, splat(sums[r]), total[r]);
                 }
@@ -707,7 +707,7 @@ class Engine {
         prepare();
         for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
         crew_.run([this](int id) { Turn{*this, id, 0}.run(); });
-        if (features) std::copy_n(features_.data(), batch.rows * m_.features * m_.hidden, features);
+        if (features) std::copy_n(features_.data(), int64_t(batch.rows) * m_.features * m_.hidden, features);
     }
 
     // Of spans of one token what the draft believes to follow: ids [spans][depth].
@@ -1365,7 +1365,10 @@ double attending_ceiling(int kind, int threads) try {
             auto start = std::chrono::steady_clock::now();
             for (int64_t i = 0; i < steps; ++i) {
                 if (kind == 0)
-                    for (auto& x : integers) x = dot4<4>(x, bytes, four);
+                    for (auto& x : integers) {
+                        x = dot4<4>(x, bytes, four);
+                        if (i % 8 == 7) x = group_sum<4, true>(x, 0);
+                    }
                 else
                     for (auto& x : floats) x = fma(one, one, x);
                 __asm__ volatile("" : "+" VECTOR(bytes), "+" VECTOR(one));

@@ -154,6 +154,10 @@ class NativeRunner:
         self._kept: list[Any] = [packed]  # what the kernel has addresses of
         threads = chosen.threads or cast(int, mesh.hardware()["available_cores"])
         self._features = np.array(draft.config.layers if draft else features, np.int32)
+        if (draft and features) or not all(0 <= i <= len(packed.arch.layers) for i in features):
+            raise UsageError(
+                f"features={[*features]}: of {len(packed.arch.layers)} layers, and without a draft."
+            )
         model = self._model(packed, chosen, threads, draft)
         self._engine: int | None = self._kernel.attending_open(C.byref(model))
         if not self._engine:
