@@ -19,7 +19,6 @@ import json
 import re
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from attending.artifact import commit, digest
 from attending.corpus.split import draw, is_held_out
 from attending.engine.local import Model
 from attending.engine.scheduler import Request
-from attending.evaluate.intervals import bootstrap, ratio
+from attending.evaluate.intervals import Estimate, bootstrap, ratio
 from attending.logs import cut, read_metrics
 from attending.mesh import hardware
 from attending.model.files import gguf_in
@@ -55,8 +54,11 @@ included; *v*: a step of k + 1 rows, in which the draft's keys and values are ke
 proposed, over the plain path's of one row;
 *d*: a step of the draft over that; *predicted*: tau / (v + k d); *measured*: time for a token, over
 that with the draft. Prompts' time is left out. Every path answered a prompt before the next one
-began. *{torch}* is the same model in float32; answers of torch's paths are compared with its own,
-and so are those of a peer{peer}.
+began, in an order of its own. *{torch}* is the same model in float32; answers of torch's paths are
+compared with its own, and so are a peer's{peer}.
+
+Measured, with its 95 % interval over prompts: {measured}. The best depth was chosen by the same
+prompts.
 
 tau with its 95 % interval over prompts: {intervals}.
 
@@ -65,8 +67,8 @@ By source, at k = {best}: {by_source}. Accepted by position there, where all bef
 
 Greedy answers identical to the plain one: {identical}.
 
-Several users at once, k = {best}, tokens/s over the same without a draft, medians of {repeats} with
-their range, as long as all of them are being answered: {crowd}. {even}
+Several users at once, tokens/s over the same without a draft, medians of {repeats} with their
+range, as long as all of them are being answered: with k = {best} {crowd}. {even} As served: {served}.
 
 Training: {training}
 
@@ -153,6 +155,42 @@ def answer(model: Model, texts: Sequence[str], tokens: int) -> dict[str, Any]:
     return row
 
 
+class Peer:
+    """OpenVINO in a process of its own, which answers a prompt when it is asked."""
+
+    def __init__(self, asked: argparse.Namespace, ours: Model) -> None:
+        self._ours = ours
+        threads = str(asked.threads or hardware()["available_cores"])
+        stops = ",".join(map(str, sorted(ours.stop_ids)))
+        stored = str(gguf_in(resolve(asked.model).path))
+        command = [asked.openvino, str(HERE / "peers" / "run_lookup.py"), stored, threads]
+        command += [str(asked.tokens), stops]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.answer("Good morning!")  # buffers and the clock settle
+
+    def answer(self, text: str) -> Iterator[dict[str, Any]]:
+        """A row of each of its paths."""
+        ids = self._ours.tokenizer.render([{"role": "user", "content": text}])
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(ids) + "\n")
+        self._process.stdin.flush()
+        found = []
+        while len(found) < len(PEERS):
+            line = self._process.stdout.readline()
+            if not line:
+                raise SystemExit(f"{PEERS['plain']} has ended: see its words above.")
+            if line.startswith("{"):  # it has words of its own
+                found.append(json.loads(line))
+        for row in found:
+            told = {"path": PEERS[row["path"]], "version": row["version"]}
+            yield told | {
+                "ids": [row["ids"]],
+                "tokens": len(row["ids"]) - 1,
+                "seconds": row["seconds"],
+            }
+
+
 def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows; those that are kept already are not measured again."""
     file, models = Path(asked.keep), paths(asked)
@@ -166,64 +204,56 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [row for row in rows if row["settings"] == settings]
     known = {(row["source"], row["number"], row["repeat"], row["path"]) for row in rows}
 
-    def note(source: str, number: int, path: str, texts: Sequence[str], repeat: int = 0) -> None:
-        if (source, number, repeat, path) in known:
+    def keep(row: dict[str, Any]) -> None:
+        key = row["source"], row["number"], row["repeat"], row["path"]
+        if key in known:
             return
-        row = {"source": source, "number": number, "repeat": repeat, "path": path}
-        row["settings"] = settings
-        row |= answer(models[path], texts, asked.tokens)
         with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(row | {"settings": settings}) + "\n")
         rows.append(row)
+        known.add(key)
+
+    def note(source: str, number: int, path: str, texts: Sequence[str], repeat: int = 0) -> None:
+        if (source, number, repeat, path) not in known:
+            row = {"source": source, "number": number, "repeat": repeat, "path": path}
+            keep(row | answer(models[path], texts, asked.tokens))
 
     told = list(prompts(Path(asked.data), asked.prompts))
     for model in models.values():  # threads, buffers and the clock settle
         answer(model, ["Good morning!"], 8)
+    peer = Peer(asked, models[PLAIN]) if asked.openvino else None
     for source, number, text in told:
-        for path in models:
+        # In another order for each prompt, so that no path is always the first.
+        for path in sorted(models, key=lambda path: draw("path", source, number, path)):
             note(source, number, path, [text])
-    if asked.openvino:
-        left = [one for one in told if (*one[:2], 0, PEERS["lookup"]) not in known]
-        for row in theirs(asked, left):
-            with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row | {"settings": settings}) + "\n")
-            rows.append(row)
+        if peer and (source, number, 0, PEERS["lookup"]) not in known:
+            for row in peer.answer(text):
+                keep({"source": source, "number": number, "repeat": 0} | row)
     best = best_of(rows)
     for repeat in range(REPEATS):
         for users in USERS:
-            for path in (PLAIN, best):
+            for path in (PLAIN, best, ADAPTING):
                 texts = [text for *_, text in (told * users)[:users]]
                 note("users", users, path, texts, repeat)
     return rows
 
 
-def theirs(
-    asked: argparse.Namespace, told: Sequence[tuple[str, int, str]]
-) -> Iterator[dict[str, Any]]:
-    """OpenVINO's rows, with and without prompt lookup, of the same ids."""
-    if not told:
-        return
-    model = attending.load(asked.model, draft="none")
-    ids = [model.tokenizer.render([{"role": "user", "content": text}]) for *_, text in told]
-    threads = asked.threads or hardware()["available_cores"]
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as work:
-        json.dump({"threads": threads, "tokens": asked.tokens, "prompts": ids}, work)
-        work.flush()
-        stored = str(gguf_in(resolve(asked.model).path))
-        command = [asked.openvino, str(HERE / "peers" / "run_lookup.py"), work.name, stored]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    # The first pair settled buffers.
-    for (source, number, _), *pair in zip(told, found[2::2], found[3::2], strict=True):
-        for row in pair:
-            name = {"source": source, "number": number, "repeat": 0, "path": PEERS[row["path"]]}
-            told_of = {key: row[key] for key in ("seconds", "version")}
-            yield name | told_of | {"ids": [row["ids"]], "tokens": len(row["ids"]) - 1}
-
-
 def rate(rows: Sequence[dict[str, Any]]) -> float:
-    """Tokens a second."""
-    return float(sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows))
+    """Tokens a second, of what lasted long enough to have one."""
+    timed = [row for row in rows if row["seconds"]]
+    return float(sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed))
+
+
+def faster(rows: Sequence[dict[str, Any]], than: Sequence[dict[str, Any]]) -> Estimate:
+    """The ratio of both rates, with its interval over the prompts that both answered."""
+    of = {(row["source"], row["number"]): row for row in than}
+    pairs = [(row, of[row["source"], row["number"]]) for row in rows]
+    terms = [(a["tokens"], a["seconds"], b["tokens"], b["seconds"]) for a, b in pairs]
+
+    def quotient(sums: Any) -> Any:
+        return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
+
+    return bootstrap(terms, range(len(terms)), quotient, seed=0, resamples=1000)
 
 
 def best_of(rows: Sequence[dict[str, Any]]) -> str:
@@ -233,21 +263,21 @@ def best_of(rows: Sequence[dict[str, Any]]) -> str:
     return max(names, key=lambda name: rate([r for r in alone if r["path"] == name]))
 
 
-def tau(rows: Sequence[dict[str, Any]]) -> Any:
+def tau(rows: Sequence[dict[str, Any]]) -> Estimate:
     """Tokens of a round with its interval over prompts."""
     terms = [(row["rounds"] + sum(row["accepted"]), row["rounds"]) for row in rows if row["rounds"]]
     return bootstrap(terms, range(len(terms)), ratio, seed=0, resamples=1000)
 
 
-def crowds(rows: Sequence[dict[str, Any]], best: str) -> dict[int, list[float]]:
-    """Of each number of users: tokens a second with the draft over those without, by repeat."""
+def crowds(rows: Sequence[dict[str, Any]], path: str) -> dict[int, list[float]]:
+    """Of each number of users: tokens a second on a path over those without a draft, by repeat."""
     of = {
         (row["number"], row["repeat"], row["path"]): rate([row])
         for row in rows
         if row["source"] == "users"
     }
     return {
-        users: [of[users, at, best] / of[users, at, PLAIN] for at in range(REPEATS)]
+        users: [of[users, at, path] / of[users, at, PLAIN] for at in range(REPEATS)]
         for users in USERS
     }
 
@@ -262,13 +292,31 @@ def even(alone: float, crowd: dict[int, list[float]]) -> str:
     return f"Drafting pays up to {pays} of these." if pays else "Drafting does not pay here."
 
 
+def interval(name: str, found: Estimate) -> str:
+    """In words."""
+    return f"{name} {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def ranges(crowd: dict[int, list[float]]) -> str:
+    """In words."""
+    return "; ".join(
+        f"{users} users {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+        for users, found in crowd.items()
+    )
+
+
+def step_seconds(rows: Sequence[dict[str, Any]]) -> float:
+    """Of a step, in the median of the answers that had one."""
+    return statistics.median(row["step_s"] for row in rows if row["step_s"])
+
+
 def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
     """Write the page."""
     alone = [row for row in rows if row["source"] != "users"]
     names = [*dict.fromkeys(row["path"] for row in alone)]
     of = {name: [row for row in alone if row["path"] == name] for name in names}
     plain, best = of[PLAIN], best_of(rows)
-    one_row = statistics.median(row["step_s"] for row in plain)
+    one_row = step_seconds(plain)
     measures, intervals, identical = [], [], []
     wanted = {
         (name, row["source"], row["number"]): row["ids"]
@@ -284,9 +332,9 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         if not name.startswith("k = "):
             continue
         depth, length = int(name[4:]), tau(of[name])
-        v = statistics.median(row["step_s"] for row in of[name]) / one_row
+        v = step_seconds(of[name]) / one_row
         d = statistics.median(row["draft_s"] for row in of[name]) / one_row
-        intervals.append(f"{name} {length.value:.2f} ({length.low:.2f} to {length.high:.2f})")
+        intervals.append(interval(name, length))
         figures = {"tau": length.value, "v": v, "d": d, "predicted": length.value / (v + depth * d)}
         measures += [Measure(quantity, name, [value]) for quantity, value in figures.items()]
     sources = [*dict.fromkeys(row["source"] for row in alone)]
@@ -311,10 +359,9 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         positions=", ".join(f"{a / max(t, 1):.2f}" for a, t in zip(accepted, tried, strict=True)),
         identical="; ".join(identical),
         repeats=REPEATS,
-        crowd="; ".join(
-            f"{users} users {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-            for users, found in crowd.items()
-        ),
+        crowd=ranges(crowd),
+        served=ranges(crowds(rows, ADAPTING)),
+        measured="; ".join(interval(name, faster(of[name], plain)) for name in names[1:]),
         even=even(rate(of[best]) / rate(plain), crowd),
         training=trained(Path(asked.draft), HERE / f"{asked.page}_training.svg"),
         name=asked.page,
@@ -358,16 +405,31 @@ def trained(draft: Path, file: Path) -> str:
 
 def compared(plain: Path, gated: Path) -> str:
     """Tokens a round of both at equal steps, of the same held-out answers."""
-    both, recipes = [curves(one) for one in (plain, gated)], []
-    for one in (plain, gated):
-        recipe = json.loads((one / "run.json").read_text("utf-8"))["recipe"]
-        recipes.append(recipe | {"head": {**recipe["head"], "gated": None}})
-    if recipes[0] != recipes[1]:
-        raise SystemExit(f"{plain.name} and {gated.name} differ by more than the gate.")
+    both = [curves(one) for one in (plain, gated)]
     keys = sorted(key for key in both[0] if "_tokens_per_round@" in key and key[-1].isdigit())
-    cells = [[key, *(f"{one[key][-1][1]:.3f}" for one in both)] for key in keys]
+    cells = []
+    for key in keys:
+        ends = [[one[f"{key}{end}"][-1][1] for end in ("", "_low", "_high")] for one in both]
+        cells.append([key, *("{:.3f} ({:.3f} to {:.3f})".format(*end) for end in ends)])
     lines = [f"| {' | '.join(row)} |" for row in (["", "plain", "gated"], ["---"] * 3, *cells)]
     return "\nThe gated head, at equal steps:\n\n" + "\n".join(lines) + "\n"
+
+
+def require(asked: argparse.Namespace) -> None:
+    """SystemExit, before anything is measured, where the page could not be written."""
+    runs = []
+    for folder in map(Path, filter(None, (asked.draft, asked.gated))):
+        for name in ("metrics.jsonl", "run.json"):
+            if not (folder / name).is_file():
+                raise SystemExit(
+                    f"{folder} has no {name}: give a folder that attending draft made."
+                )
+        runs.append(json.loads((folder / "run.json").read_text("utf-8")))
+    gates = [run["recipe"]["head"].pop("gated") for run in runs]
+    if gates != [False, True][: len(runs)]:
+        raise SystemExit("DRAFT must have no gate, and GATED_DRAFT must have one.")
+    if any(run[key] != runs[0][key] for run in runs for key in ("recipe", "parents")):
+        raise SystemExit(f"{asked.draft} and {asked.gated} differ by more than the gate.")
 
 
 def main() -> None:
@@ -384,6 +446,7 @@ def main() -> None:
     parser.add_argument("--openvino", help="the python of an environment with openvino-genai")
     parser.add_argument("--no-torch", dest="torch", action="store_false")
     asked = parser.parse_args()
+    require(asked)
     print(page(asked, measure(asked)))
 
 

@@ -84,17 +84,18 @@ class Read(NamedTuple):
 
     features: Tensor  # [T, 3 D]
     embedded: Tensor  # [T, D], of the batch's targets
-    shares: (
-        Tensor  # [A, draft vocabulary]: of the likeliest tokens' shares those of draft words, to
-    )
-    # one, at rows that count; zeros where none of these is a draft word
+    shares: Tensor  # [A, draft vocabulary], see `read`
     is_inside: Tensor  # [T] bool: rows that count whose likeliest token the draft has
     place: Tensor  # [T]: each such row's in `shares`
 
 
 @torch.no_grad()
 def read(target: Target, eagle: Eagle, batch: Batch) -> Read:
-    """A look of the frozen target at a batch."""
+    """A look of the frozen target at a batch.
+
+    Of the shares of its likeliest tokens those of draft words are taken, and sum to one; they are
+    zeros where none of these tokens is a draft word.
+    """
     wanted, look = batch.weights > 0, target.look(batch)
     words = eagle.t2d.cumsum(0) - 1  # of each token that the draft has
     is_there = eagle.t2d[look.ids]

@@ -1,9 +1,9 @@
 """How far a draft would have come on held-out answers of its target: counted, not timed.
 
 A chain of k is drafted greedily and checked against what the target wrote. Where the answers are
-greedy that is what the engine will do, but for the draft's own 8 bits (and, where torch looked at the
-target, the engine's); where they were sampled, a proposal x is accepted with the target's p(x), which is how often the text agrees. So both are
-unbiased.
+greedy that is what the engine will do, but for the draft's own 8 bits (and, where torch looked at
+the target, the engine's); where they were sampled, a proposal x is accepted with the target's p(x),
+which is how often the text agrees. So both are unbiased.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,14 +1,13 @@
-"""OpenVINO GenAI with and without its prompt lookup: pip install openvino-genai. Standard library.
+"""OpenVINO GenAI with and without its prompt lookup: pip install openvino-genai.
 
-    python benchmarks/peers/run_lookup.py WORK.json GGUF
+    python benchmarks/peers/run_lookup.py GGUF THREADS TOKENS STOP_ID,STOP_ID
 
-WORK holds `threads`, `tokens` and `prompts`, lists of ids. Each prompt is answered greedily by both
-before the next one; a line of JSON for each answer: path, tokens and seconds after the first token.
+Reads prompts from its input, a JSON list of ids a line. Each is answered greedily by both; for each
+answer a line of JSON: path, ids, and the seconds after the first token.
 """
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import openvino
@@ -19,19 +18,21 @@ PROPOSED, NGRAM = 5, 3  # tokens a round, and the length of what is looked up
 
 def main() -> None:
     """See above."""
-    work, model = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-    told = {"INFERENCE_NUM_THREADS": work["threads"]}
+    model, threads, tokens, stops = sys.argv[1:]
+    told = {"INFERENCE_NUM_THREADS": int(threads)}
     pipelines = {
         "plain": openvino_genai.LLMPipeline(model, "CPU", **told),
         "lookup": openvino_genai.LLMPipeline(model, "CPU", prompt_lookup=True, **told),
     }
-    for ids in ([1, 2, 3, 4] * 8, *work["prompts"]):  # the first settles buffers and the clock
+    for line in sys.stdin:
         for path, pipeline in pipelines.items():
             options = openvino_genai.GenerationConfig()
-            options.max_new_tokens = work["tokens"]
+            options.max_new_tokens = int(tokens)
+            options.stop_token_ids = {int(one) for one in stops.split(",")}
+            options.include_stop_str_in_output = True
             if path == "lookup":
                 options.num_assistant_tokens, options.max_ngram_size = PROPOSED, NGRAM
-            rows = np.array([ids], dtype=np.int64)
+            rows = np.array([json.loads(line)], dtype=np.int64)
             tensors = openvino.Tensor(rows), openvino.Tensor(np.ones_like(rows))
             found = pipeline.generate(openvino_genai.TokenizedInputs(*tensors), options)
             took = found.perf_metrics

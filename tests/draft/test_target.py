@@ -126,7 +126,7 @@ def test_kept_looks_that_are_damaged_are_said(tmp_path: Path, harm: str) -> None
     file = tmp_path / "features.bin"
     held = file.read_bytes()
     file.write_bytes({"cut": held[:-1], "emptied": b"", "another's": held[::-1]}[harm])
-    with pytest.raises(CheckpointError, match="features.bin does not hold what .* remove both"):
+    with pytest.raises(CheckpointError, match=r"features\.bin does not hold what .* remove both"):
         Kept(counted, tmp_path, "m").look(one)
 
 
