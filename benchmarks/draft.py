@@ -68,7 +68,7 @@ By source, at k = {best}: {by_source}. Accepted by position there, where all bef
 Greedy answers identical to the plain one: {identical}.
 
 Several users at once, tokens/s over the same without a draft, medians of {repeats} with their
-range, as long as all of them are being answered: with k = {best} {crowd}. {even} As served: {served}.
+range, as long as all are being answered: with k = {best} {crowd}. {even} As served: {served}.
 
 Training: {training}
 
