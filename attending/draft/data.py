@@ -50,6 +50,12 @@ class Prompt(NamedTuple):
     """How it is answered."""
 
     @property
+    def words(self) -> str:
+        """Those of its messages, whatever their case and spaces."""
+        turns = [{k: str(v).casefold().split() for k, v in turn.items()} for turn in self.messages]
+        return json.dumps(turns)
+
+    @property
     def asked(self) -> str:
         """What an answer is known by: the words and the sampling."""
         told = json.dumps([self.messages, self.sampling], sort_keys=True)
@@ -63,19 +69,15 @@ def digests(config: DraftConfig) -> list[dict[str, str]]:
 
 
 def prompts(config: DraftConfig) -> Iterator[Prompt]:
-    """All that is asked, source by source, once; records without the fields are passed over.
-
-    Words are the same whatever their case and spaces.
-    """
+    """All that is asked, source by source, once; records without the fields are passed over."""
     found: dict[str, Prompt] = {}
     held = set[str]()
     for name, told in config.prompts.items():
         own: dict[str, Prompt] = {}
         for one in _read(config, name, told):
-            words = " ".join(json.dumps(one.messages).casefold().split())
-            own.setdefault(words, one)
+            own.setdefault(one.words, one)
             if one.is_held_out:
-                held.add(words)
+                held.add(one.words)
         order = sorted(own.items(), key=lambda item: draw("prompt", config.seed, *item[1][:2]))
         found = dict(order[: told.limit or None]) | found
     for words, one in found.items():

@@ -38,7 +38,7 @@ ROOMS = {
     "prefer": Room(4, 1_080),
     "rl": Room(4, 3_620),
     "quantize": Room(4, 3_200),
-    "draft": Room(4, 1_370),
+    "draft": Room(4, 1_450),
     "gateway": Room(5, 1_400),
 }
 DATA = {"recipes", "configs"}  # folders without code
