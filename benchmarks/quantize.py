@@ -67,6 +67,8 @@ PEERS = {
     "auto-round, 50 steps (light)": ("autoround", "50"),
 }
 SIZES = (256, 512, 1024)
+LIMIT = 100
+"""Examples of each task of the gate's suite."""
 Figures = dict[str, Any]
 
 
@@ -293,6 +295,32 @@ def served(bench: Bench) -> list[str]:
     return table(["served", "tokens/s, one user", "peak memory, MiB"], found)
 
 
+def suite(bench: Bench) -> list[str]:
+    """The gate's tasks before and after, by the engine that serves."""
+    out = folder_of(bench, bench.first, SERVED, *METHODS[SERVED])
+    pairs = [f"gate.data={bench.data / 'eval'}", f"gate.limit={LIMIT}"]
+    config = QuantizeConfig.load("open", "quantize", [*settings(bench, bench.first), *pairs]).gate
+    place = bench.work / f"suite-{identity(str(out))[:8]}"  # what is asked is kept beside a model
+    shutil.copytree(out, place, dirs_exist_ok=True)
+
+    def make() -> Figures:
+        silent = (lambda *_: None, lambda line: print(line, file=sys.stderr))
+        changes, flips = gate.ask(config, bench.first, place, *silent)
+        return {"changes": [one._asdict() | {"says": one.says} for one in changes], "flips": flips}
+
+    asked = [*pairs, identity(bench.first), identity(str(out))]
+    told = noted("suite", asked, make)
+    found = []
+    for one in told["changes"]:
+        flips = told["flips"].get(one["task"])
+        spread = " to ".join(f"{value:+.3f}" for value in one["interval"] or ())
+        cells = [f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['gain']:+.3f} ({spread})"]
+        cells.append("" if flips is None else f"{100 * flips:.1f}")
+        found.append([f"{one['task']}, {one['metric']}", *cells])
+    head = [f"{LIMIT} examples of each", "8 bits", "4 bits", "gain", "answered otherwise, %"]
+    return table(head, found)
+
+
 def grown(bench: Bench) -> list[str]:
     """Measured growth of memory beside `--dry-run`'s arithmetic, without torch itself."""
     idle = watched([sys.executable, "-c", "import attending.quantize.loop"]).peak_bytes
@@ -372,6 +400,8 @@ def main() -> None:
             more += [f"{Path(model).name}, groups of {group}; float perplexity {before:.3f}:", ""]
             more += [*rows(own), ""]
     more += ["Served:", "", *served(bench), ""]
+    if (bench.data / "eval").is_dir():
+        more += ["Tasks, by the engine:", "", *suite(bench), ""]
     more += ["Memory, beside `--dry-run`'s arithmetic:", "", *grown(bench), ""]
     versions = ", ".join(sorted({str(one["version"]) for one in arms.values()}))
     more += [f"Peers: {versions}. Seed 0.", ""]

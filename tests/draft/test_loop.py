@@ -20,6 +20,8 @@ from attending.engine.native.build import status
 from attending.errors import CheckpointError, ConfigError, UsageError
 from attending.logs import read_metrics
 from attending.model.eagle import load_eagle
+from attending.sft.loop import sft
+from attending.sft.recipe import SftConfig
 from attending.shards import Shards
 from attending.train.start import open_start
 from tests.train.making import CHATML, LLAMA, M1, HaltedError, halt_at, make_model, make_tokenizer
@@ -46,17 +48,22 @@ def make(folder: Path, model: dict[str, Any]) -> Path:
     return make_model(folder / "model", tokenizer, {**model, "max_position_embeddings": 128})
 
 
+def certain(model: Path) -> None:
+    """Make it sure of what it says, mostly by the last token: a rule that can be learnt soon."""
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 8
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] *= 0.3
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A folder of prompts and a model; its engine writes the answers once, in `answers/`."""
     folder = tmp_path_factory.mktemp("made")
     model = make(folder, {**LLAMA, "num_hidden_layers": 4, "initializer_range": 0.3})
-    weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"] *= 8  # sure of what it says
-    for name in weights:  # and it goes mostly by the last token: a rule that can be learnt soon
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] *= 0.3
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    certain(model)
     rows = [{"q": f"{w} {v}?", "n": n} for n, (w, v) in enumerate(zip(WORDS, WORDS, strict=True))]
     rows += [{"q": f"{WORDS[n % 10]} {n}"} for n in range(QUESTIONS - len(rows))]
     rows.append({"other": "has no question"})
@@ -196,15 +203,48 @@ def test_resume_is_bitwise(made: Made, tmp_path: Path) -> None:
     assert first == second
 
 
-def test_an_m1_target_has_a_draft_too(tmp_path: Path) -> None:
-    model = make(tmp_path, {**M1, "initializer_range": 0.3})
-    lines = [json.dumps({"messages": [{"role": "user", "content": f"{n}"}]}) for n in range(60)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), "utf-8")
-    config = recipe((tmp_path, model), prompts={"p": {"path": "prompts.jsonl"}}, dialogues="")
+def tuned(made: Made, folder: Path) -> Path:
+    """The model with adapters that were learnt, merged: what `attending sft` writes."""
+    qa = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "take {q}"}]
+    told = {
+        "model": str(made[1]),
+        "root": str(made[0]),
+        "data": {"qa": {"path": "questions.jsonl", "messages": qa}},
+        "lora": {"rank": 4, "alpha": 8},
+        "epochs": 1.0,
+        "context": 96,
+        "batch": {"tokens": 384, "micro_tokens": 192},
+        "optimizer": {"peak": 1e-2, "final": 1e-3, "warmup_tokens": 384, "skip_window": 0},
+    }
+    return sft(SftConfig.build(told), folder / "tuned")
+
+
+@pytest.mark.parametrize("kind", ["m1", "lora"])
+def test_other_targets_have_drafts_that_serve(made: Made, tmp_path: Path, kind: str) -> None:
+    """One with convolutions and windows, one that was tuned: learnt, and no answer is another."""
+    if kind == "m1":
+        model = make(tmp_path, {**M1, "num_hidden_layers": 4, "initializer_range": 0.3})
+        certain(model)
+    else:
+        model = tuned(made, tmp_path)
+    told = {"path": "questions.jsonl", "prompt": "{q}"}
+    config = recipe((made[0], model), prompts={"p": told}, dialogues="", epochs=4.0)
     out = draft(config, tmp_path / "draft")
     eagle = load_eagle(out)
     assert eagle.config.layers == (1, 2, 3)
-    assert eagle.midlayer.self_attn.q_proj.weight.shape == (32, 64)
+    assert eagle.config.target_sha256 == digest(model) != digest(made[1])
+    rows = read_metrics(out / "metrics.jsonl")
+    losses = [row["train/loss_nats"] for row in rows if "train/loss_nats" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    answers = []
+    for source in ("none", str(out)):
+        serving = attending.load(str(model), draft=source, dtype="float32")
+        serving.limit_context(128)
+        asked = [[{"role": "user", "content": word}] for word in WORDS]
+        answers.append([serving.chat(one, temperature=0.0, max_tokens=24).text for one in asked])
+    assert answers[0] == answers[1]
+    speculation = serving.scheduler.speculation
+    assert speculation and speculation.rounds and speculation.accepted.sum()
 
 
 def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
