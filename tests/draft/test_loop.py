@@ -211,6 +211,8 @@ def tuned(made: Made, folder: Path) -> Path:
         "root": str(made[0]),
         "data": {"qa": {"path": "questions.jsonl", "messages": qa}},
         "lora": {"rank": 4, "alpha": 8},
+        "state": {"every_tokens": 4096},
+        "heldout": {"every_tokens": 4096},
         "epochs": 1.0,
         "context": 96,
         "batch": {"tokens": 384, "micro_tokens": 192},
@@ -237,8 +239,8 @@ def test_other_targets_have_drafts_that_serve(made: Made, tmp_path: Path, kind: 
     losses = [row["train/loss_nats"] for row in rows if "train/loss_nats" in row]
     assert losses[-1] < 0.9 * losses[0]
     answers = []
-    for source in ("none", str(out)):
-        serving = attending.load(str(model), draft=source, dtype="float32")
+    for how in ({"draft": "none"}, {"draft": str(out), "draft_depth": 3}):
+        serving = attending.load(str(model), dtype="float32", **how)
         serving.limit_context(128)
         asked = [[{"role": "user", "content": word}] for word in WORDS]
         answers.append([serving.chat(one, temperature=0.0, max_tokens=24).text for one in asked])
