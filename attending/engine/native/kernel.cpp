@@ -368,6 +368,7 @@ constexpr int MOST_ROWS = W == 16 ? 12 : 4;  // that a product takes at once: al
 
 // Rows of a panel: what lies side by side is read with one pointer.
 inline int64_t panel_of(int64_t rows) {
+    if (W == 8 && (rows == 3 || rows == 6)) return 3;  // a draft's 2 or 5 proposals and a token
     for (int64_t size : {12, 8, 4, 2})
         if (size <= MOST_ROWS && size <= rows) return size;
     return 1;
@@ -477,6 +478,10 @@ inline void multiply(const Tiles& tiles, const uint8_t* block, int lane, const A
     for (int64_t b = 0; b < tiles.blocks; ++b, block += tiles.block_bytes) {
         F scale = widen(reinterpret_cast<const half*>(block) + lane), minimum{};
         if constexpr (MINIMUM) minimum = widen(reinterpret_cast<const half*>(block) + TILE + lane);
+        // The next tile comes from memory while this one is computed, mostly by this thread.
+        if (lane + W == TILE && !row)
+            for (int64_t i = 0; i < tiles.block_bytes; i += 64)
+                __builtin_prefetch(block + tiles.bytes + i);
         const uint8_t* q = block + (MINIMUM ? 4 : 2) * TILE + 4 * lane;
         for (int64_t s = 0; s < tiles.per_block; ++s, q += BITS * 64) {
             if constexpr (INT8) {
@@ -544,9 +549,13 @@ void tile_product(const Tiles& tiles, const uint8_t* data, const Activations& x,
     row = stripes<8, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
 #endif
     row = stripes<4, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+#if WIDTH == 8
+    row = stripes<3, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+#endif
     row = stripes<2, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
     row = stripes<1, true, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
     row = stripes<4, false, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
+    row = stripes<2, false, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
     stripes<1, false, BITS, MINIMUM, INT8>(tiles, data, x, row, rows, sink);
 }
 
