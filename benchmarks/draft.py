@@ -169,26 +169,22 @@ class Peer:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
         self.answer("Good morning!")  # buffers and the clock settle
 
-    def answer(self, text: str) -> Iterator[dict[str, Any]]:
+    def answer(self, text: str) -> list[dict[str, Any]]:
         """A row of each of its paths."""
         ids = self._ours.tokenizer.render([{"role": "user", "content": text}])
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(ids) + "\n")
         self._process.stdin.flush()
-        found = []
+        found: list[dict[str, Any]] = []
         while len(found) < len(PEERS):
             line = self._process.stdout.readline()
             if not line:
                 raise SystemExit(f"{PEERS['plain']} has ended: see its words above.")
             if line.startswith("{"):  # it has words of its own
-                found.append(json.loads(line))
-        for row in found:
-            told = {"path": PEERS[row["path"]], "version": row["version"]}
-            yield told | {
-                "ids": [row["ids"]],
-                "tokens": len(row["ids"]) - 1,
-                "seconds": row["seconds"],
-            }
+                row = json.loads(line)
+                told = {"path": PEERS[row["path"]], "ids": [row["ids"]]}
+                found.append(row | told | {"tokens": len(row["ids"]) - 1})
+        return found
 
 
 def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:

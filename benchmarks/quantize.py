@@ -4,7 +4,7 @@ python benchmarks/quantize.py DATA_DIR WORK_DIR [FLOAT_MODEL] [--peers PYTHON] [
 
 rounds the default model in groups of 64 and FLOAT_MODEL (a folder whose weights were never rounded)
 in groups of 32 and 128 and, rotated, in QQQ's format; then serves the default model's folder beside
-8 bits and floats, and checks the arithmetic of `--dry-run` against measured memory on three sizes.
+8 bits and floats, asks it the gate's tasks, and checks the arithmetic of `--dry-run` against measured memory on three sizes.
 PYTHON is an interpreter that has the peers and torch; a peer that is not there is said and left
 out. --first names another model than the default one, --set changes every arm's recipe. An arm's
 figures are kept in quantize/NAME.json as they come, with its date, commit and hardware: what was
@@ -138,7 +138,7 @@ def stamp(bench: Bench, model: str, *own: str) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def noted(name: str, asked: Sequence[str], make: Callable[[], Figures]) -> Figures:
+def noted(name: str, asked: Sequence[object], make: Callable[[], Figures]) -> Figures:
     """An arm's figures, now or before, beside its recipe and the digest of its calibration."""
     threads = torch.get_num_threads()
     told = lambda: {"threads": threads} | make()  # noqa: E731
@@ -306,9 +306,9 @@ def suite(bench: Bench) -> list[str]:
     def make() -> Figures:
         silent = (lambda *_: None, lambda line: print(line, file=sys.stderr))
         changes, flips = gate.ask(config, bench.first, place, *silent)
-        return {"changes": [one._asdict() | {"says": one.says} for one in changes], "flips": flips}
+        return {"changes": [one._asdict() for one in changes], "flips": flips}
 
-    asked = [*pairs, identity(bench.first), identity(str(out))]
+    asked = [LIMIT, identity(bench.first), identity(str(out))]
     told = noted("suite", asked, make)
     found = []
     for one in told["changes"]:

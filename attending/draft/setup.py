@@ -102,9 +102,10 @@ def prepare(
     num_rows = count_rows(open_reader(shards, config), config)
     told = head_config(config, start)
     some = open_reader(shards, config)
-    [first] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
+    [batch] = deal(some, [some.row(config.context)], 1, place, start.arch.vocab_size, device)
     seen = open_target(config, start, place, device, answers)
-    target = Scaled(seen, third_sizes(seen.look(first)))
+    first = seen.look(batch)
+    target = Scaled(seen, third_sizes(first))
     ends = target.ends
     eagle = Eagle(told).to(device, ends.model.norm.weight.dtype)
     if config.begin:
@@ -116,7 +117,7 @@ def prepare(
         eagle.d2t.copy_(torch.from_numpy(d2t))
         eagle.t2d.copy_(torch.from_numpy(t2d))
         eagle.init_weights(ends.head_weight(), ends.model.norm.weight, config.seed)
-        eagle.soften(target.look(first).features)
+        eagle.soften(first.features / target.scales)
     torch.manual_seed(config.seed)
     optimizer = adamw(eagle.named_parameters(), config.optimizer)
     reader = open_reader(shards, config)

@@ -142,8 +142,8 @@ class NativeRunner:
             features: Layers whose inputs `observe` gives; with a draft those that it reads.
 
         Raises:
-            UsageError: The kernel cannot be built, there is no memory for the pages, or a tree is
-                asked for.
+            UsageError: The kernel cannot be built, there is no memory for the pages, a tree is
+                asked for, or `features` are given beside a draft or of no layer.
         """
         self.shape = shape or Shape(0)
         if self.shape.width > 1:
