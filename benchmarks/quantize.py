@@ -4,15 +4,16 @@ python benchmarks/quantize.py DATA_DIR WORK_DIR [FLOAT_MODEL] [--peers PYTHON] [
 
 rounds the default model in groups of 64 and FLOAT_MODEL (a folder whose weights were never rounded)
 in groups of 32 and 128 and, rotated, in QQQ's format; then serves the default model's folder beside
-8 bits and floats, asks it the gate's tasks, and checks the arithmetic of `--dry-run` against measured memory on three sizes.
+8 bits and floats, asks it the gate's tasks, and checks the arithmetic of `--dry-run` against
+measured memory on three sizes.
 PYTHON is an interpreter that has the peers and torch; a peer that is not there is said and left
 out. --first names another model than the default one, --set changes every arm's recipe. An arm's
 figures are kept in quantize/NAME.json as they come, with its date, commit and hardware: what was
 stopped is gone on with, also on another day. Writes quantize.md and quantize.svg.
 
-Budget on two cores, reckoned from 110 tokens/s forward and backward of the default model: 50
-signed steps of 8 samples and three looks at all of them 41 minutes, two passes of distillation 20,
-GPTQ 10, auto-round 40; all arms and peers of the default model 4.5 hours.
+Budget, with one thread: the arms and peers of the default model that are in quantize/ took five
+hours, signed rounding alone, rotation and tried ranges are reckoned to take two more, the second
+model one.
 """
 
 import hashlib
