@@ -87,7 +87,7 @@ def disk_has_room(target: Path) -> Iterator[None]:
         free = shutil.disk_usage(target.parent).free
         raise CheckpointError(
             f"the disk is full ({free:,} bytes free): {target.name} was not written. "
-            "Make room and run the command again."
+            "Make room and run the command again, with --resume where a run stopped."
         ) from None
 
 

@@ -1,15 +1,15 @@
 """Four bits by our methods and by others', at equal calibration: what is lost, time, memory.
 
-python benchmarks/quantize.py DATA_DIR WORK_DIR [FLOAT_MODEL] [--peers PYTHON] [--first MODEL]
+python benchmarks/quantize.py DATA_DIR WORK_DIR [SECOND] [--peers PYTHON]
 
-rounds the default model in groups of 64 and FLOAT_MODEL (a folder whose weights were never rounded)
+rounds the default model in groups of 64 and SECOND (a folder whose weights were never rounded)
 in groups of 32 and 128 and, rotated, in QQQ's format; then serves the default model's folder beside
 8 bits and floats, asks it the gate's tasks, and checks the arithmetic of `--dry-run` against
 measured memory on three sizes.
 PYTHON is an interpreter that has the peers and torch; a peer that is not there is said and left
-out. --first names another model than the default one, --set changes every arm's recipe. An arm's
-figures are kept in quantize/NAME.json as they come, with its date, commit and hardware: what was
-stopped is gone on with, also on another day. Writes quantize.md and quantize.svg.
+out. --set changes every arm's recipe. An arm's figures are kept in quantize/NAME.json as they come,
+with its date, commit and hardware: what was stopped is gone on with, also on another day. Writes
+quantize.md and quantize.svg, as `python benchmarks/quantize_page.py` does of what is kept.
 
 Budget, with one thread: the arms and peers of the default model that are in quantize/ took five
 hours, signed rounding alone, rotation and tried ranges are reckoned to take two more, the second
@@ -31,8 +31,22 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import quantize_page
 import torch
-from page import HERE, Measure, kept, write
+from page import HERE, kept
+from quantize_page import (
+    FOLDER,
+    GROUPS,
+    GROWN,
+    LIMIT,
+    METHODS,
+    ONCE,
+    PEERS,
+    SECOND,
+    SERVED,
+    SIZES,
+    slug,
+)
 
 import attending
 from attending.artifact import digest
@@ -46,30 +60,10 @@ from attending.quantize.estimate import memory
 from attending.quantize.recipe import QuantizeConfig
 from attending.quantize.stream import Stream, matched
 from attending.sources import resolve
-from attending.train.plan import GIB
 from attending.train.start import open_start
 
-LEARNT = ["distill.epochs=2", "distill.rate=0.002"]
-LIGHT = ["method=signed", "signed.steps=25", "signed.rate=0.01"]
-METHODS: dict[str, list[str]] = {
-    "plain": ["method=plain", "search=0"],
-    "plain, ranges tried": ["method=plain"],
-    "GPTQ": ["method=gptq"],
-    "signed, 50 steps": ["method=signed", "signed.steps=50", "signed.rate=0.005"],
-    "rotation + GPTQ": ["method=gptq", "rotate=true"],
-    "plain, then distilled": ["method=plain", *LEARNT],
-    "GPTQ, then distilled": ["method=gptq", *LEARNT],
-    "signed, 25 steps, then distilled": [*LIGHT, *LEARNT],
-}
-SERVED = "signed, 25 steps, then distilled"
-PEERS = {
-    "llm-compressor GPTQ": ("llmcompressor",),
-    "HQQ": ("hqq",),
-    "auto-round, 50 steps (light)": ("autoround", "50"),
-}
-SIZES = (256, 512, 1024)
-LIMIT = 100
-"""Examples of each task of the gate's suite."""
+FIRST = "default"
+"""The model of the first table."""
 Figures = dict[str, Any]
 
 
@@ -78,8 +72,6 @@ class Bench(NamedTuple):
 
     data: Path
     work: Path
-    first: str
-    """The model of the first table."""
     pairs: list[str]
     """`--set` of every arm."""
 
@@ -115,11 +107,6 @@ def watched(words: Sequence[str]) -> Watched:
     return Watched(output, peak)
 
 
-def slug(*words: object) -> str:
-    """As a file is named."""
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower())
-
-
 @cache
 def identity(model: str) -> str:
     """Of its files."""
@@ -139,16 +126,17 @@ def stamp(bench: Bench, model: str, *own: str) -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
-def noted(name: str, asked: Sequence[object], make: Callable[[], Figures]) -> Figures:
-    """An arm's figures, now or before, beside its recipe and the digest of its calibration."""
+def noted(name: str, asked: Sequence[object], make: Callable[[], Figures]) -> None:
+    """Keep an arm's figures, now or before, beside its recipe and its calibration's digest."""
     threads = torch.get_num_threads()
     told = lambda: {"threads": threads} | make()  # noqa: E731
-    return kept(HERE / "quantize" / f"{name}.json", list(asked), told)
+    kept(FOLDER / f"{name}.json", list(asked), told)
 
 
 def settings(bench: Bench, model: str, *own: str) -> list[str]:
     replies = bench.work / f"replies-{Path(model).name}.jsonl"
     fixed = [f"calibration.root={bench.data}", f"calibration.replies={replies}", f"model={model}"]
+    fixed.append("distill.epochs=0")  # an arm that learns says so
     return [*fixed, *bench.pairs, *own]
 
 
@@ -192,9 +180,8 @@ def command(pairs: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "attending.cli", "quantize", "open", *words, "--resume"]
 
 
-def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
+def ours(bench: Bench, model: str, name: str, *own: str) -> None:
     """An arm of ours, by the command that users have."""
-    arm = slug(Path(model).name, name)
     file, _ = samples(bench, model)
 
     def make() -> Figures:
@@ -214,150 +201,94 @@ def ours(bench: Bench, model: str, name: str, *own: str) -> Figures:
         domains = [gate.Domain(*(one[name] for name in gate.Domain._fields)) for one in told]
         return found | over(domains) | {"seconds": sum(seconds.values())}
 
-    return noted(arm, [*bench.pairs, *own, digest(file), identity(model)], make)
+    noted(slug(name), [*bench.pairs, *own, digest(file), identity(model)], make)
 
 
 def folder_of(bench: Bench, model: str, name: str, *own: str) -> Path:
     """An arm's."""
-    return bench.work / f"{slug(Path(model).name, name)}-{stamp(bench, model, *own)}"
+    return bench.work / f"{slug(name)}-{stamp(bench, model, *own)}"
 
 
-def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) -> Figures | None:
-    """A peer's arm; None, and why, where it is not there."""
+def theirs(bench: Bench, model: str, python: str | None, peer: str, group: int) -> None:
+    """A peer's arm, or why it is left out."""
     name, *more = PEERS[peer]
     file, evaluation = samples(bench, model)
-    source = bench.work / f"float-{identity(model)[:8]}"
-    if not source.exists():
-        attending.load(model, dtype="float32").save(source)
+    arm = slug(Path(model).name, peer, group)
     module = {"autoround": "auto_round"}.get(name, name)
     probe = [python or "", "-c", f"import {module}"]
-    if python is None or subprocess.run(probe, capture_output=True).returncode:
+    is_there = (FOLDER / f"{arm}.json").is_file()
+    if not is_there and (not python or subprocess.run(probe, capture_output=True).returncode):
         print(f"{peer} is left out: {python or 'no --peers PYTHON'} has no {module}.")
-        return None
+        return
 
     def make() -> Figures:
+        source = bench.work / f"float-{identity(model)[:8]}"
+        if not source.exists():
+            attending.load(model, dtype="float32").save(source)
         out = bench.work / f"{slug(peer, group)}-{digest(file)[:8]}"
         script = HERE / "quantize" / f"run_{name}.py"
-        done = watched([python, str(script), str(source), str(file), str(group), str(out), *more])
+        words = [str(python), str(script), str(source), str(file), str(group), str(out), *more]
+        done = watched(words)
         told: Figures = json.loads(done.output.strip().splitlines()[-1])
         domains = judged(model, out, evaluation)
         return over(domains) | told | {"peak_bytes": done.peak_bytes}
 
-    return noted(slug(Path(model).name, peer, group), [peer, digest(file), identity(model)], make)
+    noted(arm, [peer, digest(file), identity(model)], make)
 
 
-def measures(arms: dict[str, Figures]) -> list[Measure]:
-    """Of each arm, beside the first one, which is plain rounding."""
-    first, found = next(iter(arms.values())), []
-    rise = first["perplexity"] - first["before"]
-    for name, one in arms.items():
-        closed = (first["perplexity"] - one["perplexity"]) / rise
-        columns = {
-            "perplexity": one["perplexity"],
-            "gap closed, %": 100 * closed,
-            "KL, nats": one["divergence"],
-            "KL, 99.9th percentile": one["tail"],
-            "top-1 flips, %": 100 * one["flips"],
-            "minutes": one["seconds"] / 60,
-        }
-        if one["peak_bytes"] is not None:
-            columns["peak memory, GiB"] = one["peak_bytes"] / GIB
-        found += [Measure(quantity, name, [value]) for quantity, value in columns.items()]
-    return found
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-
-
-def rows(arms: dict[str, Figures]) -> list[str]:
-    every = {(one.subject, one.quantity): one.text for one in measures(arms)}
-    head = [*dict.fromkeys(quantity for _, quantity in every)]
-    body = [[name, *(every.get((name, quantity), "") for quantity in head)] for name in arms]
-    return table(["", *head], body)
-
-
-def served(bench: Bench) -> list[str]:
+def served(bench: Bench, out: Path) -> None:
     """A folder in the engine, beside 8 bits and floats."""
-    arms = {
-        "4 bits, groups of 64": [str(folder_of(bench, bench.first, SERVED, *METHODS[SERVED]))],
-        "8 bits": [bench.first, "--weights", "w8"],
-        "float32 (torch)": [bench.first, "--dtype", "float32"],
-    }
-    found = []
-    for at, (name, words) in enumerate(arms.items()):
-        bench_of = [sys.executable, "-m", "attending.cli", "bench", *words, "--json"]
-        bench_of += ["--batch", "1", "--repeats", "3"]
-        make = partial(lambda words: json.loads(watched(words).output), bench_of)
+    arms = [[str(out)], [FIRST, "--weights", "w8"], [FIRST, "--dtype", "float32"]]
+    for at, words in enumerate(arms):
         asked = [Path(words[0]).name, identity(words[0]), *words[1:]]
-        told = noted(f"served-{at}", asked, make)
-        speed, peak = told["decode_tok_s"]["1"]["median"], told["peak_mib"]["median"]
-        found.append([name, f"{speed:.1f}", f"{peak:,.0f}"])
-    return table(["served", "tokens/s, one user", "peak memory, MiB"], found)
+        line = [sys.executable, "-m", "attending.cli", "bench", *words, "--json"]
+        line += ["--batch", "1", "--repeats", "3"]
+        noted(f"served-{at}", asked, partial(lambda told: json.loads(watched(told).output), line))
 
 
-def suite(bench: Bench) -> list[str]:
+def suite(bench: Bench, out: Path) -> None:
     """The gate's tasks before and after, by the engine that serves."""
-    out = folder_of(bench, bench.first, SERVED, *METHODS[SERVED])
     pairs = [f"gate.data={bench.data / 'eval'}", f"gate.limit={LIMIT}"]
-    config = QuantizeConfig.load("open", "quantize", [*settings(bench, bench.first), *pairs]).gate
+    config = QuantizeConfig.load("open", "quantize", [*settings(bench, FIRST), *pairs]).gate
     place = bench.work / f"suite-{identity(str(out))[:8]}"  # what is asked is kept beside a model
     shutil.copytree(out, place, dirs_exist_ok=True)
 
     def make() -> Figures:
         silent = (lambda *_: None, lambda line: print(line, file=sys.stderr))
-        changes, flips = gate.ask(config, bench.first, place, *silent)
+        changes, flips = gate.ask(config, FIRST, place, *silent)
         return {"changes": [one._asdict() for one in changes], "flips": flips}
 
-    asked = [LIMIT, identity(bench.first), identity(str(out))]
-    told = noted("suite", asked, make)
-    found = []
-    for one in told["changes"]:
-        flips = told["flips"].get(one["task"])
-        spread = " to ".join(f"{value:+.3f}" for value in one["interval"] or ())
-        cells = [f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['gain']:+.3f} ({spread})"]
-        cells.append("" if flips is None else f"{100 * flips:.1f}")
-        found.append([f"{one['task']}, {one['metric']}", *cells])
-    head = [f"{LIMIT} examples of each", "8 bits", "4 bits", "gain", "answered otherwise, %"]
-    return table(head, found)
+    noted("suite", [LIMIT, identity(FIRST), identity(str(out))], make)
 
 
-def grown(bench: Bench) -> list[str]:
-    """Measured growth of memory beside `--dry-run`'s arithmetic, without torch itself."""
-    idle = watched([sys.executable, "-c", "import attending.quantize.loop"]).peak_bytes
-    found = []
-    for hidden in SIZES:
-        source = random_model(bench, hidden)
-        for method, more in (("gptq", "0"), ("signed", "0"), ("plain", "0.2")):
-            own = [f"method={method}", "signed.steps=3", "calibration.samples=32"]
-            own += [f"distill.epochs={more}", "distill.batch=8"]
-            own += ["calibration.evaluation=3", "group=64", 'layers=".*"']
-            pairs = settings(bench, str(source), *own)
-            config = QuantizeConfig.load("open", "quantize", pairs)
-            arch = open_checkpoint(source).arch
-            layers = matched(arch, ".*", False, config.scheme, config.form)
-            out = folder_of(bench, str(source), f"grown {method}", *own)
-            planned = memory(arch, config, layers).total
+def grown(bench: Bench, hidden: int, method: str) -> None:
+    """Measured growth of memory and `--dry-run`'s arithmetic, both without torch itself."""
+    source = random_model(bench, hidden)
+    own = [f"method={method}", "signed.steps=3", "calibration.samples=32"]
+    own += [f"distill.epochs={0.2 if method == 'plain' else 0}", "distill.batch=8"]
+    own += ["calibration.evaluation=3", "group=64", 'layers=".*"']
+    pairs = settings(bench, str(source), *own)
 
-            def make(pairs: list[str] = pairs, out: Path = out) -> Figures:
-                for left in (out, out.with_name(f"{out.name}.tmp")):
-                    shutil.rmtree(left, ignore_errors=True)  # made before, and never noted
-                done = watched([*command(pairs), "--out", str(out)])
-                return {"peak_bytes": done.peak_bytes - idle}
+    def make() -> Figures:
+        config = QuantizeConfig.load("open", "quantize", pairs)
+        arch = open_checkpoint(source).arch
+        layers = matched(arch, ".*", False, config.scheme, config.form)
+        out = folder_of(bench, str(source), f"grown {method}", *own)
+        for left in (out, out.with_name(f"{out.name}.tmp")):
+            shutil.rmtree(left, ignore_errors=True)  # made before, and never noted
+        done = watched([*command(pairs), "--out", str(out)])
+        idle = watched([sys.executable, "-c", "import attending.quantize.loop"]).peak_bytes
+        planned = memory(arch, config, layers).total
+        return {"peak_bytes": done.peak_bytes - idle, "planned_bytes": planned}
 
-            asked = [*bench.pairs, *own, identity(str(source))]
-            peak = noted(f"grown-{hidden}-{method}", asked, make)["peak_bytes"]
-            cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
-            name = "distilled" if method == "plain" else method
-            found.append([f"{hidden}, {name}", *cells, f"{peak / planned:.2f}"])
-    return table(["hidden size, method", "planned, MiB", "measured, MiB", "ratio"], found)
+    noted(f"grown-{hidden}-{method}", [*bench.pairs, *own, identity(str(source))], make)
 
 
 def random_model(bench: Bench, hidden: int) -> Path:
     """Two blocks of random weights with the default model's tokenizer."""
-    folder = bench.work / f"random-{hidden}-{identity(bench.first)[:8]}"
+    folder = bench.work / f"random-{hidden}-{identity(FIRST)[:8]}"
     if not folder.exists():
-        start = open_start(bench.first)
+        start = open_start(FIRST)
         values = dict(start.arch.to_config()) | {"hidden_size": hidden, "num_hidden_layers": 2}
         values |= {"intermediate_size": 3 * hidden, "num_attention_heads": hidden // 64}
         values |= {"num_key_value_heads": hidden // 64, "head_dim": 64, "torch_dtype": "float32"}
@@ -375,44 +306,31 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--first", default="default")
+    parser.add_argument("second", nargs="?")
     parser.add_argument("--peers")
     parser.add_argument("--set", action="append", default=[])
     told = parser.parse_args()
-    bench = Bench(told.data.resolve(), told.work.resolve(), told.first, told.set)
+    bench = Bench(told.data.resolve(), told.work.resolve(), told.set)
     bench.work.mkdir(parents=True, exist_ok=True)
-    arms = {name: ours(bench, bench.first, name, *own) for name, own in METHODS.items()}
+    for name, own in (METHODS | ONCE).items():
+        ours(bench, FIRST, f"{FIRST} {name}", *own)
     for peer in PEERS:
-        if found := theirs(bench, bench.first, told.peers, peer, 64):
-            arms[peer] = found
-    more = [f"Float perplexity {arms['plain']['before']:.3f}.", ""]
-    if told.model:
-        model = str(Path(told.model).resolve())
-        for group in (32, 128):
-            own = {
-                name: ours(bench, model, f"{name} {group}", *pairs, f"group={group}")
-                for name, pairs in METHODS.items()
-            }
-            if group == 128:
-                qqq = ["method=gptq", "rotate=true", "form=qqq", "group=128"]
-                own["rotation + GPTQ, QQQ (W4A8)"] = ours(bench, model, "qqq", *qqq)
-            before = own["plain"]["before"]
-            more += [f"{Path(model).name}, groups of {group}; float perplexity {before:.3f}:", ""]
-            more += [*rows(own), ""]
-    more += ["Served:", "", *served(bench), ""]
+        theirs(bench, FIRST, told.peers, peer, 64)
+    if told.second:
+        model = str(Path(told.second).resolve())
+        for group in GROUPS:
+            for name, own in METHODS.items():
+                ours(bench, model, f"{SECOND} {name} {group}", *own, f"group={group}")
+        qqq = ["method=gptq", "rotate=true", "form=qqq", "group=128"]
+        ours(bench, model, f"{SECOND} qqq", *qqq)
+    out = folder_of(bench, FIRST, f"{FIRST} {SERVED}", *(METHODS | ONCE)[SERVED])
+    served(bench, out)
     if (bench.data / "eval").is_dir():
-        more += ["Tasks, by the engine:", "", *suite(bench), ""]
-    more += ["Memory, beside `--dry-run`'s arithmetic:", "", *grown(bench), ""]
-    versions = ", ".join(sorted({str(one["version"]) for one in arms.values()}))
-    more += [f"Peers: {versions}. Seed 0.", ""]
-    notes = (HERE / "quantize" / "notes.md").read_text("utf-8")
-    title = f"Four bits: {Path(bench.first).name} in symmetric groups of 64"
-    write("quantize", title, notes, measures(arms), rows_are_subjects=True)  # for its figure
-    head = [f"# {title}", "", notes.strip(), "", *rows(arms), "", f"![{title}](quantize.svg)", ""]
-    more += ["`python benchmarks/quantize.py DATA_DIR WORK_DIR M1_SMALL --peers PYTHON`", ""]
-    more += [f"- {name}: {one['about']}; threads: {one['threads']}" for name, one in arms.items()]
-    (HERE / "quantize.md").write_text("\n".join([*head, *more, ""]), "utf-8")
+        suite(bench, out)
+    for hidden in SIZES:
+        for method in GROWN:
+            grown(bench, hidden, method)
+    quantize_page.write()
 
 
 if __name__ == "__main__":

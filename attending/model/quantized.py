@@ -221,7 +221,8 @@ def width_fault(layer: Layer) -> str | None:
     """What does not divide, in words."""
     (outputs, inputs), group = layer.shape, layer.scheme.group
     if group > 0 and inputs % group:
-        fit = [size for size in (16, 32, 64, 128, 256) if inputs % size == 0]
+        sizes = (128,) if layer.method == "qqq" else (16, 32, 64, 128, 256)
+        fit = [size for size in sizes if inputs % size == 0]
         return f"{layer.name} has {inputs} inputs, no multiple of {group} (of {fit or 'none'})"
     tile = {"gptq": 2 * (32 // layer.scheme.bits,), "qqq": QQQ_TILE}.get(layer.method, (1, 1))
     if outputs % tile[0] or inputs % tile[1]:

@@ -14,7 +14,7 @@ Shapes: S samples of L tokens, D hidden size, V vocabulary; N, K, G as in `grid`
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from attending.model.decoder import RMSNorm
 from attending.model.quantized import Quantized
 from attending.model.scoring import over_logits
 from attending.quantize.signed import Called, batches
-from attending.quantize.stream import Stream
+from attending.quantize.stream import EMBEDDING, Stream
 
 NORM = "norm.weight"  # how the names of norms end, those of queries and keys among them
 WATCHED = 8  # one sample in so many is not learnt from: by these start or end is chosen
@@ -64,21 +64,23 @@ class Distillation(Config):
 
 
 class Rounded(NamedTuple):
-    """The whole model but embedding and head, by full names."""
+    """The whole model but its head, by full names."""
 
     layers: Sequence[str]
     """Linear layers of the blocks."""
     read: Callable[[str], Quantized]
     """One of them; not kept, but for its integers."""
     floats: Mapping[str, Tensor]
-    """All else in the blocks, and the last norm."""
+    """All else in the blocks, the embedding, and the last norm."""
+    stored: Callable[[Tensor], Tensor]
+    """Scales [N, G] -> as they will be written."""
 
 
 class Found(NamedTuple):
     """What was learnt, by full names."""
 
     scales: dict[str, Tensor]
-    """[N, G] float32, of the linear layers."""
+    """[N, G] float32, of the linear layers, as they will be written."""
     norms: dict[str, Tensor]
     """Weights, of the dtype they had."""
     before: float
@@ -115,7 +117,7 @@ def distill(
     """Learn, from the last state on if there is one.
 
     Args:
-        stream: That the blocks are of; only its embedding, shapes and way of attending are used.
+        stream: That the blocks are of; only its shapes and its way of attending are used.
         rounded: The model.
         ids: [S, L], the calibration text.
         teacher: [S, L, D], what the float model's head reads of it.
@@ -126,10 +128,10 @@ def distill(
         told: Called with the steps done and the step's divergence, nats a token.
 
     Raises:
-        UsageError: The divergence is no number.
+        UsageError: The divergence is no number, or a scale cannot be written.
     """
     model = _Model(stream, rounded, config.recompute)
-    inputs = stream.embed(ids)
+    inputs = stream.embed(ids, rounded.floats[EMBEDDING])
     (learnt, kept), total = sides(len(ids)), config.steps(len(ids))
     kept = kept if len(kept) else learnt
 
@@ -165,6 +167,7 @@ def distill(
         if (step + 1) % max(1, total // STATES) == 0:
             _keep(state, model.factors, optimizer, step + 1)
         told(step + 1, value)
+    model.settle()
     after = of_watched()
     if not after <= before:  # or no number
         model.reset()
@@ -192,6 +195,7 @@ class _Model:
 
     def __init__(self, stream: Stream, rounded: Rounded, recompute: bool) -> None:
         self._floats, self._recompute, device = rounded.floats, recompute, stream.device
+        self._stored = rounded.stored
         self._layers = {name: _Layer(rounded.read(name), device) for name in rounded.layers}
         sizes = {name: one.scales.shape for name, one in self._layers.items()}
         sizes |= {n: x.shape for n, x in rounded.floats.items() if n.endswith(NORM)}
@@ -222,16 +226,31 @@ class _Model:
             factor.fill_(1)
 
     @torch.no_grad()
+    def settle(self) -> None:
+        """Make the factors what is left of them once scales and norms are written."""
+        for (name, factor), after in zip(self.factors.items(), self._written(), strict=True):
+            if not after.isfinite().all():
+                raise UsageError(f"distill: {name} outgrows its dtype. Lower distill.rate.")
+            before = self._begun(name)
+            factor.copy_(torch.where(before == 0, 1.0, after.to(factor) / before))
+
+    @torch.no_grad()
     def found(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Scales and norms."""
-        scales, norms = {}, {}
+        written = dict(zip(self.factors, self._written(), strict=True))
+        scales = {name: x.cpu() for name, x in written.items() if name in self._layers}
+        return scales, {name: x.cpu() for name, x in written.items() if name not in self._layers}
+
+    def _begun(self, name: str) -> Tensor:
+        if name in self._layers:
+            return self._layers[name].scales
+        return self._floats[name].to(self.factors[name])
+
+    def _written(self) -> Iterator[Tensor]:
+        """Of each factor in turn, what it makes of its scales or norm."""
         for name, factor in self.factors.items():
-            if name in self._layers:
-                scales[name] = (self._layers[name].scales * factor).cpu()
-            else:
-                stored = self._floats[name]
-                norms[name] = (stored.float() * factor.cpu()).to(stored.dtype)
-        return scales, norms
+            x = self._begun(name) * factor
+            yield self._stored(x) if name in self._layers else x.to(self._floats[name].dtype)
 
     def _block(self, stream: Stream, index: int) -> tuple[list[str], Callable[..., Tensor]]:
         """The names of a block's factors, and what it makes of its inputs and these."""

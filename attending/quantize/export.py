@@ -32,7 +32,7 @@ from attending.model.weights import save_model
 
 Form = Literal["gptq", "compressed-tensors", "qqq"]
 Arrays = dict[str, NDArray[Any]]
-REMEDY = "Choose other groups or another format, or leave it float."
+REMEDY = "Choose other groups (-1, a whole row, fits any) or another format, or leave it float."
 # A kernel's thread block: one of these must divide inputs and outputs.
 QQQ_BLOCKS = ((64, 256), (128, 128), (128, 64), (64, 128))
 
@@ -162,6 +162,8 @@ def _compressed_config(
 
 def shape_fault(name: str, scheme: Scheme, outputs: int, inputs: int, form: Form) -> str | None:
     """Why a format cannot hold a layer of this shape, in words."""
+    if form == "qqq" and (scheme[:1] + scheme[2:3], scheme.group in (-1, 128)) != ((4, True), True):
+        return f"{name} is {scheme}; qqq has 4 bits, symmetric, in groups of 128 or by row"
     if fault := width_fault(Layer(name, form, scheme, (outputs, inputs), {})):
         return fault
     if scheme.act_order and form != "gptq":  # compressed-tensors 0.19 drops the list of groups
@@ -170,8 +172,6 @@ def shape_fault(name: str, scheme: Scheme, outputs: int, inputs: int, form: Form
         inputs % rows == 0 and outputs % columns == 0 for rows, columns in QQQ_BLOCKS
     ):
         return f"{name} has {inputs} inputs and {outputs} outputs; qqq needs one of {QQQ_BLOCKS}"
-    if form == "qqq" and (scheme[:1] + scheme[2:3], scheme.group in (-1, 128)) != ((4, True), True):
-        return f"{name} is {scheme}; qqq has 4 bits, symmetric, in groups of 128 or by row"
     return None
 
 

@@ -83,7 +83,8 @@ class Gate(NamedTuple):
             found |= {f"{at}_divergence_nats": one.divergence, f"{at}_tail_nats": one.tail}
             found[f"{at}_flips_share"] = one.flips
         found |= {f"gate/{one.task}_gain": one.gain for one in self.changes}
-        return found | {f"gate/{n}_flips_share": share for n, share in self.choice_flips.items()}
+        shares = self.choice_flips.items()
+        return found | {f"gate/{name}_choice_flips_share": share for name, share in shares}
 
     def faults(self, config: GateConfig) -> list[str]:
         """What is above its limit, in words."""

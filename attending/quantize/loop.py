@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attending import artifact
-from attending.errors import CheckpointError, UsageError
+from attending.errors import CheckpointError
 from attending.logs import MetricLog
 from attending.mesh import World
 from attending.model.architecture import KV_CACHE, Architecture
@@ -31,7 +31,7 @@ from attending.quantize.kv import cache_scales, cache_scheme
 from attending.quantize.probe import Probe
 from attending.quantize.recipe import QuantizeConfig
 from attending.quantize.rotate import folded, rotated
-from attending.quantize.stream import HEAD, Shapes, Stream, matched
+from attending.quantize.stream import EMBEDDING, HEAD, Shapes, Stream, matched
 from attending.sources import Progress
 from attending.train import run
 from attending.train.start import Start, open_start
@@ -40,7 +40,7 @@ from attending.train.watch import peak_memory
 
 OVERFLOW = "overflow.json"
 # Of the recipe, what cannot change on the way: all but what comes later, or changes no result.
-FINAL = r"(?!(gate|distill)\.|(device|batch):)"
+FINAL = r"(?!(gate|distill|assumed)\.|(device|batch|kv):)"
 NOTE = (
     "Rounded to few bits. What that cost stands in gate.json, on the text that the recipe names; "
     "what the float model says wrongly, this one does too."
@@ -99,7 +99,8 @@ def quantize(
         draft = run.begin(out, known, World(0, 0, 1), **how, final=FINAL, holds=_has_begun)
         states = draft / STATES
         job = Job(config, _stream(config, start, arch, probe := Probe()), layers, states, probe)
-        for name in arch.tensor_shapes():  # what is damaged or does not fit is better known now
+        _require_whole(start)  # what is damaged or does not fit is better known now
+        for name in arch.tensor_shapes():
             if name.removesuffix(".weight") not in layers:
                 _as_stored(job, name)
         told = config.calibration
@@ -136,7 +137,7 @@ def round_blocks(job: Job, ids: Tensor, draft: Path, progress: Progress) -> dict
     count = len(stream.arch.layers)
     units = config.signed.steps if config.by_signs else 1
     exact = stream.embed(ids)
-    rough = exact.clone()
+    rough = stream.embed(ids, _as_stored(job, EMBEDDING))
     log, error = MetricLog(draft / "metrics.jsonl"), 0.0
     for index in range(count):
         began, file = time.monotonic(), job.states / f"block_{index:05d}.safetensors"
@@ -171,15 +172,17 @@ def _distilled(
 ) -> dict[str, Tensor]:
     """Scales and norms that were learnt through the whole model, as they are stored."""
     config, stream = job.config, job.stream
-    kept = {f"model.{NORM}": _as_stored(job, f"model.{NORM}")}
+    kept = {name: _as_stored(job, name) for name in (EMBEDDING, f"model.{NORM}")}
     for file in sorted(job.states.glob("block_*.safetensors")):
         kept |= load_file(file)
     names = [name for name in job.layers if name != HEAD]
     floats = {name: x for name, x in kept.items() if name in stream.arch.tensor_shapes()}
-    heads = [stream.head()] * 2
     if config.head:
         parts = load_file(job.states / "head.safetensors")
-        heads[1] = stream.head(rounding.read(config, HEAD, job.layers[HEAD], parts))
+        own = rounding.read(config, HEAD, job.layers[HEAD], parts)
+    else:
+        own = _as_stored(job, EMBEDDING if stream.arch.tied else f"{HEAD}.weight")
+    heads = stream.head(), stream.head(own)
     count, last = len(stream.arch.layers), time.monotonic()
 
     def read(name: str) -> Quantized:
@@ -194,16 +197,13 @@ def _distilled(
         last = now
 
     total, how = config.distill.steps(len(ids)), (config.distill, _learnt(job, "state"))
-    rounded = Rounded(names, read, floats)
+    rounded = Rounded(names, read, floats, config.grid.stored)
     found = distill(stream, rounded, ids, teacher, heads, *how, seed=config.seed, told=told)
     values = {"distill/watched_before_nats": found.before, "distill/watched_nats": found.after}
     log.write(count + total + 1, values | {"distill/step_seconds": time.monotonic() - last})
     tensors = dict(found.norms)
     for name, scales in found.scales.items():
-        halves = config.grid.stored(scales)
-        if not halves.isfinite().all():
-            raise UsageError(f"distill: {name}'s scales do not fit float16. Lower distill.rate.")
-        layer = replace(read(name), scales=halves.numpy().astype(np.float16))
+        layer = replace(read(name), scales=scales.numpy().astype(np.float16))
         parts = pack_layer(name, layer, config.form)
         tensors |= {part: x for part, x in parts.items() if x.is_floating_point()}
     return tensors
@@ -289,6 +289,13 @@ def judge(
     found = gate.Gate(domains, changes, flips)
     gate.write(draft, found, divergences)
     return found
+
+
+def _require_whole(start: Start) -> None:
+    """Every tensor as it is stored: see `Stream.stored`."""
+    given = Stream(start.arch, partial(read_tensor, start.checkpoint))
+    for name in start.arch.tensor_shapes():
+        given.stored(name)
 
 
 def _stream(config: QuantizeConfig, start: Start, arch: Architecture, probe: Probe) -> Stream:

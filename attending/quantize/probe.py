@@ -1,4 +1,4 @@
-"""The overflow probe: the largest activations of each linear layer, and which formats hold them.
+"""The overflow probe: the largest activations of each layer and block, and which formats hold them.
 
 Where activations pass float16's range, a model that is served in it answers nonsense; Qwen2.5-32B's
 `layers.5.mlp.down_proj` is known as such a trap. Measured on the float model in float32.
@@ -36,6 +36,7 @@ class Probe:
     def __init__(self) -> None:
         """Nothing is seen yet."""
         self.layers: dict[str, Peak] = {}
+        """Of linear layers, and of whole blocks."""
         self.caches: dict[str, float] = {}
         """By layer, the largest static scale that one of its heads' keys or values needs in FP8; up
         to 1, Baichuan-M2's static scale of 1.0 cuts nothing off."""
@@ -43,9 +44,10 @@ class Probe:
 
     @contextmanager
     def watching(self, block: Block, index: int) -> Iterator[None]:
-        """Every linear layer of a block, until the end of the `with`."""
+        """A block and every linear layer of it, until the end of the `with`."""
         at = f"model.layers.{index}."
         modules = [(at + n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]
+        modules.append((at.removesuffix("."), block))  # the sum that no layer gives by itself
         hooks = [module.register_forward_hook(self._note(name)) for name, module in modules]
         self._is_watching = True
         try:

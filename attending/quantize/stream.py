@@ -162,9 +162,9 @@ class Stream:
         for part in torch.split(x, self.batch):  # views
             part.copy_(forward(part.to(self.device)))
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """[S, L] -> [S, L, D]; they lie in the CPU's memory."""
-        return F.embedding(ids, self.stored(EMBEDDING)).float()
+    def embed(self, ids: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[S, L] -> [S, L, D], in the CPU's memory; of another embedding, if one is given."""
+        return F.embedding(ids, self.stored(EMBEDDING) if weight is None else weight).float()
 
     @torch.no_grad()
     def last(self, x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class Stream:
         """[V, D], as `Decoder.head_weight`; of another weight, if one is given."""
         if weight is None:
             weight = self.tensor(EMBEDDING if self.arch.tied else f"{HEAD}.weight")
-        weight = weight.to(self.device)
+        weight = weight.to(self.device, torch.float32)
         return weight / vocabulary_norms(weight)[:, None] if self.arch.norm_head else weight
 
     def hidden(self, ids: Tensor, done: Callable[[int], object] = lambda _: None) -> Tensor:

@@ -8,8 +8,6 @@ from tests.engine.folders import write_model
 from tests.quantize.making import MODEL
 from tests.quantize.text import write_text
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def alone(one_thread: None) -> None:

@@ -13,7 +13,7 @@ import attending
 from attending.errors import UsageError
 from attending.model.checkpoint import open_checkpoint
 from attending.model.quantized import Layer, Quantized, Scheme, stored_shapes
-from attending.quantize.export import QQQ_BLOCKS, Form, pack_layer, quantization_config
+from attending.quantize.export import Form, pack_layer, quantization_config
 from tests.quantize.making import decoded, layers, write_quantized
 
 FORMS: list[Form] = ["gptq", "compressed-tensors", "qqq"]
@@ -59,9 +59,7 @@ def same(one: Quantized, other: Quantized) -> None:
 def test_integers_and_scales_come_back_bit_for_bit(form: Form, data: st.DataObject) -> None:
     bits = data.draw(st.sampled_from([4] if form == "qqq" else [4, 8]))
     layer = data.draw(layers(form, bits))
-    outputs, inputs = layer.values.shape
-    if form == "qqq" and not any(inputs % k == 0 and outputs % n == 0 for k, n in QQQ_BLOCKS):
-        return
+    _, inputs = layer.values.shape
     back, stored = there_and_back(layer, form)
     if form == "qqq" and 0 < layer.group < inputs:  # its second scale is chosen here
         assert np.array_equal(back.values, layer.values) and back.row_scales is not None
