@@ -121,21 +121,22 @@ def suite(told: Figures) -> list[str]:
     for one in told["changes"]:
         flips = told["flips"].get(one["task"])
         spread = " to ".join(f"{value:+.3f}" for value in one["interval"] or ())
-        cells = [f"{one['before']:.3f}", f"{one['after']:.3f}", f"{one['gain']:+.3f} ({spread})"]
+        gain = f"{one['gain']:+.3f}" + (f" ({spread})" if spread else "")
+        cells = [f"{one['before']:.3f}", f"{one['after']:.3f}", gain]
         cells.append("" if flips is None else f"{100 * flips:.1f}")
         found.append([f"{one['task']}, {one['metric']}", *cells])
     head = [f"{LIMIT} examples of each", "8 bits", "4 bits", "gain", "answered otherwise, %"]
     return table(head, found)
 
 
-def grown() -> list[str]:
+def grown() -> list[list[str]]:
     names = {f"{size}, {to}": f"grown {size} {of}" for size in SIZES for of, to in GROWN.items()}
     found = []
     for name, one in recorded(names).items():
         planned, peak = one["planned_bytes"], one["peak_bytes"]
         cells = [f"{value / 2**20:,.0f}" for value in (planned, peak)]
         found.append([name, *cells, f"{peak / planned:.2f}"])
-    return table(["hidden size, method", "planned, MiB", "measured, MiB", "ratio"], found)
+    return found
 
 
 def origins() -> dict[str, list[str]]:
@@ -159,7 +160,9 @@ def write() -> None:
         text += [f"Served ({SERVED}):", "", *served(told), ""]
     if told := recorded({"": "suite"}):
         text += ["Tasks, by the engine:", "", *suite(told[""]), ""]
-    text += ["Memory, beside `--dry-run`'s arithmetic:", "", *grown(), ""]
+    if rows_of := grown():
+        head = ["hidden size, method", "planned, MiB", "measured, MiB", "ratio"]
+        text += ["Memory, beside `--dry-run`'s arithmetic:", "", *table(head, rows_of), ""]
     versions = ", ".join(sorted({arms[name]["version"] for name in PEERS if name in arms}))
     text += [f"Peers: {versions}. Seed 0.", ""]
     text += ["`python benchmarks/quantize.py DATA_DIR WORK_DIR M1_SMALL --peers PYTHON`", ""]

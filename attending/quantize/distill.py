@@ -35,7 +35,7 @@ from attending.model.decoder import RMSNorm
 from attending.model.quantized import Quantized
 from attending.model.scoring import over_logits
 from attending.quantize.signed import Called, batches
-from attending.quantize.stream import EMBEDDING, Stream
+from attending.quantize.stream import Stream
 
 NORM = "norm.weight"  # how the names of norms end, those of queries and keys among them
 WATCHED = 8  # one sample in so many is not learnt from: by these start or end is chosen
@@ -64,14 +64,14 @@ class Distillation(Config):
 
 
 class Rounded(NamedTuple):
-    """The whole model but its head, by full names."""
+    """The whole model but embedding and head, by full names."""
 
     layers: Sequence[str]
     """Linear layers of the blocks."""
     read: Callable[[str], Quantized]
     """One of them; not kept, but for its integers."""
     floats: Mapping[str, Tensor]
-    """All else in the blocks, the embedding, and the last norm."""
+    """All else in the blocks, and the last norm."""
     stored: Callable[[Tensor], Tensor]
     """Scales [N, G] -> as they will be written."""
 
@@ -105,7 +105,7 @@ def sides(samples: int) -> tuple[Tensor, Tensor]:
 def distill(
     stream: Stream,
     rounded: Rounded,
-    ids: Tensor,
+    inputs: Tensor,
     teacher: Tensor,
     heads: Sequence[Tensor],
     config: Distillation,
@@ -119,7 +119,7 @@ def distill(
     Args:
         stream: That the blocks are of; only its shapes and its way of attending are used.
         rounded: The model.
-        ids: [S, L], the calibration text.
+        inputs: [S, L, D], the calibration text as it is embedded.
         teacher: [S, L, D], what the float model's head reads of it.
         heads: [V, D] of the float model, and of the rounded one.
         config: How long and how fast.
@@ -128,11 +128,10 @@ def distill(
         told: Called with the steps done and the step's divergence, nats a token.
 
     Raises:
-        UsageError: The divergence is no number, or a scale cannot be written.
+        UsageError: The divergence is no number.
     """
     model = _Model(stream, rounded, config.recompute)
-    inputs = stream.embed(ids, rounded.floats[EMBEDDING])
-    (learnt, kept), total = sides(len(ids)), config.steps(len(ids))
+    (learnt, kept), total = sides(len(inputs)), config.steps(len(inputs))
     kept = kept if len(kept) else learnt
 
     def divergence(samples: Tensor) -> Tensor:
@@ -227,10 +226,9 @@ class _Model:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Make the factors what is left of them once scales and norms are written."""
+        """Make factors what is left of them once scales and norms are written: no number, where
+        these outgrow their dtype."""
         for (name, factor), after in zip(self.factors.items(), self._written(), strict=True):
-            if not after.isfinite().all():
-                raise UsageError(f"distill: {name} outgrows its dtype. Lower distill.rate.")
             before = self._begun(name)
             factor.copy_(torch.where(before == 0, 1.0, after.to(factor) / before))
 

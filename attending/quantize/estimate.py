@@ -135,13 +135,14 @@ def _distillation(arch: Architecture, config: QuantizeConfig, layers: Shapes) ->
     width = WIDTHS[arch.dtype if config.floats == "stored" else config.floats]
     kept = [4 * tokens * kept_per_token(arch, index) + 4 * size for index, size in enumerate(every)]
     inputs = 4 * len(kept) * tokens * arch.hidden_size
+    heads = 2 if config.head or config.floats != "stored" else 1
     chunk = CPU_CHUNK if config.device == "cpu" else CHUNK
     return (
         weights * (2 if config.bits == 8 and not config.symmetric else 1)
         + width * (sum(every) - weights)
         + LEARNT * scales
         + 2 * 4 * told.samples * told.length * arch.hidden_size
-        + 4 * arch.vocab_size * ((1 + config.head) * arch.hidden_size + 6 * chunk)
+        + 4 * arch.vocab_size * (heads * arch.hidden_size + 6 * chunk)
         + 8 * widest
         + (max(kept) + inputs if how.recompute else sum(kept))
     )

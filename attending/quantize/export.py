@@ -32,7 +32,7 @@ from attending.model.weights import save_model
 
 Form = Literal["gptq", "compressed-tensors", "qqq"]
 Arrays = dict[str, NDArray[Any]]
-REMEDY = "Choose other groups (-1, a whole row, fits any) or another format, or leave it float."
+REMEDY = "Choose other groups (-1 is a whole row) or another format, or leave it float."
 # A kernel's thread block: one of these must divide inputs and outputs.
 QQQ_BLOCKS = ((64, 256), (128, 128), (128, 64), (64, 128))
 

@@ -99,7 +99,8 @@ def quantize(
         draft = run.begin(out, known, World(0, 0, 1), **how, final=FINAL, holds=_has_begun)
         states = draft / STATES
         job = Job(config, _stream(config, start, arch, probe := Probe()), layers, states, probe)
-        _require_whole(start)  # what is damaged or does not fit is better known now
+        if not [*states.glob("block_*")]:
+            _require_whole(start)  # what is damaged or does not fit is better known now
         for name in arch.tensor_shapes():
             if name.removesuffix(".weight") not in layers:
                 _as_stored(job, name)
@@ -172,17 +173,18 @@ def _distilled(
 ) -> dict[str, Tensor]:
     """Scales and norms that were learnt through the whole model, as they are stored."""
     config, stream = job.config, job.stream
-    kept = {name: _as_stored(job, name) for name in (EMBEDDING, f"model.{NORM}")}
+    kept = {f"model.{NORM}": _as_stored(job, f"model.{NORM}")}
     for file in sorted(job.states.glob("block_*.safetensors")):
         kept |= load_file(file)
     names = [name for name in job.layers if name != HEAD]
     floats = {name: x for name, x in kept.items() if name in stream.arch.tensor_shapes()}
+    heads = [stream.head()] * 2
     if config.head:
         parts = load_file(job.states / "head.safetensors")
-        own = rounding.read(config, HEAD, job.layers[HEAD], parts)
-    else:
+        heads[1] = stream.head(rounding.read(config, HEAD, job.layers[HEAD], parts))
+    elif config.floats != "stored":
         own = _as_stored(job, EMBEDDING if stream.arch.tied else f"{HEAD}.weight")
-    heads = stream.head(), stream.head(own)
+        heads[1] = stream.head(own)
     count, last = len(stream.arch.layers), time.monotonic()
 
     def read(name: str) -> Quantized:
@@ -198,7 +200,8 @@ def _distilled(
 
     total, how = config.distill.steps(len(ids)), (config.distill, _learnt(job, "state"))
     rounded = Rounded(names, read, floats, config.grid.stored)
-    found = distill(stream, rounded, ids, teacher, heads, *how, seed=config.seed, told=told)
+    inputs = stream.embed(ids, _as_stored(job, EMBEDDING))
+    found = distill(stream, rounded, inputs, teacher, heads, *how, seed=config.seed, told=told)
     values = {"distill/watched_before_nats": found.before, "distill/watched_nats": found.after}
     log.write(count + total + 1, values | {"distill/step_seconds": time.monotonic() - last})
     tensors = dict(found.norms)

@@ -37,7 +37,7 @@ ROOMS = {
     "sft": Room(4, 1_150),
     "prefer": Room(4, 1_080),
     "rl": Room(4, 3_620),
-    "quantize": Room(4, 3_200),
+    "quantize": Room(4, 3_250),
     "draft": Room(4, 1_450),
     "gateway": Room(5, 1_400),
 }

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import attending
-from attending import endpoint
 from attending.cli import app
 from attending.errors import CheckFailed, CheckpointError, ConfigError, UsageError
 from attending.logs import read_metrics
@@ -211,9 +210,11 @@ def test_the_suite_is_asked_before_and_after(
     with monkeypatch.context() as broken, pytest.raises(HaltedError):
         broken.setattr(loop.artifact, "finish", stopped)  # behind the gate: what was asked stays
         quantize(recipe(model, text, gate=told), tmp_path / "out")
-    with monkeypatch.context() as gone:
-        gone.setattr(endpoint, "open", stopped)
-        out = quantize(recipe(model, text, gate=told), tmp_path / "out", resume=True)
+    kept = {file.parent.name: file.stat() for file in tmp_path.rglob("asked.answers.jsonl")}
+    out = quantize(recipe(model, text, gate=told), tmp_path / "out", resume=True)
+    for name in ("before", "after"):
+        now = (out / "forgetting" / name / "asked.answers.jsonl").stat()
+        assert (now.st_ino, now.st_size) == (kept[name].st_ino, kept[name].st_size)
     report = json.loads((out / "gate.json").read_text("utf-8"))
     assert 0 <= report["choice_flips"]["asked"] <= 1
     (asked,) = report["tasks"]

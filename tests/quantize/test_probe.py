@@ -24,6 +24,15 @@ def test_peaks_of_every_layer_over_all_samples() -> None:
     assert found.inputs == pytest.approx(float(inputs.abs().max()), rel=1e-5)
     assert found.outputs == pytest.approx(float(v.abs().max()), rel=1e-5)
     assert len(probe.layers) == 7
+    sums = []  # behind the attention
+    block.post_attention_layernorm.register_forward_hook(lambda _, given, out: sums.extend(given))
+    whole = x.clone()
+    with torch.no_grad():
+        stream.step(block, whole)
+    peak = probe.blocks["model.layers.0"]
+    most = max(float(one.abs().max()) for one in (x, *sums))
+    assert peak.inputs == pytest.approx(most, rel=1e-5)
+    assert peak.outputs == pytest.approx(float(whole.abs().max()), rel=1e-5)
     assert probe.caches["model.layers.0"] >= float(v.abs().max()) / kv.E4M3_MAX * 0.999
     before = dict(probe.layers)
     with torch.no_grad():
@@ -39,7 +48,10 @@ def test_the_verdict(value: float, holds: bool) -> None:
     lines = probe.lines()
     assert lines[0].startswith("model.layers.5.mlp.down_proj: largest input 65,50")
     assert ("holds every layer" in lines[2]) == holds
-    assert ("does not hold 1 layers, model.layers.5.mlp.down_proj first" in lines[2]) != holds
+    said = "does not hold 1 layers or blocks, model.layers.5.mlp.down_proj first"
+    assert (said in lines[2]) != holds
     assert lines[3].endswith("cuts nothing off" if holds else "is too small: 2.00 is needed")
     told = probe.report()
+    probe.blocks = {"model.layers.6": Peak(1.0, 7e4)}
+    assert "does not hold" in probe.lines()[3] and probe.lines()[2].startswith("model.layers.6: l")
     assert [row["holds"] for row in told["layers"].values()] == [True, holds]
