@@ -27,8 +27,12 @@ METHODS: dict[str, list[str]] = {
     "GPTQ, then distilled": ["method=gptq", *LEARNT],
     "signed, 25 steps, then distilled": [*LIGHT, *LEARNT],
 }
-ONCE = {"GPTQ, then distilled once": ["method=gptq", "distill.epochs=1", "distill.rate=0.002"]}
-"""Of the default model alone: what it costs to learn for half as long."""
+SHORT = ["distill.epochs=1", "distill.rate=0.002"]
+ONCE = {
+    "GPTQ, then distilled once": ["method=gptq", *SHORT],
+    "rotation + GPTQ, then distilled once": ["method=gptq", "rotate=true", *SHORT],
+}
+"""Of the default model alone: learning for half as long."""
 PEERS = {
     "llm-compressor GPTQ": ("llmcompressor",),
     "HQQ": ("hqq",),
