@@ -276,6 +276,7 @@ def test_ctrl_c_ends_it_and_the_process_that_it_began(model: str) -> None:
                 told = Path(f"/proc/{pid}/cmdline").read_text()
                 child = pid if "attending.engine.bench" in told else child
         time.sleep(0.02)
+    time.sleep(0.2)  # by now it is waited for, and no longer being begun
     process.send_signal(signal.SIGINT)
     said, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and said == "" and "Traceback" not in errors
