@@ -36,6 +36,7 @@ from attending.model.rope import inverse_frequencies
 from attending.model.weights import save_weights
 
 START_RMS = 0.4  # see `Eagle.soften`
+FEATURE_SHARE = 0.25  # of what is drawn, in the features' half of queries and keys at first
 
 
 class Eagle(nn.Module):
@@ -99,9 +100,10 @@ class Eagle(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, head: Tensor, norm: Tensor, seed: int) -> None:
-        """Begin with the target's own: its head's rows that are proposed, its norm, a mean feature.
+        """Begin with the target's own: the rows of its head that are proposed, norm, last feature.
 
-        All else is drawn as a model's is, each tensor by its name and `seed`.
+        All else is drawn as a model's is, each tensor by its name and `seed`; but queries and keys
+        read tokens alike, so that a row looks at itself, which alone has the token written last.
         """
         for name, weight in self.named_parameters():
             drawn = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
@@ -110,10 +112,15 @@ class Eagle(nn.Module):
                 weight.fill_(1.0)
             else:
                 weight.normal_(0.0, self.arch.initializer_range, generator=generator)
-        size = self.arch.hidden_size
+        size, spec = self.arch.hidden_size, self.midlayer.self_attn.spec
+        queries, keys = (getattr(self.midlayer.self_attn, f"{n}_proj").weight for n in "qk")
+        keys[:, :size].mul_(size**-0.5 / self.arch.initializer_range)
+        heads = keys[:, :size].unflatten(0, (spec.num_kv_heads, -1))
+        queries[:, :size] = heads.repeat_interleave(spec.num_heads // len(heads), 0).flatten(0, 1)
+        queries[:, size:] *= FEATURE_SHARE
+        keys[:, size:] *= FEATURE_SHARE
         self.fc.weight.zero_()
-        for start in range(0, self.fc.in_features, size):
-            self.fc.weight[:, start : start + size].fill_diagonal_(size / self.fc.in_features)
+        self.fc.weight[:, -size:].fill_diagonal_(1.0)
         self.lm_head.weight.copy_(head[self.used])
         self.norm.weight.copy_(norm)
 
@@ -121,7 +128,7 @@ class Eagle(nn.Module):
     def soften(self, features: Tensor) -> None:
         """Scale what was drawn to a target's features [T, 3 D], before it is trained.
 
-        The mean feature foretells the token that is given, not the next one, and a target's stream
+        The last feature foretells the token that is given, not the next one, and a target's stream
         is far larger than what a drawn layer adds to it. So the stream is brought to `START_RMS`
         and the norm to logits that deviate by 1, in the median of the tokens, of which the first
         are giants. Then the first guess is nearly none, and the layer is heard.
