@@ -22,7 +22,8 @@ from attending.config import Config
 from attending.errors import ConfigError
 from tests.house_rules.rules import ROOMS, sources
 
-FILE_BYTES = 1_500_000
+FILE_BYTES, DRAFT_BYTES = 1_500_000, 24 * 2**20
+DRAFTS = "attending/engine/drafts"
 # Written so that the patterns do not find themselves.
 MACHINE = re.compile(
     r"(?<![\w.~})-])/(?:home|root|work|Users)/"
@@ -57,11 +58,15 @@ def tracked(root: Path) -> list[Path]:
 
 
 def large_files(root: Path) -> list[str]:
-    """A repository is for text; weights and data are pulled."""
-    return [
-        f"{path.relative_to(root)}: {path.stat().st_size:,} bytes, at most {FILE_BYTES:,}"
+    """A repository is for text; weights and data are pulled, but for the drafts' 24 MiB."""
+    limits = {
+        path: DRAFT_BYTES if path.is_relative_to(root / DRAFTS) else FILE_BYTES
         for path in tracked(root)
-        if path.stat().st_size > FILE_BYTES
+    }
+    return [
+        f"{path.relative_to(root)}: {path.stat().st_size:,} bytes, at most {most:,}"
+        for path, most in limits.items()
+        if path.stat().st_size > most
     ]
 
 

@@ -1,0 +1,57 @@
+"""The drafts in the package: small, of a model in the catalogue, trained on what it wrote."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attending
+from attending.engine import loading
+from attending.model.eagle_files import open_eagle
+from attending.sources import CATALOGUE
+from tests.engine.served import ASK
+
+MOST_BYTES, MOST_WORDS = 24 * 2**20, 12_000
+FOLDERS = [file.parent for file in sorted(Path(str(loading.DRAFTS)).glob("*/config.json"))]
+MATHS = [{"role": "user", "content": "Tom has 3 bags of 4 apples and eats 2. How many are left?"}]
+
+
+def texts(told: Any) -> Iterator[str]:
+    """Every string in a record."""
+    if isinstance(told, str):
+        yield told
+    elif isinstance(told, dict | list):
+        for one in told.values() if isinstance(told, dict) else told:
+            yield from texts(one)
+
+
+def test_there_is_one_for_the_default_model() -> None:
+    targets = {open_eagle(folder)[0].target_sha256 for folder in FOLDERS}
+    assert CATALOGUE["default"].sha256 in targets
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_shipped_draft_is_small_and_names_its_target_and_its_training(folder: Path) -> None:
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= MOST_BYTES
+    config, tensors = open_eagle(folder)
+    assert config.draft_vocab <= MOST_WORDS and len(tensors["lm_head.weight"]) == config.draft_vocab
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    assert record["verb"] == "draft"
+    assert config.target_sha256 == CATALOGUE[record["recipe"]["model"]].sha256
+    assert config.target_sha256 in {parent["sha256"] for parent in record["parents"]}
+    assert not [text for text in texts(record) if text.startswith(("/", "~"))]
+
+
+def test_the_default_model_takes_its_draft_by_itself_and_answers_the_same(
+    default_cache: Path,
+) -> None:
+    plain, drafted = attending.load("default", draft="none"), attending.load("default")
+    assert plain.draft is None and drafted.draft is not None
+    told = {"temperature": 0.0, "max_tokens": 60, "seed": 0}
+    for messages in (ASK, MATHS):
+        assert drafted.chat(messages, **told) == plain.chat(messages, **told)
+    speculation = drafted.scheduler.speculation
+    assert speculation is not None and speculation.rounds > 5
+    assert speculation.acceptance_length > 1.2
