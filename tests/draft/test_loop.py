@@ -95,7 +95,7 @@ def test_the_target_writes_and_the_draft_learns_to_foresee(made: Made, tmp_path:
     notes: list[str] = []
     told: list[tuple[int, int | None]] = []
     out = draft(
-        recipe(made, epochs=4.0),
+        recipe(made, epochs=6.0),
         tmp_path / "draft",
         note=notes.append,
         progress=lambda done, total, _: told.append((done, total)),
@@ -329,7 +329,7 @@ def test_kinds_of_prompts_are_asked_in_one_shuffled_order(made: Made, tmp_path: 
 def test_a_draft_of_what_the_native_engine_serves(made: Made, tmp_path: Path) -> None:
     """Its features are the runner's, kept on disk; what is written proposes what was measured."""
     folder, writing = tmp_path / "answers", {"max_tokens": 12, "engine": {"context": 128}}
-    config = recipe(made, epochs=3.0, dialogues=str(folder), writing=writing, keep_features=True)
+    config = recipe(made, epochs=6.0, dialogues=str(folder), writing=writing, keep_features=True)
     out = draft(config, tmp_path / "draft")
     key = "heldout/questions_tokens_per_round@3"
     measured = [row[key] for row in read_metrics(out / "metrics.jsonl") if key in row]
