@@ -253,3 +253,17 @@ def test_a_draft_begins_near_no_guess_at_all_although_its_target_shouts() -> Non
         )
     words = math.log(len(eagle.d2t))
     assert losses[1] < 1.1 * words < losses[0]
+
+
+def test_a_row_of_a_new_draft_looks_at_itself() -> None:
+    """Of rows with other tokens its own query is nearest to its own key, in every head."""
+    _, eagle = models({**LLAMA, "hidden_size": 256, "head_dim": 64})
+    attention = eagle.midlayer.self_attn
+    drawn = torch.randn(2, 32, 256, generator=torch.Generator().manual_seed(0)).double()
+    rows = eagle.midlayer.beside(*drawn.to(attention.q_proj.weight))
+    spec = attention.spec
+    keys = attention.k_proj(rows).unflatten(-1, (spec.num_kv_heads, -1))
+    keys = keys.repeat_interleave(spec.num_heads // spec.num_kv_heads, 1)
+    queries = attention.q_proj(rows).unflatten(-1, (spec.num_heads, -1))
+    nearest = torch.einsum("tnh,snh->nts", queries, keys).argmax(-1)
+    assert torch.equal(nearest, torch.arange(32).expand_as(nearest))

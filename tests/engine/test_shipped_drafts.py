@@ -1,9 +1,8 @@
 """The drafts in the package: small, of a model in the catalogue, trained on what it wrote."""
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,15 +17,6 @@ FOLDERS = [file.parent for file in sorted(Path(str(loading.DRAFTS)).glob("*/conf
 MATHS = [{"role": "user", "content": "Tom has 3 bags of 4 apples and eats 2. How many are left?"}]
 
 
-def texts(told: Any) -> Iterator[str]:
-    """Every string in a record."""
-    if isinstance(told, str):
-        yield told
-    elif isinstance(told, dict | list):
-        for one in told.values() if isinstance(told, dict) else told:
-            yield from texts(one)
-
-
 def test_there_is_one_for_the_default_model() -> None:
     targets = {open_eagle(folder)[0].target_sha256 for folder in FOLDERS}
     assert CATALOGUE["default"].sha256 in targets
@@ -37,11 +27,12 @@ def test_a_shipped_draft_is_small_and_names_its_target_and_its_training(folder: 
     assert sum(file.stat().st_size for file in folder.iterdir()) <= MOST_BYTES
     config, tensors = open_eagle(folder)
     assert config.draft_vocab <= MOST_WORDS and len(tensors["lm_head.weight"]) == config.draft_vocab
-    record = json.loads((folder / "run.json").read_text("utf-8"))
+    text = (folder / "run.json").read_text("utf-8")
+    assert not re.search(r'"[/~]', text)  # a path of the machine that trained it
+    record = json.loads(text)
     assert record["verb"] == "draft"
     assert config.target_sha256 == CATALOGUE[record["recipe"]["model"]].sha256
     assert config.target_sha256 in {parent["sha256"] for parent in record["parents"]}
-    assert not [text for text in texts(record) if text.startswith(("/", "~"))]
 
 
 def test_the_default_model_takes_its_draft_by_itself_and_answers_the_same(
