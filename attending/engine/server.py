@@ -172,6 +172,7 @@ def _tell_speculation(told: Speculation, most: int, registry: CollectorRegistry)
             "tokens of a round, the model's own included",
             told.acceptance_length,
         ),
+        "depth": ("tokens proposed at once at last; 0 leaves the draft alone", told.latest),
         "break_even_batch": ("answers at once up to which drafting pays", told.break_even(most)),
     }
     for key, (text, value) in gauges.items():

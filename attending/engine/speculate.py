@@ -8,7 +8,8 @@ without, token for token, and depends on nothing else that is served.
 
 How deep a chain goes follows from what was measured: tau(k) tokens come of a round, which takes
 the time of k + 1 rows of each user and k steps of the draft. Where one row of each is faster, the
-draft is left alone, but for a look every now and then.
+draft is left alone. Other depths are looked at every now and then, as often as what that is thought
+to cost allows.
 """
 
 import statistics
@@ -25,7 +26,8 @@ from attending.model.architecture import PAGE_TOKENS
 
 LATEST = 9  # measurements of a time, whose median counts
 FADE = 0.99  # what a round counts, at the next
-LOOK_ROUNDS = 32  # after so many a depth is tried, whatever the figures say
+LOOK_ROUNDS = 16  # from one look at another depth to the next, at least
+LOOK_SHARE = 0.02  # of the time that looks may lose
 PRIOR, PRIOR_TRIES = 1.0, 1.25  # acceptance before anything was measured
 
 
@@ -88,11 +90,14 @@ class Speculation:
         self.tried = np.zeros(self.shape.depth, np.int64)
         """Rounds in which there was one and all before it were accepted."""
         self.seconds, self.draft_seconds = Seconds(), Seconds()
+        self.latest = 0
+        """The last depth that was chosen; 0 leaves the draft alone."""
         self.drafting = 0.0
         """Seconds that went into proposals."""
         self._recent = np.zeros((2, self.shape.depth))  # of both, fading
         self._runner, self._adapts, self._clock = runner, adapts, clock
-        self._looks = 0
+        self._unused = dict.fromkeys(self._depths, 0.0)  # seconds since each was, as foreseen
+        self._untried, self._until_look = list(self._depths[:2]), LOOK_ROUNDS
 
     @property
     def acceptance_length(self) -> float:
@@ -106,21 +111,33 @@ class Speculation:
 
     def depth(self, batch: int, drafting: int) -> int:
         """How deep to draft for `drafting` of so many sequences; 0 leaves it."""
-        if not self._adapts:
-            return self.shape.depth
-        depths = self._depths
-        look, left = divmod(self._looks, LOOK_ROUNDS)
-        self._looks += 1
-        if self._looks <= len(depths):  # each once, then one now and then
-            return depths[self._looks - 1]
-        if left == 0:
-            return depths[look % len(depths)]
-        return max(depths, key=lambda depth: self.rate(batch, drafting, depth))
+        self.latest = self._chosen(batch, drafting) if self._adapts else self.shape.depth
+        return self.latest
+
+    def _chosen(self, batch: int, drafting: int) -> int:
+        rates = {depth: self.rate(batch, drafting, depth) for depth in self._depths}
+        best = max(rates, key=lambda depth: rates[depth])
+        chosen = self._untried.pop(0) if self._untried else best
+        self._until_look -= 1
+        if self._until_look < 1:
+            looks = {
+                depth: self._cost(batch, drafting, depth) * (1 - rate / rates[best])
+                for depth, rate in rates.items()
+                if depth != best
+            }
+            budget = LOOK_SHARE / len(looks)
+            paid = [depth for depth, lost in looks.items() if lost <= budget * self._unused[depth]]
+            if paid:
+                chosen = max(paid, key=lambda depth: self._unused[depth])
+                self._until_look = LOOK_ROUNDS
+        spent = self._cost(batch, drafting, chosen)
+        self._unused = {depth: seconds + spent for depth, seconds in self._unused.items()}
+        self._unused[chosen] = 0.0
+        return chosen
 
     def rate(self, batch: int, drafting: int, depth: int) -> float:
         """Tokens a second to be expected; 0 before anything was measured."""
-        rows = batch + drafting * self._proposed(depth)
-        seconds = self.seconds.at(rows) + depth * self.draft_seconds.at(drafting)
+        seconds = self._cost(batch, drafting, depth)
         tokens = batch + drafting * float(np.cumprod(self._expected()[:depth]).sum())
         return tokens / seconds if seconds else 0.0
 
@@ -175,6 +192,11 @@ class Speculation:
     def _depths(self) -> Sequence[int]:
         """A tree is grown whole or not at all."""
         return (0, self.shape.depth) if self.shape.nodes else range(self.shape.depth + 1)
+
+    def _cost(self, batch: int, drafting: int, depth: int) -> float:
+        """Seconds of a round, as foreseen."""
+        rows = batch + drafting * self._proposed(depth)
+        return self.seconds.at(rows) + depth * self.draft_seconds.at(drafting)
 
     def _proposed(self, depth: int) -> int:
         return self.shape.nodes if depth and self.shape.nodes else depth

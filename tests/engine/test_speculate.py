@@ -16,7 +16,7 @@ from attending.engine.native.runner import NativeRunner
 from attending.engine.runner import Proposal, Shape, Span
 from attending.engine.sampler import Sampling, candidates
 from attending.engine.scheduler import Request, Scheduler
-from attending.engine.speculate import LOOK_ROUNDS, Seconds, Speculation, extended, follower
+from attending.engine.speculate import Seconds, Speculation, extended, follower
 from attending.engine.torch_runner import TorchRunner
 from attending.errors import UsageError
 from attending.model.decoder import Decoder
@@ -288,16 +288,16 @@ class Clockwork:
     shape = Shape(4)
 
     def __init__(self, right: float, row: float, draft: float) -> None:
-        self.now, self._row, self._draft = 0.0, row, draft
+        self.now, self.slow, self._row, self._draft = 0.0, 1.0, row, draft
         self.random, self.right = np.random.default_rng(0), right
         self.speculation = Speculation(self, clock=lambda: self.now)  # type: ignore[arg-type]
         self.depths: list[int] = []
 
     def step(self, spans: Sequence[Span]) -> None:
-        self.now += 1.0 + self._row * sum(len(span.ids) for span in spans)
+        self.now += self.slow * (1.0 + self._row * sum(len(span.ids) for span in spans))
 
     def propose(self, spans: Sequence[Span], depth: int) -> list[Proposal]:
-        self.now += self._draft * depth
+        self.now += self.slow * self._draft * depth
         return [Proposal(np.zeros(depth, np.int64)) for _ in spans]
 
     def run(self, rounds: int, batch: int) -> None:
@@ -331,8 +331,8 @@ def test_the_depth_follows_what_is_measured(
     settled = clockwork.depths[200:]
     assert abs(max(set(settled), key=settled.count) - wanted) <= (wanted == 2)
     assert settled.count(clockwork.depths[-2]) > 0.6 * len(settled)
-    assert {*clockwork.depths[:5]} == {0, 1, 2, 3, 4}  # each was tried
-    assert len({*settled}) > 1 and LOOK_ROUNDS < 200  # and is looked at again
+    assert clockwork.depths[:2] == [0, 1]  # both were tried
+    assert len({*settled}) > 1  # and others are looked at
 
 
 def test_depths_that_are_not_tried_are_not_thought_better_again() -> None:
@@ -340,7 +340,29 @@ def test_depths_that_are_not_tried_are_not_thought_better_again() -> None:
     clockwork = Clockwork(0.5, 0.0125, 0.05)
     clockwork.run(1500, 32)
     settled = clockwork.depths[500:]
-    assert settled.count(1) > 0.95 * len(settled)
+    assert settled.count(1) > 0.9 * len(settled)
+
+
+@pytest.mark.parametrize("batch", [8, 32])
+def test_looking_at_what_does_not_pay_costs_little(batch: int) -> None:
+    """A round at depth 4 takes five times as long as one without a draft."""
+    clockwork = Clockwork(0.5, 1.0, 0.05)
+    clockwork.run(1000, batch)
+    plain = (1 + batch) * 1000
+    assert clockwork.depths.count(0) > 950 and {*clockwork.depths} >= {0, 1}
+    # What they wrote is not counted: it would take less.
+    assert clockwork.now < 1.05 * plain
+
+
+def test_what_was_slow_once_is_looked_at_again() -> None:
+    """While something else computes all is slow; the plain step must not keep that name."""
+    clockwork = Clockwork(0.3, 0.2, 0.05)
+    clockwork.run(100, 4)
+    clockwork.slow = 3.0
+    clockwork.run(30, 4)
+    clockwork.slow = 1.0
+    clockwork.run(300, 4)
+    assert clockwork.depths[-100:].count(0) > 85
 
 
 def test_break_even_is_where_more_users_gain_nothing() -> None:

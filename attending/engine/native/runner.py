@@ -173,9 +173,9 @@ class NativeRunner:
             "draft": "none",
         }
 
-    def __del__(self) -> None:
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:  # bound: at exit `os` is gone
         """Give the memory back."""
-        if getattr(self, "_engine", None) and os.getpid() == self._owner:
+        if getattr(self, "_engine", None) and getpid() == self._owner:
             self._kernel.attending_close(self._engine)
             self._engine = None
 
