@@ -2,13 +2,14 @@
 
     python benchmarks/draft.py DATA DRAFT [--model default] [--prompts 20] [--tokens 128]
                                [--keep out/draft.jsonl] [--threads N] [--no-torch] [--page draft]
-                               [--gated GATED_DRAFT] [--openvino PYTHON]
+                               [--begun DRAFT] [--gated GATED_DRAFT] [--openvino PYTHON]
 
 DATA is the folder with `eval/kqa_201_physician_rubric.jsonl`, `eval/gsm8k_test.jsonl` and
 `train/medquad_qa.jsonl`. Each prompt is answered greedily by every path before the next one; an
 answer is kept as soon as it is there, so an interrupted run goes on; those of other drafts, models
-or settings in the same file are left alone. GATED_DRAFT was trained as DRAFT was, but with the
-gate: how both fared is read from their `metrics.jsonl`. PYTHON is of an environment with
+or settings in the same file are left alone. `--begun` names the draft that DRAFT went on from, if
+there is one. GATED_DRAFT was trained as the first of them was, but with the gate. How they fared is
+read from their `metrics.jsonl`. PYTHON is of an environment with
 openvino-genai, whose prompt lookup is measured beside its plain path. Writes NAME.md, NAME.svg and,
 how the draft was trained, NAME_training.svg. Budget with the default model on two cores: 60 prompts
 by eleven paths some 45 minutes; nothing else should run.
@@ -359,73 +360,109 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         served=ranges(crowds(rows, ADAPTING)),
         measured="; ".join(interval(name, faster(of[name], plain)) for name in names[1:]),
         even=even(rate(of[best]) / rate(plain), crowd),
-        training=trained(Path(asked.draft), HERE / f"{asked.page}_training.svg"),
+        training=trained(stages(asked), asked.gated, HERE / f"{asked.page}_training.svg"),
         name=asked.page,
-        gated=compared(Path(asked.draft), Path(asked.gated)) if asked.gated else "",
+        gated=compared(stages(asked)[0], Path(asked.gated)) if asked.gated else "",
     )
     return write(asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True)
 
 
-def curves(draft: Path) -> dict[str, list[tuple[float, float]]]:
-    """Of `metrics.jsonl` each figure's course over the tokens seen."""
+def stages(asked: argparse.Namespace) -> list[Path]:
+    """The draft, after the one it went on from."""
+    return [Path(one) for one in (asked.begun, asked.draft) if one]
+
+
+def curves(*drafts: Path) -> dict[str, list[tuple[float, float]]]:
+    """Of their `metrics.jsonl` each figure's course over the tokens seen, one after another."""
     found: dict[str, list[tuple[float, float]]] = {}
-    tokens = 0.0
-    for row in read_metrics(draft / "metrics.jsonl"):
-        tokens = row.get("train/consumed_tokens", tokens)
-        for key, value in row.items():
-            found.setdefault(key, []).append((tokens, value))
+    before = 0.0
+    for draft in drafts:
+        tokens = before
+        for row in read_metrics(draft / "metrics.jsonl"):
+            tokens = before + row.get("train/consumed_tokens", tokens - before)
+            for key, value in row.items():
+                found.setdefault(key, []).append((tokens, value))
+        before = tokens
     return found
 
 
-def trained(draft: Path, file: Path) -> str:
-    """What the training took, in a sentence; its curves, in a figure."""
-    found = curves(draft)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot(*zip(*found["train/loss_nats"], strict=True), linewidth=0.6)
-    left.set_title("loss of all steps, nats", fontsize=9)
-    for key, course in sorted(found.items()):
-        if key.startswith("heldout/") and key.endswith("_acceptance@1"):
-            name = key.removeprefix("heldout/").removesuffix("_acceptance@1")
-            right.plot(*zip(*course, strict=True), label=name)
-    right.set_title("first proposal accepted, held-out answers", fontsize=9)
-    right.legend(fontsize=8)
-    for panel in (left, right):
+def accepted(found: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    """The course of the first proposal's acceptance, by source."""
+    of = {re.fullmatch(r"heldout/(\w+)_acceptance@1", key): found[key] for key in sorted(found)}
+    return {match[1]: course for match, course in of.items() if match}
+
+
+def trained(drafts: Sequence[Path], gated: str | None, file: Path) -> str:
+    """What the training took, in a sentence each; its curves, in a figure."""
+    found = curves(*drafts)
+    figure, panels = pyplot.subplots(1, 3 if gated else 2, figsize=(9, 3.2), layout="constrained")
+    panels[0].plot(*zip(*found["train/loss_nats"], strict=True), linewidth=0.6)
+    panels[0].set_title("loss of all steps, nats", fontsize=9)
+    for name, course in accepted(found).items():
+        panels[1].plot(*zip(*course, strict=True), label=name)
+    panels[1].set_title("first proposal accepted,\nheld-out answers", fontsize=9)
+    for name, folder in (("plain", drafts[0]), ("gated", Path(gated))) if gated else ():
+        courses = [*accepted(curves(folder)).values()]
+        means = [statistics.mean(value for _, value in at) for at in zip(*courses, strict=True)]
+        panels[2].plot([tokens for tokens, _ in courses[0]], means, label=name)
+        panels[2].set_title("the same, mean of the kinds,\nat equal steps", fontsize=9)
+    for place, panel in enumerate(panels):
         panel.set_xlabel("tokens seen", fontsize=8)
+        panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
+        if place:
+            panel.legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None})
-    run = json.loads((draft / "run.json").read_text("utf-8"))
-    tokens, hours = found["train/consumed_tokens"][-1][1], run["wall_seconds"] / 3600
-    written = sum(v for k, v in run["metrics"].items() if re.fullmatch(r"data/\w+_tokens", k))
-    return f"{written:,.0f} tokens written by the target; {tokens:,.0f} seen in {hours:.1f} hours."
+    sentences = []
+    for draft in drafts:
+        run = json.loads((draft / "run.json").read_text("utf-8"))
+        tokens = curves(draft)["train/consumed_tokens"][-1][1]
+        hours = run["wall_seconds"] / 3600
+        wrote = sum(v for k, v in run["metrics"].items() if re.fullmatch(r"data/\w+_tokens", k))
+        sentences.append(
+            f"`{run['command']}`: of {wrote:,.0f} tokens that the target wrote {tokens:,.0f} were "
+            f"seen in {hours:.1f} hours, in which they were written and read where they were new."
+        )
+    return " Then ".join(sentences)
 
 
 def compared(plain: Path, gated: Path) -> str:
     """Tokens a round of both at equal steps, of the same held-out answers."""
     both = [curves(one) for one in (plain, gated)]
-    keys = sorted(key for key in both[0] if "_tokens_per_round@" in key and key[-1].isdigit())
     cells = []
-    for key in keys:
-        ends = [[one[f"{key}{end}"][-1][1] for end in ("", "_low", "_high")] for one in both]
-        cells.append([key, *("{:.3f} ({:.3f} to {:.3f})".format(*end) for end in ends)])
+    for key in sorted(both[0]):
+        if match := re.fullmatch(r"heldout/(\w+)_tokens_per_round@(\d+)", key):
+            ends = [[one[f"{key}{end}"][-1][1] for end in ("", "_low", "_high")] for one in both]
+            told = ("{:.3f} ({:.3f} to {:.3f})".format(*end) for end in ends)
+            cells.append([f"{match[1]}, k = {match[2]}", *told])
     lines = [f"| {' | '.join(row)} |" for row in (["", "plain", "gated"], ["---"] * 3, *cells)]
-    return "\nThe gated head, at equal steps:\n\n" + "\n".join(lines) + "\n"
+    return (
+        "\nWith the gate (our reading; no formula is published), trained by the first recipe for "
+        "as many steps: tokens of a round, on held-out answers, with 95 % intervals.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def require(asked: argparse.Namespace) -> None:
     """SystemExit, before anything is measured, where the page could not be written."""
     runs = []
-    for folder in map(Path, filter(None, (asked.draft, asked.gated))):
+    for folder in (*stages(asked), *map(Path, filter(None, [asked.gated]))):
         for name in ("metrics.jsonl", "run.json"):
             if not (folder / name).is_file():
                 raise SystemExit(
                     f"{folder} has no {name}: give a folder that attending draft made."
                 )
         runs.append(json.loads((folder / "run.json").read_text("utf-8")))
-    gates = [run["recipe"]["head"].pop("gated") for run in runs]
-    if gates != [False, True][: len(runs)]:
-        raise SystemExit("DRAFT must have no gate, and GATED_DRAFT must have one.")
-    if any(run[key] != runs[0][key] for run in runs for key in ("recipe", "parents")):
-        raise SystemExit(f"{asked.draft} and {asked.gated} differ by more than the gate.")
+    if asked.begun and digest(Path(asked.begun)) not in [p["sha256"] for p in runs[1]["parents"]]:
+        raise SystemExit(f"{asked.draft} did not go on from {asked.begun}.")
+    if not asked.gated:
+        return
+    first, last = runs[0], runs[-1]
+    if [run["recipe"]["head"].pop("gated") for run in (first, last)] != [False, True]:
+        raise SystemExit(f"{stages(asked)[0]} must have no gate, and {asked.gated} must have one.")
+    if any(first[key] != last[key] for key in ("recipe", "parents")):
+        raise SystemExit(f"{stages(asked)[0]} and {asked.gated} differ by more than the gate.")
 
 
 def main() -> None:
@@ -438,6 +475,7 @@ def main() -> None:
     parser.add_argument("--keep", default="out/draft.jsonl", help="what was measured")
     parser.add_argument("--page", default="draft", help="name of the page")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--begun", help="the draft that this one went on from")
     parser.add_argument("--gated", help="the same draft with the gate")
     parser.add_argument("--openvino", help="the python of an environment with openvino-genai")
     parser.add_argument("--no-torch", dest="torch", action="store_false")
