@@ -16,7 +16,7 @@ import statistics
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,10 +59,14 @@ class Seconds:
         known, times = self._known, self._medians
         if not known:
             return 0.0
-        if rows > known[-1] and len(known) > 1:
-            slope = max((times[-1] - times[0]) / (known[-1] - known[0]), 0.0)
-            return times[-1] + slope * (rows - known[-1])
-        return float(np.interp(rows, known, times))
+        place = bisect_left(known, rows)  # by hand: it is asked for every depth of every step
+        if place == len(known):
+            slope = (times[-1] - times[0]) / max(known[-1] - known[0], 1)
+            return times[-1] + max(slope, 0.0) * (rows - known[-1])
+        if place == 0 or known[place] == rows:
+            return times[place]
+        share = (rows - known[place - 1]) / (known[place] - known[place - 1])
+        return times[place - 1] + share * (times[place] - times[place - 1])
 
 
 class Speculation:
@@ -115,13 +119,14 @@ class Speculation:
         return self.latest
 
     def _chosen(self, batch: int, drafting: int) -> int:
-        rates = {depth: self.rate(batch, drafting, depth) for depth in self._depths}
+        costs = {depth: self._cost(batch, drafting, depth) for depth in self._depths}
+        rates = self._rates(batch, drafting, costs)
         best = max(rates, key=lambda depth: rates[depth])
         chosen = self._untried.pop(0) if self._untried else best
         self._until_look -= 1
         if self._until_look < 1:
             looks = {
-                depth: self._cost(batch, drafting, depth) * (1 - rate / rates[best])
+                depth: costs[depth] * (1 - rate / rates[best])
                 for depth, rate in rates.items()
                 if depth != best
             }
@@ -130,24 +135,16 @@ class Speculation:
             if paid:
                 chosen = max(paid, key=lambda depth: self._unused[depth])
                 self._until_look = LOOK_ROUNDS
-        spent = self._cost(batch, drafting, chosen)
-        self._unused = {depth: seconds + spent for depth, seconds in self._unused.items()}
+        self._unused = {d: seconds + costs[chosen] for d, seconds in self._unused.items()}
         self._unused[chosen] = 0.0
         return chosen
-
-    def rate(self, batch: int, drafting: int, depth: int) -> float:
-        """Tokens a second to be expected; 0 before anything was measured."""
-        seconds = self._cost(batch, drafting, depth)
-        tokens = batch + drafting * float(np.cumprod(self._expected()[:depth]).sum())
-        return tokens / seconds if seconds else 0.0
 
     def break_even(self, most: int) -> int:
         """The largest batch for which drafting pays, among those up to the largest that drafted."""
         pays = [
             batch
             for batch in range(1, min(most, self.draft_seconds.most) + 1)
-            if self.rounds
-            and max(self._depths, key=lambda depth: self.rate(batch, batch, depth)) > 0
+            if self.rounds and self._pays(batch)
         ]
         return max(pays, default=0)
 
@@ -192,6 +189,18 @@ class Speculation:
     def _depths(self) -> Sequence[int]:
         """A tree is grown whole or not at all."""
         return (0, self.shape.depth) if self.shape.nodes else range(self.shape.depth + 1)
+
+    def _pays(self, batch: int) -> bool:
+        rates = self._rates(batch, batch, {d: self._cost(batch, batch, d) for d in self._depths})
+        return max(rates, key=lambda depth: rates[depth]) > 0
+
+    def _rates(self, batch: int, drafting: int, costs: Mapping[int, float]) -> dict[int, float]:
+        """Tokens a second to be expected of depths; 0 before anything was measured."""
+        more = [0.0, *np.cumsum(np.cumprod(self._expected())).tolist()]
+        return {
+            depth: (batch + drafting * more[depth]) / seconds if seconds else 0.0
+            for depth, seconds in costs.items()
+        }
 
     def _cost(self, batch: int, drafting: int, depth: int) -> float:
         """Seconds of a round, as foreseen."""
