@@ -212,7 +212,7 @@ def parse_config(config: Mapping[str, Any]) -> Architecture:
         # False is ours alone: what a rotation was folded into, see quantize/rotate.py.
         norm_head=family == "baichuan_m1" and read.flag("norm_head", True),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        initializer_range=read.number("initializer_range", 0.02),
+        initializer_range=read.number("initializer_range", 0.02) or 0.02,  # 0: nothing was drawn
         dtype=_dtype(config, "bfloat16" if qwen else "float32"),
         source=dict(config),
     )
