@@ -119,6 +119,7 @@ class Speculation:
         return self.latest
 
     def _chosen(self, batch: int, drafting: int) -> int:
+        """The best by what is known; or one that was not used for so long that a look is paid."""
         costs = {depth: self._cost(batch, drafting, depth) for depth in self._depths}
         rates = self._rates(batch, drafting, costs)
         best = max(rates, key=lambda depth: rates[depth])
