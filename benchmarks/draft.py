@@ -6,18 +6,18 @@
 
 DATA is the folder with `eval/kqa_201_physician_rubric.jsonl`, `eval/gsm8k_test.jsonl` and
 `train/medquad_qa.jsonl`. Each prompt is answered greedily by every path before the next one; an
-answer is kept as soon as it is there, so an interrupted run goes on; those of other drafts, models
-or settings in the same file are left alone. `--begun` names the draft that DRAFT went on from, if
-there is one. GATED_DRAFT was trained as the first of them was, but with the gate. How they fared is
-read from their `metrics.jsonl`. PYTHON is of an environment with
+answer is kept as soon as it is there, so an interrupted run goes on; those of other drafts, models,
+settings or states of the engine's code in the same file are left alone. `--begun` names the draft
+that DRAFT went on from, if there is one. GATED_DRAFT was trained as the first of them was, but with
+the gate. How they fared is read from their `metrics.jsonl`. PYTHON is of an environment with
 openvino-genai, whose prompt lookup is measured beside its plain path. Writes NAME.md, NAME.svg and,
 how the draft was trained, NAME_training.svg. Budget with the default model on two cores: 60 prompts
 by eleven paths some 45 minutes; nothing else should run.
 """
 
 import argparse
+import hashlib
 import json
-import re
 import statistics
 import subprocess
 import time
@@ -25,16 +25,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot
+from draft_training import compared, trained
 from page import HERE, Measure, write
 
 import attending
-from attending.artifact import commit, digest
+from attending.artifact import digest
 from attending.corpus.split import draw, is_held_out
 from attending.engine.local import Model
 from attending.engine.scheduler import Request
 from attending.evaluate.intervals import Estimate, bootstrap, ratio
-from attending.logs import cut, read_metrics
+from attending.logs import cut
 from attending.mesh import hardware
 from attending.model.files import gguf_in
 from attending.sources import resolve
@@ -46,30 +46,33 @@ REPEATS = 3
 PLAIN, ADAPTING = "plain", "as served: depth by what was measured"
 TORCH, TORCH_DRAFT = "torch, plain", "torch, k = 5"
 PEERS = {"plain": "OpenVINO GenAI, plain", "lookup": "OpenVINO GenAI, prompt lookup"}
+PATHS = (PLAIN, *(f"k = {depth}" for depth in DEPTHS), ADAPTING, TORCH, TORCH_DRAFT)
+PATHS += (*PEERS.values(),)
 OWN = {TORCH_DRAFT: TORCH, PEERS["lookup"]: PEERS["plain"]}
 """Whose answers a path's are compared with, where it is not our plain path."""
 NOTES = """
 {model} with the draft {draft}, on {prompts} prompts that it was not trained on ({sources}), greedy,
 at most {tokens} tokens an answer, one user, {threads}. *tau*: tokens of a round, the target's own
 included; *v*: a step of k + 1 rows, in which the draft's keys and values are kept but nothing is
-proposed, over the plain path's of one row;
-*d*: a step of the draft over that; *predicted*: tau / (v + k d); *measured*: time for a token, over
-that with the draft. Prompts' time is left out. Every path answered a prompt before the next one
-began, in an order of its own. *{torch}* is the same model in float32; answers of torch's paths are
-compared with its own, and so are a peer's{peer}.
+proposed, over the plain path's of one row; *d*: a step of the draft over that; *predicted*:
+tau / (v + k d); *measured*: tokens a second over those of our plain path, whatever the path.
+Prompts' time is left out. Every path answered a prompt before the next one began, ours in an order
+of their own. *{torch}* is the same model in float32{peer}.
 
 Measured, with its 95 % interval over prompts: {measured}. The best depth was chosen by the same
-prompts.
+prompts.{own}
 
 tau with its 95 % interval over prompts: {intervals}.
 
 By source, at k = {best}: {by_source}. Accepted by position there, where all before were:
 {positions}.
 
-Greedy answers identical to the plain one: {identical}.
+Greedy answers identical to those of the plain path, torch's and the peer's to those of their own:
+{identical}.
 
-Several users at once, tokens/s over the same without a draft, medians of {repeats} with their
-range, as long as all are being answered: with k = {best} {crowd}. {even} As served: {served}.
+Several users at once, of all sources, tokens/s over the same without a draft, medians of {repeats}
+with their range, as long as all are being answered: with k = {best} {crowd}. {even} As served:
+{served}.
 
 Training: {training}
 
@@ -188,6 +191,16 @@ class Peer:
         return found
 
 
+def engine_digest() -> str:
+    """Of the code that answers: what it measured before a change of it is another's."""
+    total = hashlib.sha256()
+    for folder in ("engine", "model"):
+        for file in sorted((Path(attending.__file__).parent / folder).rglob("*")):
+            if file.suffix in (".py", ".cpp"):
+                total.update(file.read_bytes())
+    return total.hexdigest()
+
+
 def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows; those that are kept already are not measured again."""
     file, models = Path(asked.keep), paths(asked)
@@ -196,9 +209,13 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines]
     settings = {key: getattr(asked, key) for key in ("model", "prompts", "tokens", "threads")}
-    settings |= {"draft": digest(Path(asked.draft)), "commit": commit()}
+    settings |= {"draft": digest(Path(asked.draft)), "engine": engine_digest()}
     settings["target"] = digest(resolve(asked.model).path)
-    rows = [row for row in rows if row["settings"] == settings]
+    count, rows = len(rows), [row for row in rows if row["settings"] == settings]
+    if len(rows) < count:
+        print(
+            f"{file}: {count - len(rows)} answers are of another draft, model, engine or setting."
+        )
     known = {(row["source"], row["number"], row["repeat"], row["path"]) for row in rows}
 
     def keep(row: dict[str, Any]) -> None:
@@ -227,11 +244,12 @@ def measure(asked: argparse.Namespace) -> list[dict[str, Any]]:
             for row in peer.answer(text):
                 keep({"source": source, "number": number, "repeat": 0} | row)
     best = best_of(rows)
+    mixed = [text for *_, text in sorted(told, key=lambda one: draw("crowd", *one[:2]))]
     for repeat in range(REPEATS):
         for users in USERS:
-            for path in (PLAIN, best, ADAPTING):
-                texts = [text for *_, text in (told * users)[:users]]
-                note("users", users, path, texts, repeat)
+            own = (PLAIN, best, ADAPTING)
+            for path in sorted(own, key=lambda path: draw("path", repeat, users, path)):
+                note("users", users, path, (mixed * users)[:users], repeat)
     return rows
 
 
@@ -258,6 +276,12 @@ def best_of(rows: Sequence[dict[str, Any]]) -> str:
     alone = [row for row in rows if row["source"] != "users"]
     names = [f"k = {depth}" for depth in DEPTHS]
     return max(names, key=lambda name: rate([r for r in alone if r["path"] == name]))
+
+
+def over_their_own(of: dict[str, list[dict[str, Any]]]) -> str:
+    """What a draft brings where it is not our native path's; in words."""
+    told = [interval(name, faster(of[name], of[own])) for name, own in OWN.items() if name in of]
+    return f" Over the plain path of its own: {'; '.join(told)}." if told else ""
 
 
 def tau(rows: Sequence[dict[str, Any]]) -> Estimate:
@@ -310,7 +334,8 @@ def step_seconds(rows: Sequence[dict[str, Any]]) -> float:
 def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
     """Write the page."""
     alone = [row for row in rows if row["source"] != "users"]
-    names = [*dict.fromkeys(row["path"] for row in alone)]
+    there = {row["path"] for row in alone}
+    names = [name for name in PATHS if name in there]
     of = {name: [row for row in alone if row["path"] == name] for name in names}
     plain, best = of[PLAIN], best_of(rows)
     one_row = step_seconds(plain)
@@ -349,12 +374,15 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         tokens=asked.tokens,
         threads=f"{asked.threads} threads" if asked.threads else "all cores",
         torch=TORCH,
-        peer=f" ({of[PEERS['plain']][0]['version']})" if PEERS["plain"] in of else "",
+        peer=f"; OpenVINO GenAI is {of[PEERS['plain']][0]['version']}"
+        if PEERS["plain"] in of
+        else "",
         intervals="; ".join(intervals),
         best=best[4:],
         by_source="; ".join(f"{name} {tau(mine).value:.2f}" for name, mine in own.items()),
         positions=", ".join(f"{a / max(t, 1):.2f}" for a, t in zip(accepted, tried, strict=True)),
         identical="; ".join(identical),
+        own=over_their_own(of),
         repeats=REPEATS,
         crowd=ranges(crowd),
         served=ranges(crowds(rows, ADAPTING)),
@@ -370,78 +398,6 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
 def stages(asked: argparse.Namespace) -> list[Path]:
     """The draft, after the one it went on from."""
     return [Path(one) for one in (asked.begun, asked.draft) if one]
-
-
-def curves(*drafts: Path) -> dict[str, list[tuple[float, float]]]:
-    """Of their `metrics.jsonl` each figure's course over the tokens seen, one after another."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    before = 0.0
-    for draft in drafts:
-        tokens = before
-        for row in read_metrics(draft / "metrics.jsonl"):
-            tokens = before + row.get("train/consumed_tokens", tokens - before)
-            for key, value in row.items():
-                found.setdefault(key, []).append((tokens, value))
-        before = tokens
-    return found
-
-
-def accepted(found: dict[str, list[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
-    """The course of the first proposal's acceptance, by source."""
-    of = {re.fullmatch(r"heldout/(\w+)_acceptance@1", key): found[key] for key in sorted(found)}
-    return {match[1]: course for match, course in of.items() if match}
-
-
-def trained(drafts: Sequence[Path], gated: str | None, file: Path) -> str:
-    """What the training took, in a sentence each; its curves, in a figure."""
-    found = curves(*drafts)
-    figure, panels = pyplot.subplots(1, 3 if gated else 2, figsize=(9, 3.2), layout="constrained")
-    panels[0].plot(*zip(*found["train/loss_nats"], strict=True), linewidth=0.6)
-    panels[0].set_title("loss of all steps, nats", fontsize=9)
-    for name, course in accepted(found).items():
-        panels[1].plot(*zip(*course, strict=True), label=name)
-    panels[1].set_title("first proposal accepted,\nheld-out answers", fontsize=9)
-    for name, folder in (("plain", drafts[0]), ("gated", Path(gated))) if gated else ():
-        courses = [*accepted(curves(folder)).values()]
-        means = [statistics.mean(value for _, value in at) for at in zip(*courses, strict=True)]
-        panels[2].plot([tokens for tokens, _ in courses[0]], means, label=name)
-        panels[2].set_title("the same, mean of the kinds,\nat equal steps", fontsize=9)
-    for place, panel in enumerate(panels):
-        panel.set_xlabel("tokens seen", fontsize=8)
-        panel.tick_params(labelsize=7)
-        panel.spines[["top", "right"]].set_visible(False)
-        if place:
-            panel.legend(fontsize=7)
-    figure.savefig(file, metadata={"Date": None})
-    sentences = []
-    for draft in drafts:
-        run = json.loads((draft / "run.json").read_text("utf-8"))
-        tokens = curves(draft)["train/consumed_tokens"][-1][1]
-        hours = run["wall_seconds"] / 3600
-        wrote = sum(v for k, v in run["metrics"].items() if re.fullmatch(r"data/\w+_tokens", k))
-        sentences.append(
-            f"`{run['command']}`: of {wrote:,.0f} tokens that the target wrote {tokens:,.0f} were "
-            f"seen in {hours:.1f} hours, in which they were written and read where they were new."
-        )
-    return " Then ".join(sentences)
-
-
-def compared(plain: Path, gated: Path) -> str:
-    """Tokens a round of both at equal steps, of the same held-out answers."""
-    both = [curves(one) for one in (plain, gated)]
-    cells = []
-    for key in sorted(both[0]):
-        if match := re.fullmatch(r"heldout/(\w+)_tokens_per_round@(\d+)", key):
-            ends = [[one[f"{key}{end}"][-1][1] for end in ("", "_low", "_high")] for one in both]
-            told = ("{:.3f} ({:.3f} to {:.3f})".format(*end) for end in ends)
-            cells.append([f"{match[1]}, k = {match[2]}", *told])
-    lines = [f"| {' | '.join(row)} |" for row in (["", "plain", "gated"], ["---"] * 3, *cells)]
-    return (
-        "\nWith the gate (our reading; no formula is published), trained by the first recipe for "
-        "as many steps: tokens of a round, on held-out answers, with 95 % intervals.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
 
 
 def require(asked: argparse.Namespace) -> None:

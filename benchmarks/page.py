@@ -57,8 +57,8 @@ def write(
             cells = []
             for quantity in quantities:
                 first, mine = found.get((quantity, subjects[0])), found.get((quantity, subject))
-                ratio = f"; {_ratio(first, mine)}" if subject != subjects[0] else ""
-                cells.append(mine.text + ratio if mine else "")
+                ratio = _ratio(first, mine) if subject != subjects[0] else ""
+                cells.append("; ".join(filter(None, (mine.text, ratio))) if mine else "")
             rows.append([subject, *cells])
     else:
         head = ["", *subjects, *(f"{subjects[0]} / {other}" for other in subjects[1:])]

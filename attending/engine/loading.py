@@ -143,9 +143,10 @@ def find_draft(origin: Resolved, arch: Architecture, options: ComputeOptions) ->
         SourceError: It is not on this machine.
         UsageError: A depth is asked for, and there is no draft.
     """
-    found = _shipped(origin) if options.draft is None else None
+    found = _shipped(origin, arch) if options.draft is None else None
     if options.draft not in (None, NO_DRAFT):
-        found = resolve(options.draft)
+        own = Path(str(DRAFTS)) / options.draft
+        found = resolve(str(own) if (own / "config.json").is_file() else options.draft)
     if found is None:
         if options.draft_depth or options.draft_width > 1:
             raise UsageError("draft_depth or draft_width is given: there is no draft; name one.")
@@ -157,10 +158,11 @@ def find_draft(origin: Resolved, arch: Architecture, options: ComputeOptions) ->
     return Draft(found.name, found.path, config, tensors, Shape(depth, width, nodes))
 
 
-def _shipped(origin: Resolved) -> Resolved | None:
+def _shipped(origin: Resolved, arch: Architecture) -> Resolved | None:
+    """The draft for these very files, by any name; sizes first, since a digest takes time."""
     for file in sorted(Path(str(DRAFTS)).glob("*/config.json")):
         told = read_json(file)
-        if told.get("target") == origin.name:
+        if (told.get("hidden_size"), told.get("vocab_size")) == (arch.hidden_size, arch.vocab_size):
             sha256 = origin.sha256 or digest(origin.path)
             if told.get("target_sha256") == sha256:
                 return Resolved(file.parent, str(file.parent), file.parent.name)
@@ -200,10 +202,12 @@ def open_native(
 
     `features`: layers whose inputs it shows, where there is no draft.
     """
+    from attending.engine.native.draft import pack_draft
     from attending.engine.native.pack import open_packed
     from attending.engine.native.runner import NativeRunner
 
     require_memory(checkpoint, options, native=True)
+    own = draft and pack_draft(draft.config, draft.tensors)
     chosen = options.replace(kv=kv_of(checkpoint.arch, options)).native_options()
     if options.kv is None and _cache_scheme(checkpoint.arch).get("type") == "float":
         log.warning("the folder asks for a cache in FP8, which this engine has not: float16 it is")
@@ -214,9 +218,6 @@ def open_native(
             shutil.rmtree(old, ignore_errors=True)
     if draft is None:
         return NativeRunner(packed, pages, chosen, features=features)
-    from attending.engine.native.draft import pack_draft
-
-    own = pack_draft(draft.config, draft.tensors)
     return NativeRunner(packed, pages, chosen, draft=own, shape=draft.shape)
 
 

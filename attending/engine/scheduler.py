@@ -210,7 +210,7 @@ class Scheduler:
         depth = 0
         if self.speculation and all(_is_next(*each) for each in work):
             depth, work = self._foresee(self.speculation, work)
-            rows = self.speculation.step([span for _, span in work], is_timed=True)
+            rows = self.speculation.step([span for _, span in work], depth)
         else:
             rows = self._runner.step([span for _, span in work])
         self.counters.steps += 1
@@ -237,14 +237,15 @@ class Scheduler:
         # Nothing is proposed for places that the answer cannot have.
         left = {s.handle: s.limit - len(s.ids) - 1 for s, _ in work if s.request.speculate}
         able = [s for s, _ in work if s.cached and left.get(s.handle, 0) > 0]
-        depth = speculation.depth(len(work), len(able)) if able else 0
         shape = speculation.shape
         if shape.nodes:
-            able, rows = [s for s in able if left[s.handle] >= depth], shape.rows
-        elif able:
-            most = max(left[s.handle] for s in able)
-            depth = min(depth, most, (self._step_tokens - len(work)) // len(able))
-            rows = 1 + depth
+            able = [s for s in able if left[s.handle] >= shape.depth]
+        most = max((left[s.handle] for s in able), default=0)
+        if able and not shape.nodes:
+            most = min(most, (self._step_tokens - len(work)) // len(able))
+        depth = speculation.depth(len(work), len(able), most)
+        rows = shape.rows if shape.nodes else 1 + depth
+        if not shape.nodes:
             able = [s for s in able if s.cached + rows <= self.context]
         if depth < 1 or not able or len(able) * rows > self._step_tokens:
             return 0, work

@@ -12,7 +12,7 @@ draft is left alone. Other depths are looked at every now and then, as often as 
 to cost allows.
 """
 
-import statistics
+import math
 import time
 from bisect import bisect_left
 from collections import deque
@@ -24,45 +24,51 @@ from numpy.typing import NDArray
 from attending.engine.runner import Drafter, Proposal, Span
 from attending.model.architecture import PAGE_TOKENS
 
-LATEST = 9  # measurements of a time, whose median counts
+LATEST = 9  # measurements of a time, whose lower quartile counts: what disturbs makes it longer
 FADE = 0.99  # what a round counts, at the next
 LOOK_ROUNDS = 16  # from one look at another depth to the next, at least
 LOOK_SHARE = 0.02  # of the time that looks may lose
+FIRST = 3  # rounds with the least that can be proposed, before it is judged
 PRIOR, PRIOR_TRIES = 1.0, 1.25  # acceptance before anything was measured
 
 
 class Seconds:
-    """What steps took by their rows; between and beyond those measured, a line."""
+    """What steps took by their rows; between and beyond those measured, a line.
+
+    More rows never take less: where a time says so it is older, or something else computed.
+    """
 
     def __init__(self) -> None:
-        self._of: dict[int, deque[float]] = {}
-        self._known: list[int] = []  # in order, and their medians: they are asked for every step
-        self._medians: list[float] = []
+        self._latest: dict[int, deque[float]] = {}
+        self._usual: dict[int, float] = {}
+        self._line: tuple[list[int], list[float]] = [], []  # others read it while it is replaced
 
     def add(self, rows: int, seconds: float) -> None:
         """Another measurement."""
-        at = bisect_left(self._known, rows)
-        if rows not in self._of:
-            self._of[rows] = deque(maxlen=LATEST)
-            self._known.insert(at, rows)
-            self._medians.insert(at, seconds)
-        self._of[rows].append(seconds)
-        self._medians[at] = statistics.median(self._of[rows])
+        latest = self._latest.setdefault(rows, deque(maxlen=LATEST))
+        latest.append(seconds)
+        self._usual[rows] = sorted(latest)[(len(latest) - 1) // 4]
+        known, times, least = sorted(self._usual), list[float](), math.inf
+        for each in reversed(known):
+            least = min(least, self._usual[each])
+            times.append(least)
+        self._line = known, times[::-1]
 
     @property
-    def most(self) -> int:
-        """The most rows that were measured."""
-        return self._known[-1] if self._known else 0
+    def measured(self) -> tuple[int, int]:
+        """The fewest and the most rows that were; zeros before any."""
+        known, _ = self._line
+        return (known[0], known[-1]) if known else (0, 0)
 
     def at(self, rows: int) -> float:
         """Of a step of so many; 0 before any was measured."""
-        known, times = self._known, self._medians
+        known, times = self._line
         if not known:
             return 0.0
         place = bisect_left(known, rows)  # by hand: it is asked for every depth of every step
         if place == len(known):
             slope = (times[-1] - times[0]) / max(known[-1] - known[0], 1)
-            return times[-1] + max(slope, 0.0) * (rows - known[-1])
+            return times[-1] + slope * (rows - known[-1])
         if place == 0 or known[place] == rows:
             return times[place]
         share = (rows - known[place - 1]) / (known[place] - known[place - 1])
@@ -95,13 +101,15 @@ class Speculation:
         """Rounds in which there was one and all before it were accepted."""
         self.seconds, self.draft_seconds = Seconds(), Seconds()
         self.latest = 0
-        """The last depth that was chosen; 0 leaves the draft alone."""
+        """Tokens proposed at once in the last step; 0 left the draft alone."""
         self.drafting = 0.0
         """Seconds that went into proposals."""
         self._recent = np.zeros((2, self.shape.depth))  # of both, fading
         self._runner, self._adapts, self._clock = runner, adapts, clock
-        self._unused = dict.fromkeys(self._depths, 0.0)  # seconds since each was, as foreseen
-        self._untried, self._until_look = list(self._depths[:2]), LOOK_ROUNDS
+        self._unused = dict.fromkeys(self._depths, 0.0)  # seconds since each was
+        # Whatever is measured first: one step may have waited for something else.
+        self._untried = [self._depths[0], *[self._depths[1]] * FIRST]
+        self._until_look, self._proposing = LOOK_ROUNDS, 0.0
 
     @property
     def acceptance_length(self) -> float:
@@ -113,48 +121,55 @@ class Speculation:
         """Of the proposal at each depth, where all before it were accepted."""
         return [a / t if t else 0.0 for a, t in zip(self.accepted, self.tried, strict=True)]
 
-    def depth(self, batch: int, drafting: int) -> int:
-        """How deep to draft for `drafting` of so many sequences; 0 leaves it."""
-        self.latest = self._chosen(batch, drafting) if self._adapts else self.shape.depth
-        return self.latest
+    def depth(self, batch: int, drafting: int, most: int) -> int:
+        """How deep to draft for `drafting` of so many sequences, at most; 0 leaves it.
 
-    def _chosen(self, batch: int, drafting: int) -> int:
-        """The best by what is known; or one that was not used for so long that a look is paid."""
-        costs = {depth: self._cost(batch, drafting, depth) for depth in self._depths}
+        The best by what is known, or one that was left for so long that a look at it is paid.
+        """
+        if not self._adapts:
+            return min(self.shape.depth, most)
+        depths = [depth for depth in self._depths if depth <= most]
+        if self._untried and self._untried[0] in depths:
+            return self._untried[0]
+        costs = {depth: self._cost(batch, drafting, depth) for depth in depths}
         rates = self._rates(batch, drafting, costs)
         best = max(rates, key=lambda depth: rates[depth])
-        chosen = self._untried.pop(0) if self._untried else best
-        self._until_look -= 1
-        if self._until_look < 1:
-            looks = {
-                depth: costs[depth] * (1 - rate / rates[best])
-                for depth, rate in rates.items()
-                if depth != best
-            }
-            budget = LOOK_SHARE / len(looks)
-            paid = [depth for depth, lost in looks.items() if lost <= budget * self._unused[depth]]
-            if paid:
-                chosen = max(paid, key=lambda depth: self._unused[depth])
-                self._until_look = LOOK_ROUNDS
-        self._unused = {d: seconds + costs[chosen] for d, seconds in self._unused.items()}
-        self._unused[chosen] = 0.0
-        return chosen
+        if self._until_look > 0:
+            return best
+        lost = {d: costs[d] * (1 - rate / rates[best]) for d, rate in rates.items() if d != best}
+        # The nearer to the best, the larger its part of what looks may lose.
+        parts = {depth: 1 / max(seconds, 1e-9) for depth, seconds in lost.items()}
+        budget = LOOK_SHARE / max(sum(parts.values()), 1e-9)
+        paid = [d for d in lost if lost[d] <= budget * parts[d] * self._unused[d]]
+        if not paid:
+            return best
+        self._until_look = LOOK_ROUNDS
+        return max(paid, key=lambda depth: self._unused[depth])
 
     def break_even(self, most: int) -> int:
-        """The largest batch for which drafting pays, among those up to the largest that drafted."""
-        pays = [
-            batch
-            for batch in range(1, min(most, self.draft_seconds.most) + 1)
-            if self.rounds and self._pays(batch)
-        ]
-        return max(pays, default=0)
+        """The largest batch up to which drafting pays, by what was measured, as far as it was."""
+        fewest, _ = self.seconds.measured
+        _, drafted = self.draft_seconds.measured
+        found = 0
+        for batch in range(fewest, min(most, drafted) + 1) if self.rounds else ():
+            costs = {depth: self._cost(batch, batch, depth) for depth in self._used}
+            rates = self._rates(batch, batch, costs)
+            if max(rates, key=lambda depth: rates[depth]) == 0:
+                break
+            found = batch
+        return found
 
-    def step(self, spans: Sequence[Span], *, is_timed: bool) -> NDArray[np.float32]:
-        """The runner's; timed where it reads no prompt."""
+    def step(self, spans: Sequence[Span], depth: int) -> NDArray[np.float32]:
+        """The runner's, of a token of each span with so many proposed after it; timed."""
         start = self._clock()
         logits = self._runner.step(spans)
-        if is_timed:
-            self.seconds.add(sum(len(span.ids) for span in spans), self._clock() - start)
+        spent = self._clock() - start
+        self.seconds.add(sum(len(span.ids) for span in spans), spent)
+        self._unused = {d: was + spent + self._proposing for d, was in self._unused.items()}
+        self._unused[depth], self._proposing, self.latest = 0.0, 0.0, depth
+        self._until_look -= 1
+        if self._untried and self._untried[0] == depth:
+            del self._untried[0]
         return logits
 
     def propose(self, spans: Sequence[Span], depth: int) -> list[Proposal]:
@@ -163,6 +178,7 @@ class Speculation:
         found = self._runner.propose(spans, depth)
         spent = self._clock() - start
         self.drafting += spent
+        self._proposing += spent
         self.draft_seconds.add(len(spans), spent / depth)
         return found
 
@@ -191,9 +207,9 @@ class Speculation:
         """A tree is grown whole or not at all."""
         return (0, self.shape.depth) if self.shape.nodes else range(self.shape.depth + 1)
 
-    def _pays(self, batch: int) -> bool:
-        rates = self._rates(batch, batch, {d: self._cost(batch, batch, d) for d in self._depths})
-        return max(rates, key=lambda depth: rates[depth]) > 0
+    @property
+    def _used(self) -> Sequence[int]:
+        return self._depths if self._adapts else (0, self.shape.depth)
 
     def _rates(self, batch: int, drafting: int, costs: Mapping[int, float]) -> dict[int, float]:
         """Tokens a second to be expected of depths; 0 before anything was measured."""

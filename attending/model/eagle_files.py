@@ -88,8 +88,8 @@ class EagleConfig:
         if sha256 != self.target_sha256 or sizes != (arch.hidden_size, arch.vocab_size):
             raise CheckpointError(
                 f"the draft was trained for {self.target} (sha256 {self.target_sha256[:12]}), not "
-                f"for {name} (sha256 {sha256[:12]}): take that model, or train a draft for this "
-                "one with `attending draft`."
+                f"for {name} (sha256 {sha256[:12]}): take that model, with no file changed, or "
+                "train a draft for this one with `attending draft`."
             )
         if self.layers[0] < 0 or self.layers[-1] > len(arch.layers):
             raise CheckpointError(

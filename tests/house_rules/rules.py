@@ -30,7 +30,7 @@ ROOMS = {
     "verifier": Room(1, 4_820),
     "corpus": Room(2, 2_260),
     "train": Room(2, 2_050),
-    "engine": Room(2, 5_770),
+    "engine": Room(2, 5_790),
     "evaluate": Room(3, 3_760),
     "pretrain": Room(4, 470),
     "midtrain": Room(4, 550),
