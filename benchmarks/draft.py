@@ -392,7 +392,9 @@ def page(asked: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> Path:
         name=asked.page,
         gated=compared(stages(asked)[0], Path(asked.gated)) if asked.gated else "",
     )
-    return write(asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True)
+    return write(
+        asked.page, "A draft's arithmetic", notes, measures, rows_are_subjects=True, ratios=False
+    )
 
 
 def stages(asked: argparse.Namespace) -> list[Path]:

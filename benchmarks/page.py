@@ -42,10 +42,11 @@ def write(
     measures: Sequence[Measure],
     *,
     rows_are_subjects: bool = False,
+    ratios: bool = True,
 ) -> Path:
     """Write `NAME.md` and `NAME.svg` beside this file; the first subject is the one compared.
 
-    Where many are compared they are the rows, each cell with its ratio.
+    Where many are compared they are the rows, each cell with its ratio, if `ratios` are wanted.
     """
     quantities = list(dict.fromkeys(m.quantity for m in measures))
     subjects = list(dict.fromkeys(m.subject for m in measures))
@@ -57,7 +58,7 @@ def write(
             cells = []
             for quantity in quantities:
                 first, mine = found.get((quantity, subjects[0])), found.get((quantity, subject))
-                ratio = _ratio(first, mine) if subject != subjects[0] else ""
+                ratio = _ratio(first, mine) if ratios and subject != subjects[0] else ""
                 cells.append("; ".join(filter(None, (mine.text, ratio))) if mine else "")
             rows.append([subject, *cells])
     else:
