@@ -15,20 +15,22 @@ from attending.train.rows import require_even
 MAPS = ("d2t", "t2d")
 
 
-def operations(target: Architecture, draft: EagleConfig, config: DraftConfig) -> float:
-    """Of a token: the target's pass forward, if it is looked at, the draft's steps there and back.
+def operations(
+    target: Architecture, draft: EagleConfig, config: DraftConfig, answers: float = 1.0
+) -> tuple[float, float]:
+    """Of a token: the target's pass forward, where it is looked at; the draft's there and back.
 
-    A target whose looks are kept is asked in the first epoch; this is the mean of all.
+    `answers`: share of tokens that are an answer's. Only these are compared, and only their slots
+    go on after the first step.
     """
-    context, unroll = config.context, config.unroll
-    looks = 1 / max(1.0, config.epochs) if config.keep_features else 1.0
-    shapes = draft.tensor_shapes()
-    own = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 2)
-    features = math.prod(shapes["fc.weight"])
-    forward = flops(target, [context]) / context / 3
+    shapes, slots = draft.tensor_shapes(), 1 + (config.unroll - 1) * answers
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    features, head = sizes.pop("fc.weight"), sizes.pop("lm_head.weight")
+    products = features + slots * sum(sizes.values()) + config.unroll * answers * head
     [spec] = draft.arch.layers
-    attention = 6 * spec.num_heads * spec.head_dim * context
-    return looks * forward + 6.0 * (features + unroll * (own - features)) + unroll * attention
+    attention = 6 * spec.num_heads * spec.head_dim * config.context * slots
+    forward = flops(target, [config.context]) / config.context / 3
+    return forward, 6.0 * products + attention
 
 
 def estimate(config: DraftConfig) -> dict[str, Any]:
@@ -43,7 +45,9 @@ def estimate(config: DraftConfig) -> dict[str, Any]:
     own = sum(math.prod(shape) for name, shape in shapes.items() if name not in MAPS)
     questions = list(data.prompts(config))
     tokens = sum(min(one.sampling["max_tokens"], config.context) for one in questions)
-    each = operations(target, draft, config)
+    looks = 1 / max(1.0, config.epochs) if config.keep_features else 1.0
+    look, own_steps = operations(target, draft, config)
+    each = looks * look + own_steps
     kept = 6 * target.hidden_size + 12 + 6 * min(config.shares, target.vocab_size)
     rate = assumed.peak_tflops * 1e12 * assumed.share_of_peak
     micro = config.batch.micro_tokens

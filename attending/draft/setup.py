@@ -108,11 +108,11 @@ def prepare(
     target = Scaled(seen, third_sizes(first))
     ends = target.ends
     eagle = Eagle(told).to(device, ends.model.norm.weight.dtype)
+    counts = token_counts(shards, start.arch.vocab_size)
     if config.begin:
         eagle.load_state_dict(begun(config.begin, told, start))
         eagle.scale_features(target.scales)
     else:
-        counts = token_counts(shards, start.arch.vocab_size)
         d2t, t2d = choose_vocabulary(counts, told.draft_vocab, start.generation["eos_token_id"])
         eagle.d2t.copy_(torch.from_numpy(d2t))
         eagle.t2d.copy_(torch.from_numpy(t2d))
@@ -128,7 +128,9 @@ def prepare(
     watched = Watched(start.tokenizer, heldout, config.batch.micro_tokens, device, dtype)
     steps = -(-num_rows // (config.batch.tokens // config.context))
     loss = UnrolledLoss(target, config.unroll, config.decay)
-    flops = operations(start.arch, told, config)
+    answers = float(counts.sum()) / shards.num_tokens
+    look, own = operations(start.arch, told, config, answers)
+    flops = own if config.keep_features else look + own  # the first epoch's looks are beside it
     return Setup(state, target, eagle, reader, steps, loss, watched, flops)
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from attending.draft.estimate import operations
 from attending.draft.loss import Unrolled, UnrolledLoss, alive, read, unroll
+from attending.draft.recipe import DraftConfig
 from attending.draft.target import TorchTarget
 from attending.draft.watch import Foreseen, figures, foresee
 from attending.model import scoring
@@ -267,3 +270,21 @@ def test_a_row_of_a_new_draft_looks_at_itself() -> None:
     queries = attention.q_proj(rows).unflatten(-1, (spec.num_heads, -1))
     nearest = torch.einsum("tnh,snh->nts", queries, keys).argmax(-1)
     assert torch.equal(nearest, torch.arange(32).expand_as(nearest))
+
+
+def test_the_operations_are_those_that_torch_counts() -> None:
+    """Forward and backward, of a dialogue of which a third is a prompt."""
+    target, eagle = models(DEEP, size=384)
+    one = batch((90,), (30,))
+    with FlopCounterMode(display=False) as counter:
+        UnrolledLoss(seen_by(target), STEPS)(eagle, one, 1.0)[0].backward()
+    told = {"model": "m", "prompts": {"p": {"path": "p"}}, "epochs": 1.0, "context": 90}
+    told |= {"unroll": STEPS, "batch": {"tokens": 90, "micro_tokens": 90}}
+    told |= {
+        "optimizer": {"peak": 1e-2, "final": 1e-3, "warmup_tokens": 0},
+        "state": {"every_tokens": 90},
+    }
+    config = DraftConfig.build({**told, "heldout": {"every_tokens": 90}})
+    look, own = operations(target.arch, eagle.config, config, answers=60 / 90)
+    # Torch does not count a processor's fused attention, and counts what a mask leaves out.
+    assert counter.get_total_flops() / 90 == pytest.approx(look + own, rel=0.2)
