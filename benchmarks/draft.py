@@ -12,7 +12,7 @@ that DRAFT went on from, if there is one. GATED_DRAFT was trained as the first o
 the gate. How they fared is read from their `metrics.jsonl`. PYTHON is of an environment with
 openvino-genai, whose prompt lookup is measured beside its plain path. Writes NAME.md, NAME.svg and,
 how the draft was trained, NAME_training.svg. Budget with the default model on two cores: 60 prompts
-by eleven paths some 45 minutes; nothing else should run.
+by eleven paths some 35 minutes; nothing else should run.
 """
 
 import argparse
