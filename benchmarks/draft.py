@@ -46,8 +46,8 @@ REPEATS = 3
 PLAIN, ADAPTING = "plain", "as served: depth by what was measured"
 TORCH, TORCH_DRAFT = "torch, plain", "torch, k = 5"
 PEERS = {"plain": "OpenVINO GenAI, plain", "lookup": "OpenVINO GenAI, prompt lookup"}
-PATHS = (PLAIN, *(f"k = {depth}" for depth in DEPTHS), ADAPTING, TORCH, TORCH_DRAFT)
-PATHS += (*PEERS.values(),)
+FIXED = tuple(f"k = {depth}" for depth in DEPTHS)
+PATHS = (PLAIN, *FIXED, ADAPTING, TORCH, TORCH_DRAFT, *PEERS.values())
 OWN = {TORCH_DRAFT: TORCH, PEERS["lookup"]: PEERS["plain"]}
 """Whose answers a path's are compared with, where it is not our plain path."""
 NOTES = """
@@ -274,8 +274,7 @@ def faster(rows: Sequence[dict[str, Any]], than: Sequence[dict[str, Any]]) -> Es
 def best_of(rows: Sequence[dict[str, Any]]) -> str:
     """The fastest depth for one user."""
     alone = [row for row in rows if row["source"] != "users"]
-    names = [f"k = {depth}" for depth in DEPTHS]
-    return max(names, key=lambda name: rate([r for r in alone if r["path"] == name]))
+    return max(FIXED, key=lambda name: rate([r for r in alone if r["path"] == name]))
 
 
 def over_their_own(of: dict[str, list[dict[str, Any]]]) -> str:

@@ -128,8 +128,8 @@ def prepare(
     watched = Watched(start.tokenizer, heldout, config.batch.micro_tokens, device, dtype)
     steps = -(-num_rows // (config.batch.tokens // config.context))
     loss = UnrolledLoss(target, config.unroll, config.decay)
-    answers = float(counts.sum()) / shards.num_tokens
-    look, own = operations(start.arch, told, config, answers)
+    share = float(counts.sum()) / shards.num_tokens
+    look, own = operations(start.arch, told, config, share)
     flops = own if config.keep_features else look + own  # the first epoch's looks are beside it
     return Setup(state, target, eagle, reader, steps, loss, watched, flops)
 

@@ -58,11 +58,9 @@ def tracked(root: Path) -> list[Path]:
 
 
 def large_files(root: Path) -> list[str]:
-    """A repository is for text; weights and data are pulled, but for the drafts' 24 MiB."""
-    limits = {
-        path: DRAFT_BYTES if path.is_relative_to(root / DRAFTS) else FILE_BYTES
-        for path in tracked(root)
-    }
+    """A repository is for text; weights and data are pulled, but for a draft's of 24 MiB."""
+    weights = {*(root / DRAFTS).glob("*/model.safetensors")}
+    limits = {path: DRAFT_BYTES if path in weights else FILE_BYTES for path in tracked(root)}
     return [
         f"{path.relative_to(root)}: {path.stat().st_size:,} bytes, at most {most:,}"
         for path, most in limits.items()

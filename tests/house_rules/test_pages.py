@@ -102,10 +102,12 @@ def test_every_command_in_the_pages_exists() -> None:
 def test_a_large_file_is_found_unless_git_ignores_it(tmp_path: Path) -> None:
     big, larger, drafts = bytes(1_500_001), bytes(24 * 2**20 + 1), "attending/engine/drafts"
     files = {"a.bin": big, "b.bin": big[1:], "c.bin": big, ".gitignore": b"c.bin\n"}
-    files |= {f"{drafts}/a/w.bin": larger, f"{drafts}/b/w.bin": larger[1:]}
+    weights = [f"{drafts}/{name}/model.safetensors" for name in "ab"]
+    files |= {weights[0]: larger, weights[1]: larger[1:], f"{drafts}/a/report.html": big}
     assert pages.large_files(plant(tmp_path, files)) == [
         "a.bin: 1,500,001 bytes, at most 1,500,000",
-        f"{drafts}/a/w.bin: 25,165,825 bytes, at most 25,165,824",
+        f"{weights[0]}: 25,165,825 bytes, at most 25,165,824",
+        f"{drafts}/a/report.html: 1,500,001 bytes, at most 1,500,000",
     ]
 
 
